@@ -1,0 +1,207 @@
+"""The public function: what it promises, what it refuses, and which backend does the work."""
+
+import functools
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+
+from papo_kernels import reference, torch_backend
+
+log = logging.getLogger("papo_kernels")
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class TokenStats(NamedTuple):
+    """Statistics of N response tokens in nats, each (N,) float32 (float64 for float64 operands).
+
+    A tuple, because FSDP2 and `torch.compile` look for tensors in tuples but not in other classes.
+    """
+
+    logprobs: torch.Tensor  # log p(target)
+    entropy: torch.Tensor  # H(p)
+    aug_logprobs: torch.Tensor | None = None  # log q(target)
+    aug_entropy: torch.Tensor | None = None  # H(q)
+    kl_prcp: torch.Tensor | None = None  # KL(p || q)
+
+
+def token_stats(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    aug_hidden: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_budget: float = 5e-3,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> TokenStats:
+    """Exact log-probs, entropies and perception KL of N tokens; the logits never exist as a whole.
+
+    With `z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` and
+    `p = softmax(z)`, and `q` likewise from `aug_hidden`:
+
+        logprobs = log p[target]    entropy = -sum(p log p)    kl_prcp = sum(p (log p - log q))
+
+    `kl_prcp` is the implicit perception loss and the two entropies the double entropy loss of PAPO
+    (arXiv 2507.06448): estimated there from the sampled token, summed here over the vocabulary.
+
+    Args:
+        hidden: (N, D) floating; last hidden states under the real image.
+        weight: (V, D) floating; the output embedding. May be frozen or tied.
+        targets: (N,) int64; the token that was sampled, in [0, V), or `ignore_index`.
+        aug_hidden: (N, D) floating; the same tokens under the corrupted image. None: one stream,
+            at the cost of one.
+        bias: (V,) floating. -inf or a large negative value bans a token. None: no bias.
+        temperature: > 0; divides the logits after the soft cap.
+        softcap: > 0, or None for no cap.
+        ignore_index: rows with this target give exact zeros and no gradient; no matmul sees them.
+        grad_budget: share of each token's gradient that the backward may leave out, in [0, 1);
+            0.0 is exact. Dense for now, so that every budget is exact.
+        backend: "auto" (triton on CUDA where it exists, else torch), "triton", "torch" or
+            "reference".
+        validate: also check values (that targets lie in [0, V)), which synchronises on CUDA. None:
+            on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row.
+
+    Floating is float16, bfloat16, float32 or float64. Logits are float32 products of the operands
+    as given: autocast does not apply, and operands of mixed dtypes are promoted to the widest.
+
+    Returns:
+        TokenStats, each (N,) float32 in nats (float64 when an operand is float64), differentiable
+        with respect to hidden, aug_hidden, weight and bias. The last three are None without
+        `aug_hidden`. A NaN in a row gives NaN in that row's statistics only.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or value; the message names the argument.
+        NotImplementedError: `backend="triton"` where it cannot run.
+    """
+    _check_operands(hidden, weight, targets, aug_hidden, bias)
+    _check_options(temperature, softcap, ignore_index, grad_budget, backend)
+    if validate or (validate is None and targets.device.type == "cpu"):
+        _check_targets(targets, weight.shape[0], ignore_index)
+    options = dict(
+        aug_hidden=aug_hidden,
+        bias=bias,
+        temperature=float(temperature),
+        softcap=None if softcap is None else float(softcap),
+        ignore_index=int(ignore_index),
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        match _choose_backend(backend, hidden.device.type):
+            case "reference":
+                return TokenStats(*reference.token_stats(hidden, weight, targets, **options))
+            case "torch":
+                return TokenStats(
+                    *torch_backend.token_stats(
+                        hidden, weight, targets, grad_budget=float(grad_budget), **options
+                    )
+                )
+
+
+def _choose_backend(backend, device_type):
+    if backend == "triton":
+        raise NotImplementedError(
+            "backend='triton' is not implemented yet; use backend='torch', which runs everywhere"
+        )
+    if backend != "auto":
+        return backend
+    if device_type != "cpu":
+        _log_once(
+            f"token_stats on {device_type} runs the chunked torch backend: "
+            "the triton one is not implemented yet"
+        )
+    return "torch"
+
+
+@functools.cache
+def _log_once(message):
+    log.warning(message)
+
+
+def _describe(tensor):
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_operands(hidden, weight, targets, aug_hidden, bias):
+    operands = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "aug_hidden": aug_hidden,
+        "bias": bias,
+    }
+    for name, x in operands.items():
+        if x is None and name in ("aug_hidden", "bias"):
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        if name == "targets":
+            if x.dtype != torch.int64:
+                raise ValueError(f"targets is {_describe(x)}; expected (N,) int64")
+        elif x.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} is {_describe(x)}; expected float16, bfloat16, float32 or float64"
+            )
+        if x.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {x.device}; expected the device of hidden, {hidden.device}"
+            )
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden is {_describe(hidden)}; expected (N, D)")
+    n, d = hidden.shape
+    if weight.ndim != 2 or weight.shape[1] != d or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight is {_describe(weight)}; expected (V, {d}) with V > 0, "
+            f"as hidden is {tuple(hidden.shape)}"
+        )
+    if targets.shape != (n,):
+        raise ValueError(
+            f"targets is {_describe(targets)}; expected ({n},) int64, "
+            f"as hidden is {tuple(hidden.shape)}"
+        )
+    if aug_hidden is not None and aug_hidden.shape != hidden.shape:
+        raise ValueError(
+            f"aug_hidden is {_describe(aug_hidden)}; expected {tuple(hidden.shape)}, as hidden"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias is {_describe(bias)}; expected ({weight.shape[0]},), "
+            f"as weight is {tuple(weight.shape)}"
+        )
+
+
+def _check_options(temperature, softcap, ignore_index, grad_budget, backend):
+    if not _is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; expected a finite number > 0")
+    if softcap is not None and (not _is_number(softcap) or not 0 < softcap < math.inf):
+        raise ValueError(f"softcap is {softcap!r}; expected a finite number > 0, or None")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise ValueError(f"ignore_index is {ignore_index!r}; expected an int")
+    if not _is_number(grad_budget) or not 0 <= grad_budget < 1:
+        raise ValueError(
+            f"grad_budget is {grad_budget!r}; expected a number in [0, 1), 0 for dense"
+        )
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend is {backend!r}; expected one of {', '.join(map(repr, BACKENDS))}"
+        )
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_targets(targets, vocab, ignore_index):
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])}; expected a value in [0, {vocab}) "
+            f"or ignore_index={ignore_index}"
+        )

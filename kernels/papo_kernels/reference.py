@@ -1,0 +1,54 @@
+"""The specification: whole logits, plain autograd, nothing clever.
+
+Equations: arXiv 2507.06448 (the perception KL and the double entropy), exact over the vocabulary.
+"""
+
+import torch
+
+# Finite stand-in for log 0: a banned token contributes 0 * LOG_ZERO = 0 and not 0 * inf = NaN.
+LOG_ZERO = -1e30
+
+
+def compute_dtype(*operands):
+    """float64 if an operand is, else float32; None stands for an operand not given."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in operands)
+    return torch.float64 if wide else torch.float32
+
+
+def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softcap, ignore_index):
+    """Five (N,) tensors or None: logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp."""
+    dtype = compute_dtype(hidden, aug_hidden, weight, bias)
+    kept = (targets != ignore_index).nonzero().squeeze(-1)
+    labels = targets[kept]
+    wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def log_softmax(x):
+        z = x[kept].to(dtype) @ wide_weight.T
+        if bias is not None:
+            z = z + wide_bias
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        return torch.log_softmax(z / temperature, dim=-1)
+
+    def label_logprob(log_p):
+        valid = (labels >= 0) & (labels < weight.shape[0])
+        chosen = log_p.gather(1, torch.where(valid, labels, 0)[:, None]).squeeze(1)
+        return torch.where(valid, chosen, torch.nan)
+
+    def entropy(log_p):
+        return -(log_p.exp() * log_p.clamp_min(LOG_ZERO)).sum(-1)
+
+    def kl(log_p, log_q):
+        # sum(q - p) is 0; with it every term is >= 0, and both gradients are exactly 0 at p = q.
+        difference = log_p.clamp_min(LOG_ZERO) - log_q.clamp_min(LOG_ZERO)
+        return (log_p.exp() * difference + log_q.exp() - log_p.exp()).sum(-1)
+
+    def spread(values):
+        return values.new_zeros(targets.shape).index_put((kept,), values)
+
+    log_p = log_softmax(hidden)
+    stats = [label_logprob(log_p), entropy(log_p)]
+    if aug_hidden is not None:
+        log_q = log_softmax(aug_hidden)
+        stats += [label_logprob(log_q), entropy(log_q), kl(log_p, log_q)]
+    return tuple(map(spread, stats)) + (None,) * (5 - len(stats))

@@ -1,0 +1,235 @@
+"""Refusals, dispatch, costs and the ways a trainer calls `token_stats`."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_oracle import GRADS, OUTPUTS, Case, check, gradient_error, make_case, random_upstream
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import papo_kernels
+from papo_kernels import TokenStats, token_stats, torch_backend
+
+H, W, Y = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, -100])
+
+BAD = {
+    "hidden-list": (([[1.0]], W, Y), {}, r"hidden is a list; expected a torch.Tensor"),
+    "hidden-3d": ((H[None], W, Y), {}, r"hidden is \(1, 4, 3\) float32 on cpu; expected \(N, D\)"),
+    "hidden-int": ((H.long(), W, Y), {}, r"hidden is \(4, 3\) int64 on cpu; expected float16"),
+    "weight-width": ((H, W[:, :2], Y), {}, r"weight is \(7, 2\) .*; expected \(V, 3\)"),
+    "weight-empty": ((H, W[:0], Y), {}, r"weight is \(0, 3\) .*; expected \(V, 3\) with V > 0"),
+    "weight-device": ((H, W.to("meta"), Y), {}, r"weight is on meta; expected .* hidden, cpu"),
+    "targets-length": ((H, W, Y[:3]), {}, r"targets is \(3,\) int64 on cpu; expected \(4,\) int64"),
+    "targets-dtype": ((H, W, Y.int()), {}, r"targets is \(4,\) int32 on cpu; expected \(N,\) int64"),
+    "targets-high": ((H, W, torch.tensor([0, 1, 7, 1])), {}, r"targets\[2\] is 7; expected .*\[0, 7\)"),
+    "targets-low": ((H, W, torch.tensor([0, -1, 2, 1])), {}, r"targets\[1\] is -1; expected .*\[0, 7\)"),
+    "aug-shape": ((H, W, Y), {"aug_hidden": H[:3]}, r"aug_hidden is \(3, 3\) .*; expected \(4, 3\)"),
+    "aug-dtype": ((H, W, Y), {"aug_hidden": H.int()}, r"aug_hidden is .* int32 .*; expected float16"),
+    "bias-shape": ((H, W, Y), {"bias": W[:, :1]}, r"bias is \(7, 1\) float32 on cpu; expected \(7,\)"),
+    "temperature-0": ((H, W, Y), {"temperature": 0.0}, r"temperature is 0.0; expected a finite number > 0"),
+    "temperature-nan": ((H, W, Y), {"temperature": float("nan")}, r"temperature is nan; expected"),
+    "softcap": ((H, W, Y), {"softcap": -1.0}, r"softcap is -1.0; expected a finite number > 0, or None"),
+    "ignore_index": ((H, W, Y), {"ignore_index": None}, r"ignore_index is None; expected an int"),
+    "grad_budget": ((H, W, Y), {"grad_budget": 1.0}, r"grad_budget is 1.0; expected .*\[0, 1\)"),
+    "backend": ((H, W, Y), {"backend": "cuda"}, r"backend is 'cuda'; expected one of 'auto', 'triton'"),
+}  # fmt: skip
+# ruff: noqa: E501
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    args, options, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        token_stats(*args, **options)
+
+
+def test_unchecked_target_gives_nan_and_touches_no_other_row():
+    case = make_case(6, 8, 50)
+    want = case.call(token_stats)
+    case.targets[2], case.targets[4] = 50, -7
+    for backend in ("torch", "reference"):
+        stats = case.call(token_stats, backend=backend, validate=False)
+        for got, value in (
+            (stats.logprobs, want.logprobs),
+            (stats.aug_logprobs, want.aug_logprobs),
+        ):
+            assert got[[2, 4]].isnan().all()
+            assert torch.allclose(got[[0, 1, 3, 5]], value[[0, 1, 3, 5]])
+        assert torch.allclose(stats.kl_prcp, want.kl_prcp)
+
+
+def test_triton_says_that_it_is_missing():
+    with pytest.raises(NotImplementedError, match="backend='triton' is not implemented yet"):
+        token_stats(H, W, Y, backend="triton")
+
+
+def test_auto_runs_torch_on_the_cpu_without_a_word(caplog):
+    case = make_case(6, 8, 50)
+    with caplog.at_level(logging.DEBUG, logger="papo_kernels"):
+        got = case.call(token_stats)
+    assert not caplog.records
+    want = case.call(token_stats, backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_auto_on_another_device_says_once_which_path_runs(caplog):
+    with caplog.at_level(logging.WARNING, logger="papo_kernels"):
+        for _ in range(2):
+            assert papo_kernels.api._choose_backend("auto", "cuda") == "torch"
+    assert [r.message for r in caplog.records] == [
+        "token_stats on cuda runs the chunked torch backend: the triton one is not implemented yet"
+    ]
+
+
+def test_result_is_a_tuple_with_names():
+    stats = token_stats(H, W, Y)
+    assert isinstance(stats, TokenStats) and stats._fields == OUTPUTS
+    assert stats[2:] == (None, None, None)
+    assert {s.dtype for s in stats[:2]} == {torch.float32}
+    for dtype in (torch.bfloat16, torch.float16):
+        assert token_stats(H.to(dtype), W.to(dtype), Y).logprobs.dtype == torch.float32
+
+
+class MatmulFlops(TorchDispatchMode):
+    """Counts what FlopCounterMode does not: it knows no in-place `addmm_`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.total += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        assert name not in ("bmm", "baddbmm", "matmul", "linear", "einsum")
+        return func(*args, **kwargs or {})
+
+
+def count_flops(run):
+    with MatmulFlops() as counter:
+        run()
+    return counter.total
+
+
+def test_matmuls_are_only_those_asked_for():
+    n, d, v = 60, 16, 301
+    case = make_case(n, d, v, bias=True)
+    unit = 2 * n * d * v
+    one = Case(case.hidden, case.weight, case.targets)
+    assert count_flops(lambda: one.call(token_stats)) == unit
+    assert count_flops(lambda: case.call(token_stats)) == 2 * unit
+    case.targets[: n // 2] = -100
+    assert count_flops(lambda: case.call(token_stats)) == unit
+
+    case.targets[: n // 2] = 0
+
+    def backward(outputs, wanted):
+        upstream = random_upstream(case, outputs)
+        # Forward 2, recomputation 2 at most, then one product per gradient and stream.
+        return (
+            count_flops(lambda: case.gradients(token_stats, upstream, wanted, grad_budget=0.0))
+            / unit
+            - 2
+        )
+
+    assert backward(OUTPUTS, GRADS) == 6
+    assert backward(("logprobs",), ("hidden",)) == 2
+    assert backward(("logprobs",), ("hidden", "aug_hidden", "weight")) == 3
+    assert backward(("kl_prcp",), ("aug_hidden",)) == 3
+    assert backward(("aug_entropy",), ("weight",)) == 2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_more_than_a_chunk_of_logits(dtype, monkeypatch):
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(torch_backend, "UPCAST_ELEMENTS", 2_000)
+    case = make_case(300, 4, 2000, dtype=dtype)
+    with LargestTensor() as largest:
+        case.call(token_stats, backend="torch")
+        case.gradients(token_stats, random_upstream(case), backend="torch")
+    assert largest.elements <= 20_000 < 300 * 2000
+
+
+def test_no_grad_keeps_nothing():
+    case = make_case(6, 8, 50)
+    case.weight.requires_grad_()
+    want = case.call(token_stats)
+    assert want.logprobs.requires_grad
+    with torch.no_grad():
+        got = case.call(token_stats)
+    assert not got.logprobs.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_autocast_changes_nothing():
+    case = make_case(20, 8, 300)
+    upstream = random_upstream(case)
+    want, want_grads = case.call(token_stats), case.gradients(token_stats, upstream)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, got_grads = case.call(token_stats), case.gradients(token_stats, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(got_grads[g], want_grads[g]) for g in want_grads)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_non_contiguous_operands(backend):
+    case = make_case(20, 8, 300, bias=True, seed=3)
+    upstream = random_upstream(case)
+    want = case.gradients(token_stats, upstream, backend=backend, grad_budget=0.0)
+    strided = Case(
+        torch.stack([case.hidden] * 2, -1)[..., 0],
+        case.weight.T.contiguous().T,
+        torch.stack([case.targets] * 2, -1)[:, 1],
+        case.aug_hidden.T.contiguous().T,
+        torch.stack([case.bias] * 3, -1)[:, 1],
+    )
+    assert not any(getattr(strided, g).is_contiguous() for g in GRADS)
+    leaves = {g: getattr(strided, g).requires_grad_() for g in GRADS}
+    stats = strided.call(token_stats, backend=backend, grad_budget=0.0)
+    torch.autograd.backward(list(stats), [upstream[o].float() for o in OUTPUTS])
+    check({g: gradient_error(leaves[g].grad, want[g].double()) for g in GRADS}, 1e-6)
+
+
+def test_mixed_dtypes_are_promoted():
+    case = make_case(20, 8, 300)
+    low = Case(case.hidden.bfloat16(), case.weight, case.targets, case.aug_hidden.bfloat16())
+    high = Case(low.hidden.float(), case.weight, case.targets, low.aug_hidden.float())
+    got, want = low.call(token_stats), high.call(token_stats)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tied_weight_sums_both_of_its_gradients():
+    table = torch.randn(50, 8, requires_grad=True)
+    tokens, targets = torch.arange(20), torch.arange(20) + 1
+    token_stats(table[tokens], table, targets, grad_budget=0.0).logprobs.sum().backward()
+    got, table.grad = table.grad, None
+    logits = table[tokens] @ table.T
+    (-torch.nn.functional.cross_entropy(logits, targets, reduction="sum")).backward()
+    check({"table": gradient_error(got, table.grad.double())}, 1e-5)
+
+
+def test_imports_and_runs_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from papo_kernels import token_stats\n"
+        "h = torch.randn(4, 3, requires_grad=True)\n"
+        "token_stats(h, torch.randn(7, 3), torch.arange(4)).logprobs.sum().backward()\n"
+        "assert h.grad.any()\n"
+    )
+    root = str(papo_kernels.__path__[0]).rsplit("/", 1)[0]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
