@@ -1,0 +1,334 @@
+"""The PAPO objective in plain torch over flat (N,) vectors of response tokens.
+
+Equations: PAPO, arXiv 2507.06448; clip-higher and token mean: DAPO, arXiv 2503.14476; constant
+denominator: Dr. GRPO, arXiv 2503.20783; dual clip: arXiv 1912.09729; k1, k2, k3: Schulman,
+http://joschu.net/blog/kl-approx.html. The loss, to be minimised, is a sum of `TERMS`, each a
+coefficient times a weighted sum over tokens. A new loss is a function from the batch to (N,)
+values and one more line in `TERMS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from papo_fast.config import KLPenalty, ObjectiveConfig
+from papo_fast.errors import InputError
+from papo_fast.token_batch import Denominators, Scalar, TokenBatch
+
+Metrics = dict[str, tuple[Tensor, Scalar]]
+"""Name → (detached sum, weight). Add both over micro-batches, then divide: `mean_metrics`."""
+
+MAX_LOG_RATIO = 20.0
+"""Differences of log-probs are clamped to ± this before `exp`, as the authors do."""
+MAX_K3 = 10.0
+"""The authors' bound of the k3 value, `parity="official"` only."""
+
+
+def kl_penalty(
+    logprobs: Tensor, other_logprobs: Tensor, kind: KLPenalty, *, clamp_value: bool = False
+) -> Tensor:
+    """Per-token estimate of KL(π ‖ other) from tokens sampled from π; (N,) and (N,) → (N,), nats.
+
+    With d = other − log π: k1 = −d; k2 = d²/2 (the authors' `mse`); k3 = exp(d) − d − 1 (their
+    `low_var_kl`), d clamped to ± `MAX_LOG_RATIO` so that it stays finite; abs = |d|. `clamp_value`
+    bounds k3 by `MAX_K3` as the authors do: beyond it the token has no gradient.
+    """
+    d = other_logprobs - logprobs
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return 0.5 * d.square()
+    if kind == "abs":
+        return d.abs()
+    if kind == "k3":
+        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        value = d.exp() - d - 1
+        return value.clamp(max=MAX_K3) if clamp_value else value
+    raise InputError(f"KL penalty is {kind!r}: expected one of k1, k2, k3, abs")
+
+
+def annealed(coef: float, update: int, total: int) -> float:
+    """γ at `update` (from 0): linear from `coef` to 0 at `total`; constant if `total` is 0."""
+    return coef if total <= 0 else coef * max(0.0, 1.0 - update / total)
+
+
+def largest_per_sequence(values: Tensor, batch: TokenBatch, share: float) -> Tensor:
+    """(N,) bool: each sequence's ⌈share × length⌉ largest `values`; earlier tokens win ties."""
+    index = batch.sequence_index
+    order = values.detach().argsort(descending=True, stable=True)
+    order = order[index[order].argsort(stable=True)]
+    position = torch.arange(len(values), device=values.device)
+    # After sorting, sequence s occupies the places it had before: its first is its first token's.
+    first = torch.full_like(position, len(values)).scatter_reduce(0, index, position, "amin")
+    # The small number keeps 0.1 × 30 = 3.0000000000000004 from asking for a fourth token.
+    quota = torch.ceil(share * batch.lengths.double() - 1e-9)
+    keep = torch.zeros_like(values, dtype=torch.bool)
+    keep[order] = position - first[index[order]] < quota[order]
+    return keep
+
+
+# --- terms: (batch, config) → (N,) values ---------------------------------------------------------
+
+
+def _log_ratio(batch: TokenBatch) -> Tensor:
+    log_ratio = batch.logprobs - batch.old_logprobs.detach()
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _policy_losses(batch: TokenBatch, config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """−r A and −clip(r) A, each (N,)."""
+    log_ratio = _log_ratio(batch)
+    low, high = math.log1p(-config.clip_low), math.log1p(config.clip_high)
+    advantages = batch.advantages
+    return -advantages * log_ratio.exp(), -advantages * log_ratio.clamp(low, high).exp()
+
+
+def policy_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """max(−r A, −clip(r) A), where A < 0 at most clip_dual |A|, times the rollout weight."""
+    loss = torch.maximum(*_policy_losses(batch, config))
+    if config.clip_dual is not None:
+        bound = -config.clip_dual * batch.advantages
+        loss = torch.where(batch.advantages < 0, torch.minimum(loss, bound), loss)
+    if batch.rollout_weights is not None:
+        loss = loss * batch.rollout_weights.detach()
+    return loss
+
+
+def reference_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """KL(π ‖ π_ref), sampled or exact."""
+    if config.kl_estimator == "exact":
+        return batch.ref_kl
+    clamp = config.parity == "official"
+    other = batch.ref_logprobs.detach()
+    return kl_penalty(batch.logprobs, other, config.kl_penalty, clamp_value=clamp)
+
+
+def perception_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """KL(π ‖ π_aug), sampled or exact, on the chosen tokens only, each at most `kl_prcp_clip`."""
+    if config.kl_prcp_estimator == "exact":
+        value = batch.kl_prcp
+    else:
+        clamp = config.parity == "official"
+        other = _aug(batch.aug_logprobs, config)
+        value = kl_penalty(batch.logprobs, other, config.kl_prcp_penalty, clamp_value=clamp)
+    keep = None
+    if config.kl_prcp_top_p is not None:
+        keep = largest_per_sequence(value, batch, config.kl_prcp_top_p)
+    if config.kl_prcp_clip is not None:
+        value = value.clamp(max=config.kl_prcp_clip)
+    # The authors leave the other tokens in the denominator.
+    return value if keep is None else torch.where(keep, value, 0.0)
+
+
+def entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """H[π], sampled (−log π) or exact."""
+    return batch.entropy if config.entropy_estimator == "exact" else -batch.logprobs
+
+
+def aug_entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """H[π_aug], sampled (−log π_aug of the tokens that π sampled) or exact."""
+    if config.entropy_estimator == "exact":
+        return _aug(batch.aug_entropy, config)
+    return -_aug(batch.aug_logprobs, config)
+
+
+def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """−log π; averaged over right responses only."""
+    return -batch.logprobs
+
+
+def _aug(values: Tensor, config: ObjectiveConfig) -> Tensor:
+    return values if config.aug_gradient else values.detach()
+
+
+# --- weights: what a mean is over -----------------------------------------------------------------
+
+
+def mean_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominators) -> Tensor:
+    """(N,): each token's weight under `config.average` and `config.average_over`."""
+    ones = torch.ones_like(batch.logprobs)
+    if config.average == "sequence":
+        return ones / (batch.lengths * over.sequences)
+    if config.average == "constant":
+        if over.constant is None:
+            raise InputError(
+                'Denominators.constant is missing: average="constant" divides by it, pass the '
+                "number of responses × rollout.max_new_tokens"
+            )
+        return ones / over.constant
+    if config.average_over == "micro":
+        share = batch.n_sequences / over.sequences
+        return ones * share / max(1, ones.numel())
+    return ones / over.tokens
+
+
+def entropy_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominators) -> Tensor:
+    """As `mean_weights`, but the authors' entropies are token means whatever the average."""
+    if config.parity == "official":
+        config = dataclasses.replace(config, average="token")
+    return mean_weights(batch, config, over)
+
+
+def sft_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominators) -> Tensor:
+    """Token mean over right responses, 0 if there are none."""
+    chosen = batch.correct.to(batch.logprobs.dtype)
+    if config.average_over == "micro":
+        return chosen * (batch.n_sequences / over.sequences) / chosen.sum().clamp(min=1)
+    if over.correct_tokens is None:
+        raise InputError(
+            "Denominators.correct_tokens is missing: sft_coef is not 0, pass the number of "
+            "response tokens of right responses in the global batch"
+        )
+    return chosen / torch.as_tensor(over.correct_tokens).clamp(min=1)
+
+
+# --- the sum --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss: `coef` × Σ `weights` · `values`."""
+
+    name: str
+    """Its metric."""
+    coef: Callable[[ObjectiveConfig], float]
+    """Positive: minimised. 0: not part of the loss, at most monitored if its inputs are there."""
+    values: Callable[[TokenBatch, ObjectiveConfig], Tensor]
+    """(N,) per-token values."""
+    needs: Callable[[ObjectiveConfig], tuple[str, ...]] = lambda config: ()
+    """Optional vectors of `TokenBatch` that `values` and `weights` read."""
+    weights: Callable[[TokenBatch, ObjectiveConfig, Denominators], Tensor] = mean_weights
+    """(N,) what the average is over."""
+    monitored: bool = True
+    """Report the metric where `coef` is 0 too."""
+
+
+def _either(estimator: str, exact: str, *sampled: str) -> Callable[..., tuple[str, ...]]:
+    return lambda config: (exact,) if getattr(config, estimator) == "exact" else sampled
+
+
+TERMS = (
+    Term("pg_loss", lambda c: 1.0, policy_loss),
+    Term(
+        "kl_ref",
+        lambda c: c.kl_coef,
+        reference_kl,
+        _either("kl_estimator", "ref_kl", "ref_logprobs"),
+    ),
+    Term(
+        "kl_prcp",
+        lambda c: -c.kl_prcp_coef,
+        perception_kl,
+        _either("kl_prcp_estimator", "kl_prcp", "aug_logprobs"),
+    ),
+    Term(
+        "entropy",
+        lambda c: c.entropy_coef,
+        entropy,
+        _either("entropy_estimator", "entropy"),
+        entropy_weights,
+    ),
+    Term(
+        "aug_entropy",
+        lambda c: c.aug_entropy_coef,
+        aug_entropy,
+        _either("entropy_estimator", "aug_entropy", "aug_logprobs"),
+        entropy_weights,
+    ),
+    Term("sft_loss", lambda c: c.sft_coef, sft_loss, lambda c: ("correct",), sft_weights, False),
+)
+
+
+def objective(
+    batch: TokenBatch,
+    config: ObjectiveConfig,
+    denominators: Denominators,
+    *,
+    kl_prcp_coef: float | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The loss of one micro-batch, () in the dtype of `logprobs`, and its metrics.
+
+    `config` must be resolved (`ObjectiveConfig.resolved`). `denominators` are those of the global
+    batch; with average_over="micro" the micro-batch's own token mean counts by its share of the
+    batch's sequences, as in the authors' gradient accumulation. `kl_prcp_coef` replaces the
+    configuration's γ (see `annealed`).
+
+    Metrics: one per term of `TERMS` whose inputs are there, before its coefficient; `loss`;
+    `sampled_entropy`, the mean of −log π; and as means over tokens `ppo_kl` (mean of old − new
+    log-probs), `clip_fraction_high` (−r A lost to its clipped rival), `clip_fraction_low` (dual
+    clip at work); `ratio_max`, `ratio_min`.
+
+    Raises `InputError` if a vector that a term with a non-zero coefficient needs is missing.
+    """
+    if config.average is None or config.kl_prcp_estimator is None:
+        raise InputError("config is not resolved: pass config.resolved()")
+    if kl_prcp_coef is not None:
+        config = dataclasses.replace(config, kl_prcp_coef=kl_prcp_coef)
+
+    share = batch.n_sequences / denominators.sequences
+    loss = 0.0
+    metrics: Metrics = {}
+    for term in TERMS:
+        coef = term.coef(config)
+        missing = [name for name in term.needs(config) if getattr(batch, name) is None]
+        if missing and coef != 0:
+            raise InputError(
+                f"TokenBatch.{missing[0]} is missing: {term.name} has coefficient {coef} and is "
+                "computed from it"
+            )
+        if missing or (coef == 0 and not term.monitored):
+            continue
+        with torch.set_grad_enabled(coef != 0 and torch.is_grad_enabled()):
+            values, weights = term.values(batch, config), term.weights(batch, config, denominators)
+            value = (weights * values).sum()
+        metrics[term.name] = (value.detach(), share)
+        if coef != 0:
+            loss = loss + coef * value
+
+    metrics["loss"] = (loss.detach(), share)
+    with torch.no_grad():
+        weights = mean_weights(batch, config, denominators)
+        metrics["sampled_entropy"] = (-(weights * batch.logprobs).sum(), share)
+        metrics.update(_ratio_metrics(batch, config))
+    return loss, metrics
+
+
+def _ratio_metrics(batch: TokenBatch, config: ObjectiveConfig) -> Metrics:
+    log_ratio, n = _log_ratio(batch), batch.logprobs.numel()
+    if n == 0:
+        return {}
+    plain, clipped = _policy_losses(batch, config)
+    metrics = {
+        "ppo_kl": (-log_ratio.sum(), n),
+        "clip_fraction_high": ((plain < clipped).sum(), n),
+        "ratio_max": (log_ratio.max().exp(), 1),
+        "ratio_min": (log_ratio.min().exp(), 1),
+    }
+    if config.clip_dual is not None:
+        bound = -config.clip_dual * batch.advantages
+        bounded = (torch.maximum(plain, clipped) > bound) & (batch.advantages < 0)
+        metrics["clip_fraction_low"] = (bounded.sum(), n)
+    return metrics
+
+
+def mean_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
+    """One number per metric: Σ sums / Σ weights; the extreme for names in `_max` and `_min`."""
+    gathered: dict[str, list[tuple[Tensor, Scalar]]] = {}
+    for part in parts:
+        for name, pair in part.items():
+            gathered.setdefault(name, []).append(pair)
+    means = {}
+    for name, pairs in gathered.items():
+        sums = [float(total) for total, _ in pairs]
+        if name.endswith(("_max", "_min")):
+            means[name] = max(sums) if name.endswith("_max") else min(sums)
+        else:
+            weight = sum(float(weight) for _, weight in pairs)
+            means[name] = sum(sums) / weight if weight else math.nan
+    return means
