@@ -1,0 +1,354 @@
+"""From a question and its pictures to token ids and pixel patches.
+
+The tokenizer and the image processor are used directly instead of through `AutoProcessor`, whose
+video part needs torchvision; the ids and pixels are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers.image_utils import SizeDict
+from transformers.utils import cached_file
+
+from papo_fast.config import DataConfig
+from papo_fast.errors import InputError
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PLACEHOLDER = "<image>"
+_VISION_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as the model takes it, unpadded, on the CPU."""
+
+    input_ids: torch.Tensor
+    """(L,) int64, every image already expanded to one image-pad id per merged patch."""
+    mm_token_type_ids: torch.Tensor
+    """(L,) int64, 1 at image tokens, 0 elsewhere. Qwen2.5-VL is silently wrong without it."""
+    pixel_values: torch.Tensor | None
+    """(P, C*T*p*p) float32, the normalised patches of all images; None without images."""
+    image_grid_thw: torch.Tensor | None
+    """(n, 3) int64, patches per image in time, height and width; None without images."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+class PromptTooLong(InputError):
+    """A prompt of more tokens than `data.max_prompt_length`."""
+
+
+class PromptEncoder:
+    """Chat template, tokenizer and image processor of a Qwen2-VL, 2.5-VL or 3-VL checkpoint.
+
+    Args:
+        model_path: local checkpoint directory, or a hub name.
+        data: its `min_pixels`, `max_pixels` replace the checkpoint's own limits, and its
+            `max_prompt_length` bounds a prompt.
+        trust_remote_code: let transformers run code that ships with the checkpoint.
+
+    Attributes:
+        tokenizer, image_processor: transformers' objects.
+        image_token_id: the id that stands for one merged patch.
+        patch_size, merge_size, temporal_patch_size: p, patches per merged side, and T.
+        black: (C,) float32, the normalised value of a black pixel.
+        eos_token_ids: ids that end a response, sorted.
+        pad_token_id: the id for padding; may be one of `eos_token_ids`.
+        banned_token_ids: ids that must never be sampled, sorted: the vision ids, and the pad id
+            unless it ends responses.
+
+    Raises:
+        InputError: the checkpoint is missing, lacks a file, or is of another family.
+    """
+
+    def __init__(
+        self, model_path: str | Path, data: DataConfig, *, trust_remote_code: bool = False
+    ):
+        self.model_path = str(model_path)
+        self.max_prompt_length = data.max_prompt_length
+        if not 0 < data.min_pixels <= data.max_pixels:
+            raise InputError(
+                f"data.min_pixels = {data.min_pixels}, data.max_pixels = {data.max_pixels}: "
+                "expected 0 < min_pixels <= max_pixels"
+            )
+        _check_files(self.model_path)
+        config = _load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
+        if config.model_type not in FAMILIES:
+            raise InputError(
+                f"{self.model_path} is a {config.model_type!r} model; supported are "
+                + ", ".join(FAMILIES)
+            )
+        self.tokenizer = _load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
+        self.tokenizer.chat_template = self._chat_template()
+        self.image_processor = _load(
+            AutoImageProcessor,
+            self.model_path,
+            backend="pil",
+            trust_remote_code=trust_remote_code,
+        )
+        self._checkpoint_size = self.image_processor.size
+        # Checkpoints carry the limits as min_pixels/max_pixels or as size; transformers 5 reads
+        # only `size`, and lets old keys override a `size` given to from_pretrained.
+        self.image_processor.size = SizeDict(
+            shortest_edge=data.min_pixels, longest_edge=data.max_pixels
+        )
+        self.patch_size: int = self.image_processor.patch_size
+        self.merge_size: int = self.image_processor.merge_size
+        self.temporal_patch_size: int = self.image_processor.temporal_patch_size
+        self._check_against_model(config)
+        self._special_ids(config)
+        self.black = self._black()
+
+    def encode(self, problem: str, images: Sequence[Image.Image]) -> EncodedPrompt:
+        """Apply the chat template to one question and expand its images.
+
+        Args:
+            problem: the user's text. Where it contains `<image>` the images go in order at those
+                places (the convention of ViRL39K and EasyR1), else all of them in front.
+            images: PIL images of any mode and size.
+
+        Raises:
+            InputError: placeholders and images differ in number, an image cannot be processed,
+                or (`PromptTooLong`) the prompt is longer than `data.max_prompt_length`.
+        """
+        text = self._chat_text(problem, len(images))
+        ids = torch.tensor(
+            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            dtype=torch.int64,
+        )
+        is_image = ids == self.image_token_id
+        if int(is_image.sum()) != len(images):
+            raise InputError(
+                f"the chat template of {self.model_path} wrote {int(is_image.sum())} image tokens "
+                f"for {len(images)} images; expected one {self._image_token} per image"
+            )
+        pixels, grid = self.process_images(images)
+        if grid is not None:
+            repeats = torch.ones_like(ids)
+            repeats[is_image] = grid.prod(dim=1) // self.merge_size**2
+            ids = ids.repeat_interleave(repeats)
+        if len(ids) > self.max_prompt_length:
+            image_tokens = int((ids == self.image_token_id).sum())
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens), more "
+                f"than data.max_prompt_length = {self.max_prompt_length}: raise "
+                "--data.max-prompt-length, lower --data.max-pixels, or pass "
+                "--data.on-bad-sample skip"
+            )
+        types = (ids == self.image_token_id).long()
+        return EncodedPrompt(ids, types, pixels, grid)
+
+    def process_images(
+        self, images: Sequence[Image.Image]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Resize, normalise and cut into patches.
+
+        Returns:
+            `pixel_values` (P, C*T*p*p) float32 and `image_grid_thw` (n, 3) int64; (None, None)
+            for no images.
+
+        Raises:
+            InputError: an image without pixels, or with an aspect ratio the processor refuses.
+        """
+        pixels, grids = [], []
+        for number, image in enumerate(images):
+            width, height = image.size
+            if width == 0 or height == 0:
+                raise InputError(
+                    f"image {number} is {width}x{height} pixels; expected at least 1x1"
+                )
+            try:
+                one = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
+            except ValueError as error:
+                raise InputError(
+                    f"image {number} of {width}x{height} pixels is refused by the image "
+                    f"processor: {error}"
+                ) from error
+            pixels.append(one["pixel_values"].float())
+            grids.append(one["image_grid_thw"].long())
+        if not pixels:
+            return None, None
+        return torch.cat(pixels), torch.cat(grids)
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """Text of a response, (n,) ids, without padding and the vision and chat control tokens.
+
+        Other tokens stay even where a tokenizer marks them as special, so that the format reward
+        sees `<think>`.
+        """
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        kept = [token for token in ids if token not in self._hidden_ids]
+        return self.tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write tokenizer, template and image processor, with the checkpoint's pixel limits."""
+        self.tokenizer.save_pretrained(path)
+        ours = self.image_processor.size
+        self.image_processor.size = self._checkpoint_size
+        self.image_processor.save_pretrained(path)
+        self.image_processor.size = ours
+
+    def _chat_text(self, problem: str, n_images: int) -> str:
+        for token in self._vision_tokens:
+            if token in problem:
+                raise InputError(
+                    f"the problem contains {token}, a control token of this model; mark an "
+                    f"image's place with {PLACEHOLDER}"
+                )
+        image: dict[str, str] = {"type": "image"}
+        content: list[dict[str, str]]
+        pieces = problem.split(PLACEHOLDER)
+        if len(pieces) == 1:
+            content = [image] * n_images + [{"type": "text", "text": problem}]
+        elif len(pieces) - 1 != n_images:
+            raise InputError(
+                f"the problem has {len(pieces) - 1} {PLACEHOLDER} placeholders but the row has "
+                f"{n_images} images; expected one placeholder per image, or none at all"
+            )
+        else:
+            content = []
+            for number, piece in enumerate(pieces):
+                content += [image] if number else []
+                content += [{"type": "text", "text": piece}] if piece else []
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+    def _chat_template(self) -> str:
+        # chat_template.json is where processors kept it before transformers 5; AutoProcessor
+        # prefers it to the tokenizer's, which in some checkpoints knows no images.
+        old = _optional_file(self.model_path, "chat_template.json")
+        if old is not None and _optional_file(self.model_path, "chat_template.jinja") is None:
+            return json.loads(Path(old).read_text(encoding="utf-8"))["chat_template"]
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"{self.model_path} has no chat template: copy chat_template.jinja (or "
+                "chat_template.json) of the original checkpoint next to config.json"
+            )
+        return self.tokenizer.chat_template
+
+    def _check_against_model(self, config: Any) -> None:
+        vision = config.vision_config
+        for name, ours, theirs in (
+            ("patch_size", self.patch_size, vision.patch_size),
+            ("merge_size", self.merge_size, vision.spatial_merge_size),
+            ("temporal_patch_size", self.temporal_patch_size, vision.temporal_patch_size),
+        ):
+            if ours != theirs:
+                raise InputError(
+                    f"{self.model_path}: the image processor's {name} is {ours} but the model's "
+                    f"is {theirs}; copy preprocessor_config.json of the same model"
+                )
+        token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        if token is None:
+            raise InputError(
+                f"{self.model_path}: config.json says image_token_id = {config.image_token_id}, "
+                f"which the tokenizer of {len(self.tokenizer)} tokens does not have; copy the "
+                "tokenizer files of the same model"
+            )
+        self._image_token: str = token
+        self.image_token_id: int = config.image_token_id
+
+    def _special_ids(self, config: Any) -> None:
+        vocab = self.tokenizer.get_vocab()
+        vision = {vocab[token] for token in _VISION_TOKENS if token in vocab}
+        for name in ("image", "video", "vision_start", "vision_end"):
+            vision.add(getattr(config, f"{name}_token_id"))
+        vision &= set(vocab.values())
+        self._vision_tokens = self.tokenizer.convert_ids_to_tokens(sorted(vision))
+
+        eos = {self.tokenizer.eos_token_id}
+        pad = self.tokenizer.pad_token_id
+        if _optional_file(self.model_path, "generation_config.json") is not None:
+            generation = GenerationConfig.from_pretrained(self.model_path)
+            listed = generation.eos_token_id
+            eos.update(listed if isinstance(listed, list) else [listed])
+            pad = generation.pad_token_id if pad is None else pad
+        eos.discard(None)
+        if not eos:
+            raise InputError(
+                f"{self.model_path}: neither the tokenizer nor generation_config.json names an "
+                "end-of-sequence token; set eos_token in tokenizer_config.json"
+            )
+        self.eos_token_ids: list[int] = sorted(eos)
+        self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
+        self.banned_token_ids: list[int] = sorted(vision | ({self.pad_token_id} - eos))
+
+        control = {
+            token_id
+            for token_id in self.tokenizer.all_special_ids
+            if re.fullmatch(r"<\|.*\|>", self.tokenizer.convert_ids_to_tokens(token_id))
+        }
+        self._hidden_ids = control | vision | eos | {self.pad_token_id}
+
+    def _black(self) -> torch.Tensor:
+        # Read off the processor, so that rescaling and normalisation cannot be modelled wrongly.
+        side = self.patch_size * self.merge_size
+        pixels, _ = self.process_images([Image.fromarray(np.zeros((side, side, 3), np.uint8))])
+        return pixels[0].reshape(3, -1)[:, 0].clone()
+
+
+def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        what = {"AutoConfig": "config", "AutoTokenizer": "tokenizer"}
+        raise InputError(
+            f"model.path = {path!r}: the {what.get(auto_class.__name__, 'image processor')} "
+            f"cannot be loaded: {error}"
+        ) from error
+
+
+def _check_files(path: str) -> None:
+    """Raise for a local directory that lacks a file; a hub name is left to transformers."""
+    folder = Path(path)
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise InputError(f"model.path = {path!r}: there is no such directory")
+        return
+    if not folder.is_dir():
+        raise InputError(
+            f"model.path = {path!r} is a file; expected the directory of a checkpoint, with "
+            "config.json, the weights, the tokenizer and preprocessor_config.json"
+        )
+    needed = {
+        "config.json": ("config.json",),
+        "tokenizer.json": ("tokenizer.json", "vocab.json"),
+        "preprocessor_config.json": ("preprocessor_config.json", "processor_config.json"),
+    }
+    for name, any_of in needed.items():
+        if not any((folder / file).is_file() for file in any_of):
+            where = "into it" if name == "config.json" else "next to config.json"
+            raise InputError(
+                f"model.path = {path!r} has no {' or '.join(any_of)}: copy {name} of the original "
+                f"checkpoint {where}"
+            )
+
+
+def _optional_file(path: str, name: str) -> str | None:
+    return cached_file(
+        path,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
