@@ -1,0 +1,79 @@
+"""What the objective is put together from: KL estimators, token mask, annealing, metrics."""
+
+import math
+
+import pytest
+import torch
+
+from papo_fast.errors import InputError
+from papo_fast.objective import annealed, kl_penalty, largest_per_sequence, mean_metrics
+from papo_fast.token_batch import TokenBatch
+
+
+def sequences(*lengths):
+    """A batch of which only the sequences matter."""
+    zeros = torch.zeros(sum(lengths))
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return TokenBatch(zeros, zeros, zeros, ids)
+
+
+def test_token_mask_keeps_the_largest_of_each_sequence():
+    batch = sequences(10, 1, 4)
+    values = torch.tensor(
+        [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.0, 0.0, 0.0, 0.0, 0.01, 3.0, 3.0, 5.0, 3.0],
+        dtype=torch.float64,
+    )
+    kept = largest_per_sequence(values, batch, 0.2).nonzero().flatten().tolist()
+    assert kept == [1, 3, 10, 13]  # 2 of 10, 1 of 1, 1 of 4
+    kept = largest_per_sequence(values, batch, 0.6).nonzero().flatten().tolist()
+    assert kept == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13]  # among equals the earlier
+    assert largest_per_sequence(values, batch, 1.0).all()
+
+
+def test_token_mask_is_not_inflated_by_rounding():
+    # In float64, 0.07 × 100 is 7.000000000000001.
+    values = torch.arange(100.0)
+    assert largest_per_sequence(values, sequences(100), 0.07).sum() == 7
+
+
+def test_kl_estimators_by_hand():
+    p, q = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    assert kl_penalty(p, q, "k1").tolist() == [0.5, -1.0]
+    assert kl_penalty(p, q, "k2").tolist() == [0.125, 0.5]
+    assert kl_penalty(p, q, "abs").tolist() == [0.5, 1.0]
+    expected = [math.exp(-0.5) - 0.5, math.e - 2]
+    assert kl_penalty(p, q, "k3").tolist() == pytest.approx(expected)
+    with pytest.raises(InputError, match="k1, k2, k3, abs"):
+        kl_penalty(p, q, "k4")
+
+
+def test_k1_and_k3_are_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum()
+    for kind in ("k1", "k3"):
+        assert (p.exp() * kl_penalty(p, q, kind)).sum() == pytest.approx(exact.item(), rel=1e-12)
+
+
+def test_k3_is_clamped_only_where_asked():
+    p = torch.tensor([-30.0], requires_grad=True)
+    q = torch.zeros(1)
+    assert kl_penalty(p, q, "k3").item() == pytest.approx(math.exp(20) - 21)
+    clamped = kl_penalty(p, q, "k3", clamp_value=True)
+    clamped.sum().backward()
+    assert clamped.item() == 10 and p.grad.item() == 0
+
+
+def test_annealing_ends_at_zero_and_stays_there():
+    assert annealed(0.02, 0, 10) == 0.02
+    assert annealed(0.02, 5, 10) == pytest.approx(0.01)
+    assert annealed(0.02, 10, 10) == 0 == annealed(0.02, 99, 10)
+    assert annealed(0.02, 10**9, 0) == 0.02
+
+
+def test_metrics_of_several_updates_are_averaged_by_their_weights():
+    first = {"loss": (torch.tensor(1.0), 0.25), "ratio_max": (torch.tensor(3.0), 1)}
+    second = {"loss": (torch.tensor(2.0), 0.75), "ratio_max": (torch.tensor(2.0), 1)}
+    third = {"loss": (torch.tensor(5.0), 1.0), "ratio_min": (torch.tensor(0.5), 1)}
+    merged = mean_metrics([first, second, third])
+    assert merged == {"loss": 4.0, "ratio_max": 3.0, "ratio_min": 0.5}
