@@ -44,6 +44,8 @@ class Prompt:
     """The raw images, RGB."""
     encoded: EncodedPrompt
     """Token ids and patches of problem, suffix and images."""
+    reading: str | None = None
+    """What the picture says, where the data has such a column."""
 
 
 class PromptDataset(Dataset):
@@ -145,7 +147,8 @@ class PromptDataset(Dataset):
         except InputError as error:
             raise BadSample("prompt", str(error)) from error
         kind = as_kind(row.get(config.kind_key))
-        return Prompt(index, problem, answer, kind, images, encoded)
+        reading = row.get(config.reading_key)
+        return Prompt(index, problem, answer, kind, images, encoded, reading)
 
 
 class PromptStream:
@@ -265,7 +268,8 @@ class PromptStream:
             flag = "--" + self.option.replace("_", "-")
             raise InputError(
                 f"{self.dataset.source} has {len(self.dataset)} rows, fewer than {self.option} = "
-                f"{n}: lower {flag} (train.update_prompts must divide rollout.prompts) or give more data"
+                f"{n}: lower {flag} (train.update_prompts must divide rollout.prompts), or give "
+                "more data"
             )
 
 

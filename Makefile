@@ -1,0 +1,60 @@
+# Every target makes .venv and installs what it needs, once.
+
+PYTHON ?= python3
+PRESET ?= tiny
+SEED   ?= 0
+
+VENV        := .venv
+BIN         := $(VENV)/bin
+MACHINE     := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+CONSTRAINTS := constraints/$(MACHINE).txt
+STAMP       := $(VENV)/.installed-$(MACHINE)
+# -qq: errors only.
+PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test bench lint clean
+
+help:
+	@echo 'make setup    create .venv and install from $(CONSTRAINTS)'
+	@echo 'make train    train the default model on this machine   [PRESET=tiny SEED=0 ARGS=...]'
+	@echo 'make test     run the tests                             [ARGS="-k masks -x"]'
+	@echo 'make bench    run the benchmarks                        [ARGS=...]'
+	@echo 'make lint     check style with ruff'
+	@echo 'make clean    remove .venv, builds and caches; runs/ stays'
+	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with'
+
+setup: $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first, alone, so that nothing else decides which build of it is installed.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo 'error: $(PYTHON) not found; install Python 3.11 or later, or pass PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version) is too old; Python 3.11 or later is needed:" \
+	    'pass PYTHON=python3.11' >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo 'error: no virtual environment could be made; on Debian and Ubuntu install' \
+	    'python3-venv' >&2; rm -rf $(VENV); exit 1; }
+	@echo 'Installing into $(VENV) from $(CONSTRAINTS) (once; a few minutes)'
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
+	@touch $@
