@@ -1,0 +1,190 @@
+"""`papo-fast train | eval | report | doctor`. Options come from `papo_fast.config`, through tyro."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from papo_fast.errors import InputError
+
+USAGE = """\
+[bold]papo-fast[/bold]: perception-aware RL for vision-language models
+
+  papo-fast train PRESET [options]   train; PRESET is one of the names below
+  papo-fast eval --model DIR ...     mean@k accuracy of a checkpoint
+  papo-fast report RUN               table and picture of a run
+  papo-fast doctor                   what is installed, which paths run, what is missing
+
+Every command explains its options with --help."""
+
+
+@dataclass
+class EvalArguments:
+    """Mean@k accuracy of a checkpoint on a file of questions."""
+
+    model: str
+    """Checkpoint folder."""
+    data: str
+    """Questions: a .parquet or .jsonl file."""
+    preset: str = "papo-g-3b"
+    """Preset whose data and rollout settings are used; `tiny` for the built-in task."""
+    samples: int = 8
+    """k, samples per question."""
+    limit: int = 0
+    """Questions per kind; 0: all."""
+    corrupted: bool = True
+    """Also with corrupted images."""
+    seed: int = 0
+    """Seed of sampling and masks."""
+
+
+@dataclass
+class ReportArguments:
+    """Table and picture of a run."""
+
+    run: str
+    """The run's folder, e.g. runs/tiny-seed0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = Console(highlight=False)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
+        force=True,
+    )
+    _quiet_libraries()
+    commands = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print(USAGE)
+        console.print("\npresets: " + ", ".join(_preset_names()))
+        return 0
+    try:
+        if argv[0] not in commands:
+            raise InputError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)}")
+        return commands[argv[0]](argv[1:], console)
+    except InputError as error:
+        Console(stderr=True, highlight=False).print(
+            f"[red]error:[/red] {_plain(str(error))}", soft_wrap=True
+        )
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what is written stays in the run's folder")
+        return 130
+
+
+def _train(argv: list[str], console: Console) -> int:
+    import tyro
+
+    from papo_fast.presets import PRESETS
+
+    if not argv:
+        raise InputError("train needs a preset: one of " + ", ".join(PRESETS))
+    name = argv[0]
+    if name not in PRESETS and name not in ("-h", "--help"):
+        raise InputError(
+            f"unknown preset {name!r}{_suggest(name, PRESETS)}; there are " + ", ".join(PRESETS)
+        )
+    if name in ("-h", "--help"):
+        for preset, (help_text, _) in PRESETS.items():
+            console.print(f"  {preset:<14} {help_text}")
+        console.print("\noptions of one: papo-fast train PRESET --help")
+        return 0
+    help_text, default = PRESETS[name]
+    config = tyro.cli(
+        type(default),
+        args=argv[1:],
+        default=default,
+        prog=f"papo-fast train {name}",
+        description=help_text,
+    )
+    from papo_fast.trainer import train
+
+    train(config, console)
+    return 0
+
+
+def _eval(argv: list[str], console: Console) -> int:
+    import tyro
+
+    arguments = tyro.cli(EvalArguments, args=argv, prog="papo-fast eval")
+    from papo_fast.presets import PRESETS
+    from papo_fast.trainer import evaluate_checkpoint
+
+    if arguments.preset not in PRESETS:
+        raise InputError(
+            f"unknown preset {arguments.preset!r}{_suggest(arguments.preset, PRESETS)}"
+        )
+    preset = PRESETS[arguments.preset][1]
+    config = dataclasses.replace(
+        preset,
+        seed=arguments.seed,
+        model=dataclasses.replace(preset.model, path=arguments.model),
+        data=dataclasses.replace(preset.data, train=arguments.data, test=arguments.data),
+        eval=dataclasses.replace(
+            preset.eval,
+            samples=arguments.samples,
+            limit=arguments.limit,
+            corrupted=arguments.corrupted,
+        ),
+        digits=dataclasses.replace(preset.digits, enabled=False),
+    )
+    evaluate_checkpoint(config, console)
+    return 0
+
+
+def _report(argv: list[str], console: Console) -> int:
+    import tyro
+
+    # the run is the one thing this command is about: take it without a flag
+    if argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]
+    arguments = tyro.cli(ReportArguments, args=argv, prog="papo-fast report")
+    from papo_fast.report import print_run
+
+    print_run(Path(arguments.run), console)
+    return 0
+
+
+def _doctor(argv: list[str], console: Console) -> int:
+    if argv:
+        raise InputError(f"doctor takes no options; got {' '.join(argv)}")
+    from papo_fast.doctor import print_report
+
+    return print_report(console)
+
+
+def _quiet_libraries() -> None:
+    # their progress bars would break through ours; warnings and errors stay
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("httpx", "datasets", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def _preset_names() -> list[str]:
+    from papo_fast.presets import PRESETS
+
+    return list(PRESETS)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,330 @@
+"""Every knob of a run, as frozen dataclasses; `papo_fast.presets` fills them in.
+
+The command line is generated from these classes, so a field's docstring is its help text. A field
+that is `None` by default under `ObjectiveConfig` follows `parity` (see `ObjectiveConfig.resolved`).
+Equations and default values: PAPO, arXiv 2507.06448, and docs/design.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from papo_fast.errors import InputError
+
+Estimator = Literal["sampled", "exact"]
+KLPenalty = Literal["k1", "k2", "k3", "abs"]
+Average = Literal["token", "sequence", "constant"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """Local checkpoint directory (or hub name) of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the weights and of the forward pass."""
+    train_vision: bool = True
+    """Train the vision tower; False freezes it."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass to save memory."""
+    trust_remote_code: bool = False
+    """Let transformers run code that ships with the checkpoint. Leave off unless you trust it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Training data: a .parquet or .jsonl file, or a hub dataset name."""
+    test: str = ""
+    """Held-out data for evaluation; empty: no evaluation before and after."""
+    problem_key: str = "problem"
+    """Column with the question's text."""
+    answer_key: str = "answer"
+    """Column with the reference answer."""
+    images_key: str = "images"
+    """Column with a list of images, as bytes or as paths relative to the file."""
+    kind_key: str = "kind"
+    """Optional column that splits the evaluation table, e.g. vision_dependent / text_leaning."""
+    reading_key: str = "reading"
+    """Optional column with what the picture says, for the split of errors into perception and
+    reasoning: a response read it right if the same stands between <think> and </think>."""
+    prompt_suffix: str = (
+        " You first think through the reasoning process as an internal monologue, enclosed "
+        "within <think> </think> tags. Then, provide your final answer enclosed within \\boxed{}."
+    )
+    """Appended to every question (PAPO's instruction)."""
+    max_prompt_length: int = 4096
+    """Longest prompt in tokens, image tokens included."""
+    min_pixels: int = 200_704
+    """Smaller images are enlarged to this many pixels."""
+    max_pixels: int = 1_003_520
+    """Larger images are shrunk to this many pixels."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What an unreadable image, an empty answer or a too long prompt does: stop, or skip and count."""
+    shuffle: bool = True
+    """Shuffle the training data each epoch (seeded)."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    kind: Literal["patch", "official"] = "patch"
+    """`patch`: the processor's own patch grid. `official`: 14-pixel squares of the raw image."""
+    ratio: float = 0.6
+    """Share of the patches that is blacked out, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    engine: Literal["hf"] = "hf"
+    """What generates the responses."""
+    prompts: int = 384
+    """Prompts per rollout (per training step)."""
+    group_size: int = 5
+    """G, responses sampled per prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; the policy is scored at the same temperature."""
+    max_new_tokens: int = 2048
+    """Longest response in tokens."""
+    batch_size: int = 64
+    """Sequences generated at a time."""
+    dynamic_filter: bool = False
+    """DAPO's dynamic sampling: drop groups whose mean accuracy is outside `filter_range`."""
+    filter_range: tuple[float, float] = (0.01, 0.99)
+    """Mean accuracies, both excluded, between which a group is kept by `dynamic_filter`."""
+    filter_prompts: int = 128
+    """Prompts generated at a time while the dynamic filter fills the batch."""
+    max_filter_rounds: int = 20
+    """Rounds of `filter_prompts` after which an unfilled batch is an error."""
+    old_logprobs: Literal["recompute", "sampler"] = "recompute"
+    """Old log-probs from one more pass of the trainer, or as the sampler reported them."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    accuracy_weight: float = 0.9
+    """Weight of a right answer."""
+    format_weight: float = 0.1
+    """Weight of the <think>…</think> … \\boxed{…} format."""
+    timeout: float = 5.0
+    """Seconds one answer may take to parse and compare; after that it scores 0 and is counted."""
+    workers: int = 2
+    """Processes that score answers."""
+    overlong_buffer: int = 0
+    """DAPO's soft overlong penalty: tokens before the limit over which it grows from 0 to -1."""
+    overlong_coef: float = 1.0
+    """Weight of the overlong penalty."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    parity: Literal["ours", "official", "paper"] = "ours"
+    """`ours`: exact terms; `official`: the authors' code; `paper`: the paper's printed equations.
+    Sets every field below whose default is None, and nothing else."""
+    clip_low: float = 0.2
+    """Policy ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.3
+    """Policy ratio is clipped above at 1 + clip_high."""
+    clip_dual: float | None = 3.0
+    """Dual clip: bounds the loss at clip_dual * |A| where A < 0; None turns it off."""
+    kl_coef: float = 0.01
+    """β, weight of the KL to the reference policy; 0 loads no reference model."""
+    kl_estimator: Estimator = "sampled"
+    """Reference KL from sampled tokens (`kl_penalty`), or exact over the vocabulary."""
+    kl_penalty: KLPenalty = "k3"
+    """Sampled estimator of the reference KL."""
+    kl_prcp_coef: float = 0.02
+    """γ, weight of the perception KL, which is maximised."""
+    kl_prcp_estimator: Estimator | None = None
+    """Perception KL from sampled tokens (`kl_prcp_penalty`), or exact over the vocabulary."""
+    kl_prcp_penalty: KLPenalty = "k3"
+    """Sampled estimator of the perception KL."""
+    kl_prcp_top_p: float | None = None
+    """Keep the perception KL on this share of each sequence's tokens, the largest ones; None: all."""
+    kl_prcp_clip: float | None = None
+    """Upper bound of a token's perception KL; None: no bound of ours."""
+    kl_prcp_anneal_steps: int = 0
+    """Updates over which γ goes linearly from kl_prcp_coef to 0; 0: constant."""
+    entropy_coef: float = 0.0
+    """η₁, weight of the entropy with the real image, which is minimised."""
+    aug_entropy_coef: float = 0.0
+    """η₂, weight of the entropy with the corrupted image, which is minimised."""
+    entropy_estimator: Estimator | None = None
+    """Entropies as mean of -logprobs of the sampled tokens, or exact over the vocabulary."""
+    aug_gradient: bool | None = None
+    """Let the gradient flow into the corrupted stream. The authors' code does not."""
+    average: Average | None = None
+    """Token mean, mean of sequence means, or Dr. GRPO's constant denominator."""
+    average_over: Literal["global", "micro"] | None = None
+    """Denominators of the mean: the whole global batch, or each micro-batch (the authors' code)."""
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """Group-relative advantage with (`grpo`) or without (`dr_grpo`) division by the group's std."""
+    sft_coef: float = 0.0
+    """Weight of a likelihood term on right responses."""
+
+    def resolved(self) -> ObjectiveConfig:
+        """A copy in which every field that follows `parity` is filled in (DESIGN §2, Parity)."""
+        official = self.parity != "ours"
+        follow = {
+            "kl_prcp_estimator": "sampled" if official else "exact",
+            "entropy_estimator": "sampled" if official else "exact",
+            "aug_gradient": self.parity != "official",
+            "average": "token",
+            "average_over": "micro" if self.parity == "official" else "global",
+        }
+        if self.parity == "paper" and self.kl_coef > 0:
+            follow["average"] = "sequence"  # the paper's PAPO-G; its PAPO-D (β = 0) averages tokens
+        missing = {k: v for k, v in follow.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef != 0
+
+    @property
+    def needs_aug(self) -> bool:
+        return self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    lr: float = 1e-6
+    """Learning rate of AdamW, constant after warm-up."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm."""
+    update_prompts: int = 128
+    """Global batch of one update, in prompts; a rollout makes rollout.prompts / update_prompts updates."""
+    micro_batch: int = 8
+    """Sequences per forward and backward pass (each counts once, whatever the number of streams)."""
+    epochs: int = 2
+    """Passes over the training data."""
+    steps: int = 0
+    """Rollouts to train for; 0: what `epochs` gives."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only the final model."""
+    max_bad_updates: int = 3
+    """Updates in a row with a gradient that is not finite (skipped, counted) before the run stops."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    samples: int = 8
+    """k of mean@k: samples per question."""
+    limit: int = 0
+    """Questions per kind; 0: all."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+    corrupted: bool = True
+    """Also evaluate with corrupted images: a model that looks must get worse."""
+
+
+@dataclass(frozen=True)
+class DigitsConfig:
+    """The built-in task: arithmetic over handwritten digits, for the `tiny` presets."""
+
+    enabled: bool = False
+    """Build the model and the data on this machine instead of reading `model.path`, `data.train`."""
+    cache: str = "runs/digits"
+    """Where the data and the warm-started model are kept between runs."""
+    train_questions: int = 8192
+    """Training questions written to parquet."""
+    test_questions: int = 256
+    """Held-out questions written to parquet, half of each kind."""
+    warm_accuracy: float = 0.36
+    """Accuracy on vision-dependent questions at which the supervised warm start stops."""
+    warm_max_steps: int = 1500
+    """Supervised steps after which the warm start stops with an error."""
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = ""
+    """Name of the preset this configuration started from."""
+    name: str = ""
+    """Name of the run; empty: the preset and the seed."""
+    out: str = "runs"
+    """Folder of all runs; this one writes to OUT/NAME."""
+    seed: int = 0
+    """Seed of everything random. The same seed gives the same metrics, bit for bit on the CPU."""
+    device: str = "auto"
+    """`auto`: cuda where there is one, else cpu."""
+    threads: int = 0
+    """CPU threads for torch; 0: leave as it is."""
+    overwrite: bool = False
+    """Replace the run of the same name if there is one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
+
+    @property
+    def run_name(self) -> str:
+        return self.name or f"{self.preset or 'run'}-seed{self.seed}"
+
+    def validate(self) -> None:
+        """Raise `InputError`, naming the field and what it should be, before anything is loaded."""
+        rollout, objective, train = self.rollout, self.objective, self.train
+        if rollout.group_size < 2:
+            raise InputError(
+                f"rollout.group_size is {rollout.group_size}: group-relative advantages compare "
+                "the responses of one prompt, so it must be at least 2"
+            )
+        for name, value in (
+            ("rollout.prompts", rollout.prompts),
+            ("rollout.max_new_tokens", rollout.max_new_tokens),
+            ("rollout.batch_size", rollout.batch_size),
+            ("train.update_prompts", train.update_prompts),
+            ("train.micro_batch", train.micro_batch),
+            ("eval.samples", self.eval.samples),
+            ("reward.workers", self.reward.workers),
+            ("data.max_prompt_length", self.data.max_prompt_length),
+        ):
+            if value < 1:
+                raise InputError(f"{name} is {value}: it must be at least 1")
+        for name, value in (
+            ("rollout.temperature", rollout.temperature),
+            ("eval.temperature", self.eval.temperature),
+            ("reward.timeout", self.reward.timeout),
+            ("train.lr", train.lr),
+            ("train.grad_clip", train.grad_clip),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} is {value}: it must be a positive number")
+        if rollout.prompts % train.update_prompts:
+            raise InputError(
+                f"rollout.prompts ({rollout.prompts}) must be a multiple of train.update_prompts "
+                f"({train.update_prompts}): every update takes the same number of prompts"
+            )
+        if not 0 <= self.mask.ratio <= 1:
+            raise InputError(f"mask.ratio is {self.mask.ratio}: it must be between 0 and 1")
+        if not 0 <= objective.clip_low < 1 or objective.clip_high < 0:
+            raise InputError(
+                f"objective.clip_low = {objective.clip_low}, clip_high = {objective.clip_high}: "
+                "expected 0 <= clip_low < 1 and clip_high >= 0"
+            )
+        if objective.clip_dual is not None and objective.clip_dual <= 1:
+            raise InputError(f"objective.clip_dual is {objective.clip_dual}: it must be above 1")
+        if objective.kl_prcp_top_p is not None and not 0 < objective.kl_prcp_top_p <= 1:
+            raise InputError(
+                f"objective.kl_prcp_top_p is {objective.kl_prcp_top_p}: expected a share in (0, 1]"
+            )
+        low, high = rollout.filter_range
+        if not low < high:
+            raise InputError(f"rollout.filter_range is ({low}, {high}): expected low < high")
+        if not self.digits.enabled:
+            if not self.model.path:
+                raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
+            if not self.data.train:
+                raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")

@@ -1,0 +1,159 @@
+"""Questions about pictures of handwritten digits, written once in the schema of real data.
+
+The handwriting is the UCI digits set that scikit-learn ships (1797 images of 8x8, 16 grey levels).
+Test questions are drawn from handwriting that no training question uses. A picture is a row of
+28x28 cells, which is one vision token each in Qwen2.5-VL's layout (14-pixel patches merged 2x2).
+
+Kinds of question, as in the paper:
+
+- `vision_dependent`: the numbers are only in the picture;
+- `text_leaning`: the text gives the numbers, one of them, or two answers to choose from, so that a
+  policy that does not look can guess.
+
+A row of the parquet file has `problem`, `answer`, `images` (PNG bytes), `kind`, and `reading`: what
+a model that sees the picture right writes between <think> and </think>.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CELL = 28
+KINDS = ("vision_dependent", "text_leaning")
+# Which of the 1797 handwritten digits a split may use; the set is ordered by writer, roughly.
+SPLITS = {"train": slice(0, 1097), "dev": slice(1097, 1297), "test": slice(1297, None)}
+OPERATIONS = ("add", "subtract", "larger", "smaller", "count")
+
+
+@dataclass(frozen=True)
+class Question:
+    problem: str
+    answer: str
+    kind: str
+    reading: str
+    symbols: str
+    """What the picture shows, one character a cell: a digit, `+`, `-` or a blank."""
+
+
+class Handwriting:
+    """Cells of 28x28 uint8 (dark ink on white) drawn at random from one side of the split."""
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        part = SPLITS[split]
+        self._cells: dict[str, list[np.ndarray]] = {str(d): [] for d in range(10)}
+        for image, label in zip(digits.images[part], digits.target[part], strict=True):
+            ink = Image.fromarray((255 - image * (255 / 16)).astype(np.uint8))
+            cell = Image.new("L", (CELL, CELL), 255)
+            cell.paste(ink.resize((CELL - 4, CELL - 4), Image.Resampling.BICUBIC), (2, 2))
+            self._cells[str(int(label))].append(np.asarray(cell))
+
+    def picture(self, symbols: str, rng: random.Random) -> Image.Image:
+        """Grey picture of `symbols`, len(symbols) * 28 pixels wide."""
+        cells = [rng.choice(self._cells[s]) if s.isdigit() else _SIGNS[s] for s in symbols]
+        return Image.fromarray(np.concatenate(cells, axis=1))
+
+
+def _signs() -> dict[str, np.ndarray]:
+    blank = np.full((CELL, CELL), 255, np.uint8)
+    minus, plus = blank.copy(), blank.copy()
+    minus[13:15, 8:20] = plus[13:15, 8:20] = plus[8:20, 13:15] = 0
+    return {" ": blank, "-": minus, "+": plus}
+
+
+_SIGNS = _signs()
+
+
+def draw_question(kind: str, rng: random.Random) -> Question:
+    """One question of `kind`; operations are equally likely."""
+    operation = rng.choice(OPERATIONS)
+    if operation == "count":
+        return _count(kind, rng)
+    if operation in ("larger", "smaller"):
+        a, b = rng.sample(range(100), 2)
+        answer, shown = str(max(a, b) if operation == "larger" else min(a, b)), f"{a} {b}"
+        reading, ask = f"{a},{b}", f"Which is {operation}?"
+        wrong = str(a + b - int(answer))
+    else:
+        a, b = rng.randrange(20), rng.randrange(10)
+        if operation == "subtract" and a < b:
+            a, b = b, a
+        sign = "+" if operation == "add" else "-"
+        answer = str(a + b if sign == "+" else a - b)
+        reading = shown = f"{a}{sign}{b}"
+        ask = "Compute."
+        wrong = str(max(0, int(answer) + rng.choice((-2, -1, 1, 2))))
+    if kind == "text_leaning":
+        hint = rng.choice(("all", "first", "choice"))
+        if hint == "all":
+            ask += f" Given: {reading}"
+        elif hint == "first":
+            ask += f" First: {a}"
+        else:
+            ask += " Choose: " + " or ".join(sorted((answer, wrong), key=int))
+    return Question(ask, answer, kind, reading, shown)
+
+
+def _count(kind: str, rng: random.Random) -> Question:
+    row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 5))]
+    target = rng.choice(row)
+    for i in range(len(row)):  # repeated digits often enough that 1 is not a safe guess
+        if rng.random() < 0.35:
+            row[i] = target
+    shown = "".join(row)
+    ask = f"Count {target}."
+    if kind == "text_leaning":
+        hint = rng.choice(("all", "first", "choice"))
+        count = shown.count(target)
+        if hint == "all":
+            ask += f" Given: {shown}"
+        elif hint == "first":
+            ask += f" First: {shown[0]}"
+        else:
+            wrong = count + 1 if count == 1 else count - 1
+            ask += " Choose: " + " or ".join(str(c) for c in sorted((count, wrong)))
+    return Question(ask, str(shown.count(target)), kind, shown, shown)
+
+
+def write_questions(path: Path, n: int, split: str, seed: int) -> None:
+    """Write `n` questions, half of each kind in turn, to the parquet file `path`.
+
+    `split`, one of `SPLITS`, decides whose handwriting is used. The same arguments give the
+    same file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = random.Random(f"{split}-{seed}")
+    handwriting = Handwriting(split)
+    rows = []
+    for i in range(n):
+        question = draw_question(KINDS[i % 2], rng)
+        png = io.BytesIO()
+        handwriting.picture(question.symbols, rng).save(png, format="PNG")
+        rows.append(
+            {
+                "problem": question.problem,
+                "answer": question.answer,
+                "images": [png.getvalue()],
+                "kind": question.kind,
+                "reading": question.reading,
+            }
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows), partial)
+    partial.replace(path)
+
+
+def response(question_reading: str, answer: str) -> str:
+    """The response that the warm start teaches: the reading first, then the boxed answer."""
+    return f"<think>{question_reading}</think>\\boxed{{{answer}}}"

@@ -1,0 +1,139 @@
+"""Supervised warm start of the digits model: just far enough that sampling is right sometimes.
+
+Everything is kept under one cache folder per seed and settings, so a second run starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from papo_fast.config import Config, DataConfig, ModelConfig
+from papo_fast.data import Prompt, PromptDataset
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.digits.task import response, write_questions
+from papo_fast.errors import InputError
+from papo_fast.evaluate import evaluate
+from papo_fast.policy import Policy
+from papo_fast.processing import PromptEncoder
+from papo_fast.progress import Progress
+from papo_fast.rewards import Scorer
+from papo_fast.rollout.hf import HFRollout
+from papo_fast.sequences import collate
+
+log = logging.getLogger(__name__)
+
+LR = 2e-3
+BATCH = 128
+CHECK_EVERY = 25
+DEV_QUESTIONS = 128
+VERSION = 1  # raise it when task, model or recipe change: old caches are then left alone
+
+
+@dataclass(frozen=True)
+class DigitsFiles:
+    model: Path
+    train: Path
+    test: Path
+
+
+def prepare(config: Config, progress: Progress) -> Config:
+    """Build (or find) model and data of the digits task; the config then points to them."""
+    digits = config.digits
+    key = json.dumps([VERSION, config.seed, asdict(replace(digits, cache="")), config.threads])
+    folder = Path(digits.cache) / hashlib.sha256(key.encode()).hexdigest()[:12]
+    files = DigitsFiles(folder / "model", folder / "train.parquet", folder / "test.parquet")
+    data = replace(config.data, train=str(files.train), test=str(files.test))
+    if not (files.model / "config.json").exists():
+        _build(files, config, data, progress)
+    else:
+        log.info("warm-started model and data found in %s", folder)
+    return replace(config, model=replace(config.model, path=str(files.model)), data=data)
+
+
+def _build(files: DigitsFiles, config: Config, data: DataConfig, progress: Progress) -> None:
+    seed, digits = config.seed, config.digits
+    partial = files.model.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dev = files.train.with_name("dev.parquet")
+    with progress.task("questions", total=3) as advance:
+        for path, n, split in (
+            (files.train, digits.train_questions, "train"),
+            (dev, DEV_QUESTIONS, "dev"),
+            (files.test, digits.test_questions, "test"),
+        ):
+            write_questions(path, n, split, seed)
+            advance(1)
+    build_checkpoint(partial, seed)
+    model = replace(config.model, path=str(partial))
+    policy = warm_start(model, data, str(dev), config, progress)
+    policy.save(partial)
+    partial.rename(files.model)
+
+
+def warm_start(
+    model: ModelConfig, data: DataConfig, dev: str, config: Config, progress: Progress
+) -> Policy:
+    """Train on the written-out answers until accuracy on `dev` reaches `digits.warm_accuracy`.
+
+    Raises `InputError` if it is not reached in `digits.warm_max_steps` steps.
+    """
+    device = torch.device("cpu" if config.device == "auto" else config.device)
+    encoder = PromptEncoder(model.path, data)
+    policy = Policy.load(model, encoder.banned_token_ids, device)
+    train_prompts = _encode(PromptDataset(data.train, data, encoder), "reading pictures", progress)
+    dev_prompts = _encode(PromptDataset(dev, data, encoder), "reading pictures", progress)
+    targets = [
+        encoder.tokenizer.encode(response(p.reading, p.answer), add_special_tokens=False)
+        + [encoder.eos_token_ids[0]]
+        for p in train_prompts
+    ]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.98))
+    engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, 512)
+    rng = random.Random(config.seed)
+    accuracy = 0.0
+    total = config.digits.warm_max_steps
+    with Scorer(config.reward) as scorer, progress.task("warm start", total=total) as advance:
+        for step in range(1, total + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min(1.0, step / 50)
+            picked = rng.sample(range(len(train_prompts)), BATCH)
+            batch = collate(
+                [train_prompts[i].encoded for i in picked],
+                [targets[i] for i in picked],
+                encoder.pad_token_id,
+            ).to(device)
+            stats, _ = policy.stats(batch)
+            loss = -stats.logprobs.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            if step % CHECK_EVERY == 0:
+                result = evaluate(engine, encoder, dev_prompts, scorer, config, samples=2)
+                accuracy = result.accuracy["vision_dependent"]
+                if accuracy >= config.digits.warm_accuracy:
+                    log.info("warm start: accuracy %.2f after %d steps", accuracy, step)
+                    return policy
+            advance(1, f"loss {loss.item():.2f}  accuracy {accuracy:.2f}")
+    raise InputError(
+        f"the warm start reached accuracy {accuracy:.2f} after {total} steps, short of "
+        f"digits.warm_accuracy = {config.digits.warm_accuracy}: raise digits.warm_max_steps"
+    )
+
+
+def _encode(dataset: PromptDataset, label: str, progress: Progress) -> Sequence[Prompt]:
+    prompts = []
+    with progress.task(label, total=len(dataset)) as advance:
+        for prompt in dataset:
+            prompts.append(prompt)
+            advance(1)
+    return prompts

@@ -1,0 +1,251 @@
+"""From prompts to scored sequences: sample, reward, compare within the group, corrupt, score.
+
+One `Experience` is what an update consumes: B = prompts x G sequences in group order, with what the
+passes without gradient found out about each response token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from papo_fast.advantages import dynamic_filter, group_advantages, overlong_penalty
+from papo_fast.config import Config
+from papo_fast.data import Prompt
+from papo_fast.errors import InputError
+from papo_fast.masking import prompt_seed
+from papo_fast.policy import Policy, inference
+from papo_fast.processing import PromptEncoder
+from papo_fast.rewards import Score, Scorer
+from papo_fast.rollout import RolloutEngine
+from papo_fast.sequences import Completion, SequenceBatch, collate
+
+
+@dataclass
+class Experience:
+    """B sequences; lists have B entries, per-token tensors are (length of response i,) float32."""
+
+    prompts: list[Prompt]
+    completions: list[Completion]
+    responses: list[str]
+    scores: list[Score]
+    rewards_B: Tensor
+    advantages_B: Tensor
+    aug_pixels: list[Tensor | None]
+    rounds: int = 1
+    old_logprobs: list[Tensor] | None = None
+    ref_logprobs: list[Tensor] | None = None
+    aug_logprobs: list[Tensor] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(c.token_ids) for c in self.completions]
+
+    def is_right(self, i: int) -> bool:
+        return self.scores[i].accuracy >= 1
+
+    def batch(
+        self, indices: Sequence[int], pad_token_id: int, device: torch.device, *, aug: bool = False
+    ) -> SequenceBatch:
+        """Sequences `indices` as one padded batch, over the corrupted pictures if `aug`."""
+        return collate(
+            [self.prompts[i].encoded for i in indices],
+            [self.completions[i].token_ids for i in indices],
+            pad_token_id,
+            [self.aug_pixels[i] for i in indices] if aug else None,
+        ).to(device)
+
+
+class Collector:
+    """Samples and scores groups until a step's batch is full."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: RolloutEngine,
+        encoder: PromptEncoder,
+        scorer: Scorer,
+        corrupt: Callable[[Prompt, int], Tensor | None],
+    ):
+        self.config = config
+        self.engine = engine
+        self.encoder = encoder
+        self.scorer = scorer
+        self.corrupt = corrupt
+
+    def collect(self, stream: Iterator[list[Prompt]], step: int) -> Experience:
+        """One rollout of `rollout.prompts` groups; DAPO's filter asks for more until it is full."""
+        rollout = self.config.rollout
+        prompts: list[Prompt] = []
+        groups: list[list[Completion]] = []
+        scores: list[list[Score]] = []
+        rounds = 0
+        while len(prompts) < rollout.prompts:
+            if rounds == (rollout.max_filter_rounds if rollout.dynamic_filter else 1):
+                raise InputError(
+                    f"rollout.dynamic_filter kept {len(prompts)} of the {rollout.prompts} groups "
+                    f"needed after {rounds} rounds: the questions are too easy or too hard for "
+                    "this model; widen rollout.filter_range or raise rollout.max_filter_rounds"
+                )
+            new_prompts = next(stream)
+            new_groups, new_scores = self._sample(new_prompts, step, rounds)
+            for i in self._kept(new_scores):
+                prompts.append(new_prompts[i])
+                groups.append(new_groups[i])
+                scores.append(new_scores[i])
+            rounds += 1
+        return self._experience(
+            prompts[: rollout.prompts],
+            groups[: rollout.prompts],
+            scores[: rollout.prompts],
+            step,
+            rounds,
+        )
+
+    def _sample(
+        self, prompts: list[Prompt], step: int, round_: int
+    ) -> tuple[list[list[Completion]], list[list[Score]]]:
+        rollout = self.config.rollout
+        groups = self.engine.generate(
+            [p.encoded for p in prompts],
+            rollout.group_size,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            seed=prompt_seed(self.config.seed, step, -1 - round_),
+        )
+        responses = [self.encoder.decode(c.token_ids) for group in groups for c in group]
+        answers = [p.answer for p in prompts for _ in range(rollout.group_size)]
+        flat = self.scorer.score(responses, answers)
+        n = rollout.group_size
+        return groups, [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _kept(self, scores: list[list[Score]]) -> list[int]:
+        rollout = self.config.rollout
+        if not rollout.dynamic_filter:
+            return list(range(len(scores)))
+        accuracies = torch.tensor([s.accuracy for group in scores for s in group])
+        group_ids = torch.arange(len(scores)).repeat_interleave(rollout.group_size)
+        kept = dynamic_filter(accuracies, group_ids, *rollout.filter_range)
+        return group_ids[kept].unique().tolist()
+
+    def _experience(
+        self,
+        prompts: list[Prompt],
+        groups: list[list[Completion]],
+        scores: list[list[Score]],
+        step: int,
+        rounds: int,
+    ) -> Experience:
+        config, n = self.config, self.config.rollout.group_size
+        completions = [c for group in groups for c in group]
+        flat = [s for group in scores for s in group]
+        rewards = torch.tensor([s.reward for s in flat])
+        if config.reward.overlong_buffer:
+            rewards = rewards + config.reward.overlong_coef * overlong_penalty(
+                torch.tensor([len(c.token_ids) for c in completions]),
+                config.rollout.max_new_tokens,
+                config.reward.overlong_buffer,
+            )
+        group_ids = torch.arange(len(prompts)).repeat_interleave(n)
+        aug: list[Tensor | None] = []
+        for prompt in prompts:
+            seed = prompt_seed(config.seed, step, prompt.index)
+            pixels = self.corrupt(prompt, seed) if config.objective.needs_aug else None
+            aug += [pixels] * n  # one mask per prompt, shared by its responses
+        return Experience(
+            prompts=[p for p in prompts for _ in range(n)],
+            completions=completions,
+            responses=[self.encoder.decode(c.token_ids) for c in completions],
+            scores=flat,
+            rewards_B=rewards,
+            advantages_B=group_advantages(rewards, group_ids, config.objective.advantage),
+            aug_pixels=aug,
+            rounds=rounds,
+            metrics=_rollout_metrics(completions, flat, rewards),
+        )
+
+
+def _rollout_metrics(
+    completions: list[Completion], scores: list[Score], rewards: Tensor
+) -> dict[str, float]:
+    n = len(completions)
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": sum(s.accuracy for s in scores) / n,
+        "format": sum(s.format for s in scores) / n,
+        "response_length": sum(len(c.token_ids) for c in completions) / n,
+        "truncated": sum(not c.finished for c in completions) / n,
+    }
+
+
+def score_without_gradient(
+    experience: Experience,
+    policy: Policy,
+    reference: Policy | None,
+    encoder: PromptEncoder,
+    config: Config,
+    *,
+    on_policy: bool,
+) -> None:
+    """The experience pass: fills in old, reference and (official parity) aug log-probs.
+
+    Args:
+        on_policy: this rollout makes a single update, so the update's own log-probs are the old
+            ones and no pass is needed for them.
+    """
+    objective = config.objective.resolved()
+    sampler = [torch.tensor(c.logprobs) for c in experience.completions]
+    stored_aug = objective.needs_aug and not needs_aug_forward(config)
+    old: list[Tensor] = []
+    ref: list[Tensor] = []
+    aug: list[Tensor] = []
+    recompute = config.rollout.old_logprobs == "recompute" and not on_policy
+    temperature = config.rollout.temperature
+    want_ref = reference is not None and objective.kl_estimator == "sampled"
+    with inference(policy):
+        for indices in _chunks(len(experience), config.train.micro_batch):
+            lengths = [experience.lengths[i] for i in indices]
+            full = experience.batch(indices, encoder.pad_token_id, policy.device)
+            if recompute:
+                stats, _ = policy.stats(full, temperature=temperature)
+                old += stats.logprobs.cpu().split(lengths)
+            if want_ref:
+                stats, _ = reference.stats(full, temperature=temperature)
+                ref += stats.logprobs.cpu().split(lengths)
+            if stored_aug:
+                batch = experience.batch(indices, encoder.pad_token_id, policy.device, aug=True)
+                stats, _ = policy.stats(batch, temperature=temperature)
+                aug += stats.logprobs.cpu().split(lengths)
+    if recompute:
+        experience.old_logprobs = old
+        gap = torch.cat(old) - torch.cat(sampler)
+        experience.metrics["sampler_mismatch"] = gap.abs().mean().item()
+    elif config.rollout.old_logprobs == "sampler":
+        experience.old_logprobs = sampler
+    experience.ref_logprobs = ref or None
+    experience.aug_logprobs = aug or None
+
+
+def needs_aug_forward(config: Config) -> bool:
+    """Whether the update runs the corrupted stream itself.
+
+    It does not where nothing of that stream carries gradient and nothing exact is asked of it: then
+    the log-probs of the experience pass are enough, as in the authors' code.
+    """
+    objective = config.objective.resolved()
+    if not objective.needs_aug:
+        return False
+    exact = "exact" in (objective.kl_prcp_estimator, objective.entropy_estimator)
+    return bool(objective.aug_gradient) or exact
+
+
+def _chunks(n: int, size: int) -> list[list[int]]:
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+

@@ -1,0 +1,353 @@
+"""The training loop, as a story: evaluate, then sample, score, update; evaluate, report.
+
+What is left out here on purpose: sharding, other rollout engines and packing live behind
+`Policy`, `RolloutEngine` and `SequenceBatch`; nothing below needs to know of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from papo_fast.config import Config
+from papo_fast.corruption import PromptCorruptor
+from papo_fast.data import Prompt, PromptDataset, PromptStream
+from papo_fast.errors import InputError
+from papo_fast.evaluate import Evaluation, evaluate
+from papo_fast.experience import Collector, Experience, score_without_gradient
+from papo_fast.masking import prompt_seed
+from papo_fast.metrics import CollapseMonitor, MetricsLog
+from papo_fast.policy import Policy
+from papo_fast.processing import PromptEncoder
+from papo_fast.progress import Progress
+from papo_fast.report import print_summary, save_examples, write_report
+from papo_fast.rewards import Scorer
+from papo_fast.rollout.hf import HFRollout
+from papo_fast.update import Updater
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, console: Console) -> Path:
+    """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
+    config.validate()
+    run_dir = claim_run_dir(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # the clock starts before the warm start: `seconds` is what the user waited
+    started = time.perf_counter()
+    progress = Progress(console)
+    if config.digits.enabled:
+        from papo_fast.digits.warmstart import prepare
+
+        config = prepare(config, progress)
+    write_json(run_dir / "config.json", asdict(config))
+    with Scorer(config.reward) as scorer:
+        return Trainer(config, run_dir, scorer, progress, started).run()
+
+
+class Trainer:
+    def __init__(
+        self, config: Config, run_dir: Path, scorer: Scorer, progress: Progress, started: float
+    ):
+        self.config = config
+        self.run_dir = run_dir
+        self.scorer = scorer
+        self.progress = progress
+        self.console = progress.console
+        self.started = started
+        torch.manual_seed(config.seed)
+        device = pick_device(config.device)
+        self.encoder = PromptEncoder(
+            config.model.path, config.data, trust_remote_code=config.model.trust_remote_code
+        )
+        self.train_data = PromptDataset(config.data.train, config.data, self.encoder)
+        self.policy = Policy.load(config.model, self.encoder.banned_token_ids, device)
+        reference = self.policy.frozen_copy() if config.objective.needs_reference else None
+        self.reference = reference
+        self.updater = Updater(config, self.policy, reference, self.encoder.pad_token_id)
+        self.engine = HFRollout(
+            self.policy,
+            self.encoder.eos_token_ids,
+            self.encoder.pad_token_id,
+            config.rollout.batch_size,
+        )
+        self.corrupt = PromptCorruptor(config.mask, self.encoder)
+        rollout = config.rollout
+        self.stream = PromptStream(
+            self.train_data,
+            rollout.filter_prompts if rollout.dynamic_filter else rollout.prompts,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            option="rollout.filter_prompts" if rollout.dynamic_filter else "rollout.prompts",
+        )
+        self.collector = Collector(config, self.engine, self.encoder, scorer, self.corrupt)
+        self.test_prompts = self._load_test()
+        self.metrics = MetricsLog(run_dir / "metrics.jsonl")
+        self.monitor = CollapseMonitor()
+
+    def run(self) -> Path:
+        before = self._evaluate("evaluating before")
+        steps = self.config.train.steps or self._steps_of_epochs()
+        with self.progress.task("training", total=steps) as advance:
+            for step in range(1, steps + 1):
+                row = self.step(step)
+                self.metrics.append(row)
+                self.console.print(step_line(row, steps))
+                for alarm in row["alarms"]:
+                    self.console.print(f"[yellow]warning:[/yellow] {alarm}", highlight=False)
+                every = self.config.train.checkpoint_every
+                if every and step % every == 0 and step < steps:
+                    self._save(self.run_dir / "checkpoints" / f"step-{step}")
+                advance(1)
+        self._save(self.run_dir / "model")
+        after = self._evaluate("evaluating after")
+        corrupted = None
+        if self.config.eval.corrupted and after is not None:
+            corrupted = self._evaluate("with corrupted images", corrupted=True)
+        return self._finish(steps, before, after, corrupted)
+
+    def step(self, step: int) -> dict:
+        """One rollout and its updates; returns the metrics row."""
+        config, times = self.config, {}
+        clock = time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            times[f"{name}_seconds"] = now - clock
+            clock = now
+
+        prompts = config.rollout.prompts
+        with self.progress.task("rollout", total=prompts, transient=True) as advance:
+            self.engine.progress = advance
+            experience = self.collector.collect(self.stream, step)
+            self.engine.progress = None
+        lap("rollout")
+        per_update = config.train.update_prompts * config.rollout.group_size
+        slices = [
+            range(i, min(i + per_update, len(experience)))
+            for i in range(0, len(experience), per_update)
+        ]
+        score_without_gradient(
+            experience,
+            self.policy,
+            self.reference,
+            self.encoder,
+            config,
+            on_policy=len(slices) == 1,
+        )
+        lap("experience")
+        updates = []
+        with self.progress.task("update", total=len(experience), transient=True) as advance:
+            for sequences in slices:
+                updates.append(self.updater.update(experience, sequences, advance))
+        lap("update")
+        return self._row(experience, updates, step, times)
+
+    def _row(
+        self, experience: Experience, updates: list[dict], step: int, times: dict[str, float]
+    ) -> dict:
+        values = defaultdict(list)
+        for update in updates:
+            for name, value in update.items():
+                values[name].append(value)
+        row = {
+            "step": step,
+            "seconds": time.perf_counter() - self.started,
+            **times,
+            **experience.metrics,
+            **{name: sum(v) / len(v) for name, v in values.items()},
+            "rollout_rounds": experience.rounds,
+            "reward_timeouts": self.scorer.timeouts,
+            "skipped_samples": self.train_data.skipped.total(),
+            "bad_updates": self.updater.bad_updates,
+        }
+        row["alarms"] = self.monitor.update(row)
+        return row
+
+    def _steps_of_epochs(self) -> int:
+        steps = self.config.train.epochs * len(self.train_data) // self.config.rollout.prompts
+        if steps < 1:
+            raise InputError(
+                f"data.train has {len(self.train_data)} rows, fewer in {self.config.train.epochs} "
+                f"epoch(s) than rollout.prompts = {self.config.rollout.prompts}: lower it, or set "
+                "train.steps"
+            )
+        return steps
+
+    def _load_test(self) -> list[Prompt]:
+        data = self.config.data
+        if not data.test:
+            return []
+        dataset = PromptDataset(data.test, data, self.encoder)
+        return limit_per_kind(list(dataset), self.config.eval.limit)
+
+    def _evaluate(self, label: str, corrupted: bool = False) -> Evaluation | None:
+        if not self.test_prompts:
+            return None
+        pixels = None
+        if corrupted:
+            pixels = [self._corrupted(p) for p in self.test_prompts]
+        with self.progress.task(label, total=len(self.test_prompts)) as advance:
+            self.engine.progress = advance
+            result = evaluate(
+                self.engine,
+                self.encoder,
+                self.test_prompts,
+                self.scorer,
+                self.config,
+                pixel_values=pixels,
+            )
+            self.engine.progress = None
+        return result
+
+    def _corrupted(self, prompt: Prompt) -> Tensor | None:
+        return self.corrupt(prompt, prompt_seed(self.config.seed, 0, prompt.index))
+
+    def _save(self, path: Path) -> None:
+        self.policy.save(path)
+        self.encoder.save_pretrained(path)
+
+    def _finish(
+        self,
+        steps: int,
+        before: Evaluation | None,
+        after: Evaluation | None,
+        corrupted: Evaluation | None,
+    ) -> Path:
+        config = self.config
+        summary = {
+            "preset": config.preset,
+            "seed": config.seed,
+            "git_commit": git_commit(),
+            "steps": steps,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "samples_per_question": config.eval.samples,
+            "bad_updates": self.updater.bad_updates,
+            "reward_timeouts": self.scorer.timeouts,
+        }
+        for when, result in (("before", before), ("after", after)):
+            if result is not None:
+                summary |= {
+                    f"accuracy_{when}": result.accuracy,
+                    f"perception_errors_{when}": result.perception_errors,
+                    f"reasoning_errors_{when}": result.reasoning_errors,
+                }
+        if corrupted is not None:
+            summary["accuracy_after_corrupted"] = corrupted.accuracy
+        write_json(self.run_dir / "summary.json", summary)
+        for when, result in (("before", before), ("after", after)):
+            if result is not None:
+                save_examples(self.run_dir, self._examples(when, result))
+        picture = write_report(self.run_dir)
+        print_summary(summary, self.console)
+        self.console.print(f"picture: {picture}\nmodel:   {self.run_dir / 'model'}")
+        return self.run_dir
+
+    def _examples(self, when: str, result: Evaluation) -> list[dict]:
+        """The first sample of each of the first questions, with its corrupted picture."""
+        rows = []
+        for sample in result.samples[:: self.config.eval.samples][:12]:
+            prompt = sample.prompt
+            seed = prompt_seed(self.config.seed, 0, prompt.index)
+            rows.append(
+                {
+                    "when": when,
+                    "problem": prompt.problem,
+                    "kind": prompt.kind,
+                    "answer": prompt.answer,
+                    "reading": prompt.reading,
+                    "response": sample.response,
+                    "reward": sample.reward,
+                    "accuracy": sample.accuracy,
+                    "image": prompt.images[0] if prompt.images else None,
+                    "corrupted": self.corrupt.picture(prompt, seed),
+                }
+            )
+        return rows
+
+
+def limit_per_kind(prompts: list[Prompt], limit: int) -> list[Prompt]:
+    """The first `limit` prompts of each kind; all of them where limit is 0."""
+    if not limit:
+        return prompts
+    seen: dict[str, int] = defaultdict(int)
+    kept = []
+    for prompt in prompts:
+        seen[prompt.kind] += 1
+        if seen[prompt.kind] <= limit:
+            kept.append(prompt)
+    return kept
+
+
+def step_line(row: dict, steps: int) -> str:
+    """One line of a step's metrics."""
+    parts = [f"step {row['step']:>3}/{steps}"]
+    for name, label, form in (
+        ("reward", "reward", ".3f"),
+        ("accuracy", "acc", ".3f"),
+        ("kl_prcp", "KL_prcp", ".3f"),
+        ("kl_ref", "KL_ref", ".4f"),
+        ("entropy", "H", ".3f"),
+        ("aug_entropy", "H_aug", ".3f"),
+        ("clip_fraction_high", "clip", ".3f"),
+        ("grad_norm", "grad", ".2f"),
+        ("response_length", "len", ".1f"),
+    ):
+        if row.get(name) is not None:
+            parts.append(f"{label} {row[name]:{form}}")
+    seconds = sum(row.get(f"{k}_seconds", 0) for k in ("rollout", "experience", "update"))
+    return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
+def claim_run_dir(config: Config) -> Path:
+    """The run's folder, made now; an older run of the same name is an error unless `overwrite`."""
+    path = Path(config.out) / config.run_name
+    if path.exists() and any(path.iterdir()):
+        if not config.overwrite:
+            raise InputError(
+                f"{path} already holds a run: choose another --name, or pass --overwrite to "
+                "replace it"
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r}, but torch sees no CUDA device (see papo-fast doctor)")
+    return device
+
+
+def write_json(path: Path, value: object) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, or None for an installed package."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None

@@ -1,0 +1,145 @@
+"""One policy update: micro-batches, the objective, gradients, clip, step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from papo_fast.config import Config
+from papo_fast.errors import InputError
+from papo_fast.experience import Experience, needs_aug_forward
+from papo_fast.objective import Metrics, annealed, mean_metrics, objective
+from papo_fast.policy import Policy
+from papo_fast.token_batch import Denominators, TokenBatch
+
+
+@dataclass
+class Updater:
+    """Owns the optimizer and counts updates.
+
+    Args:
+        policy: what is trained.
+        reference: frozen policy for the reference KL, or None where its weight is 0.
+        pad_token_id: from the prompt encoder.
+    """
+
+    config: Config
+    policy: Policy
+    reference: Policy | None
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+        )
+        self.objective = self.config.objective.resolved()
+        self.updates = 0
+        self.bad_updates = 0
+        self._bad_in_a_row = 0
+
+    def update(
+        self, experience: Experience, sequences: Sequence[int], advance: Callable[..., None]
+    ) -> dict[str, float]:
+        """One optimizer step on `sequences` of the experience; returns its metrics.
+
+        A gradient that is not finite changes nothing, is counted, and stops the run after
+        `train.max_bad_updates` in a row.
+        """
+        config, parts = self.config, []
+        # γ is annealed over updates, the learning rate warmed up likewise
+        kl_prcp_coef = annealed(
+            self.objective.kl_prcp_coef, self.updates, self.objective.kl_prcp_anneal_steps
+        )
+        lr = config.train.lr * min(1.0, (self.updates + 1) / max(1, config.train.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        denominators = Denominators(
+            tokens=float(sum(experience.lengths[i] for i in sequences)),
+            sequences=float(len(sequences)),
+            constant=float(len(sequences) * config.rollout.max_new_tokens),
+            correct_tokens=float(
+                sum(experience.lengths[i] for i in sequences if experience.is_right(i))
+            ),
+        )
+        self.policy.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        size = config.train.micro_batch
+        for start in range(0, len(sequences), size):
+            indices = sequences[start : start + size]
+            tokens, mismatch = self._token_batch(experience, indices)
+            loss, metrics = objective(
+                tokens, self.objective, denominators, kl_prcp_coef=kl_prcp_coef
+            )
+            loss.backward()
+            parts.append(metrics | mismatch)
+            advance(len(indices))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self._bad_in_a_row = 0
+        else:
+            self._skip(norm)
+        self.updates += 1
+        return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
+
+    def _skip(self, norm: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_updates += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self.config.train.max_bad_updates:
+            raise InputError(
+                f"gradient norm was {norm} in {self._bad_in_a_row} updates in a row "
+                "(train.max_bad_updates): lower train.lr, or train in float32"
+            )
+
+    def _token_batch(
+        self, experience: Experience, indices: Sequence[int]
+    ) -> tuple[TokenBatch, Metrics]:
+        config, goal, device = self.config, self.objective, self.policy.device
+        full = experience.batch(indices, self.pad_token_id, device)
+        aug = None
+        if needs_aug_forward(config):
+            aug = experience.batch(indices, self.pad_token_id, device, aug=True)
+        exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
+        stats, ref_kl = self.policy.stats(
+            full,
+            aug=aug,
+            aug_gradient=bool(goal.aug_gradient),
+            kl_to=self.reference if exact_ref else None,
+            temperature=config.rollout.temperature,
+        )
+
+        def stored(per_sequence: list[Tensor] | None) -> Tensor | None:
+            if per_sequence is None:
+                return None
+            return torch.cat([per_sequence[i] for i in indices]).to(device)
+
+        mismatch: Metrics = {}
+        old_logprobs = stored(experience.old_logprobs)
+        if old_logprobs is None:  # the only update of this rollout: its policy is the old one
+            old_logprobs = stats.logprobs.detach()
+            sampler = [torch.tensor(experience.completions[i].logprobs) for i in indices]
+            gap = (old_logprobs - torch.cat(sampler).to(device)).abs().sum()
+            mismatch = {"sampler_mismatch": (gap, full.n_tokens)}
+        right = torch.tensor([experience.is_right(i) for i in indices], device=device)
+        advantages = experience.advantages_B[list(indices)].to(device)
+        tokens = TokenBatch(
+            logprobs=stats.logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages[full.sequence_ids_N],
+            sequence_ids=full.sequence_ids_N,
+            entropy=stats.entropy,
+            aug_logprobs=stats.aug_logprobs if aug else stored(experience.aug_logprobs),
+            aug_entropy=stats.aug_entropy,
+            kl_prcp=stats.kl_prcp,
+            ref_logprobs=stored(experience.ref_logprobs),
+            ref_kl=ref_kl,
+            correct=right[full.sequence_ids_N],
+        )
+        return tokens, mismatch
