@@ -1,0 +1,28 @@
+"""Settings every test runs under: no network, one thread, the same random numbers each time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+# Set before transformers or datasets is imported anywhere; subprocesses inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_datasets_cache = tempfile.TemporaryDirectory(prefix="papo_fast_tests_")
+os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    import torch
+
+    torch.manual_seed(0)
