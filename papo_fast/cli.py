@@ -1,4 +1,4 @@
-"""`papo-fast train | eval | report | doctor`. Options come from `papo_fast.config`, through tyro."""
+"""`papo-fast train | eval | report | doctor`; options come from `papo_fast.config` by tyro."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def _eval(argv: list[str], console: Console) -> int:
     import tyro
 
     arguments = tyro.cli(EvalArguments, args=argv, prog="papo-fast eval")
+    from papo_fast.evaluate import evaluate_checkpoint
     from papo_fast.presets import PRESETS
-    from papo_fast.trainer import evaluate_checkpoint
 
     if arguments.preset not in PRESETS:
         raise InputError(

@@ -62,7 +62,7 @@ class DataConfig:
     max_pixels: int = 1_003_520
     """Larger images are shrunk to this many pixels."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """What an unreadable image, an empty answer or a too long prompt does: stop, or skip and count."""
+    """An unreadable image, an empty answer or a too long prompt: stop, or skip it and count."""
     shuffle: bool = True
     """Shuffle the training data each epoch (seeded)."""
 
@@ -141,7 +141,7 @@ class ObjectiveConfig:
     kl_prcp_penalty: KLPenalty = "k3"
     """Sampled estimator of the perception KL."""
     kl_prcp_top_p: float | None = None
-    """Keep the perception KL on this share of each sequence's tokens, the largest ones; None: all."""
+    """Keep the perception KL on the largest share of each sequence's tokens; None: on all."""
     kl_prcp_clip: float | None = None
     """Upper bound of a token's perception KL; None: no bound of ours."""
     kl_prcp_anneal_steps: int = 0
@@ -200,9 +200,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global gradient norm."""
     update_prompts: int = 128
-    """Global batch of one update, in prompts; a rollout makes rollout.prompts / update_prompts updates."""
+    """Global batch of one update, in prompts; a rollout makes rollout.prompts / this updates."""
     micro_batch: int = 8
-    """Sequences per forward and backward pass (each counts once, whatever the number of streams)."""
+    """Sequences per forward and backward pass; one counts once, whatever its streams."""
     epochs: int = 2
     """Passes over the training data."""
     steps: int = 0
@@ -210,7 +210,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only the final model."""
     max_bad_updates: int = 3
-    """Updates in a row with a gradient that is not finite (skipped, counted) before the run stops."""
+    """Updates in a row with a gradient that is not finite (skipped, counted) that end the run."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class DigitsConfig:
     """The built-in task: arithmetic over handwritten digits, for the `tiny` presets."""
 
     enabled: bool = False
-    """Build the model and the data on this machine instead of reading `model.path`, `data.train`."""
+    """Build model and data on this machine instead of reading `model.path`, `data.train`."""
     cache: str = "runs/digits"
     """Where the data and the warm-started model are kept between runs."""
     train_questions: int = 8192

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from rich.console import Console
+
 from papo_fast.config import Config
-from papo_fast.data import Prompt
+from papo_fast.corruption import PromptCorruptor
+from papo_fast.data import Prompt, PromptDataset
+from papo_fast.device import pick_device
+from papo_fast.masking import prompt_seed
+from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
+from papo_fast.progress import Progress
+from papo_fast.report import print_summary
 from papo_fast.rewards import Scorer
 from papo_fast.rollout import RolloutEngine
+from papo_fast.rollout.hf import HFRollout
 
 VISION = "vision_dependent"
 
@@ -39,6 +49,14 @@ class Evaluation:
     reasoning_errors: float | None
     samples: list[Sampled]
 
+    def summary(self, when: str) -> dict:
+        """Its entries of summary.json; `when` is `before` or `after`."""
+        return {
+            f"accuracy_{when}": self.accuracy,
+            f"perception_errors_{when}": self.perception_errors,
+            f"reasoning_errors_{when}": self.reasoning_errors,
+        }
+
 
 def evaluate(
     engine: RolloutEngine,
@@ -59,9 +77,7 @@ def evaluate(
     k = samples or config.eval.samples
     encoded = [p.encoded for p in prompts]
     if pixel_values is not None:
-        encoded = [
-            replace(e, pixel_values=p) for e, p in zip(encoded, pixel_values, strict=True)
-        ]
+        encoded = [replace(e, pixel_values=p) for e, p in zip(encoded, pixel_values, strict=True)]
     groups = engine.generate(
         encoded,
         k,
@@ -102,3 +118,106 @@ def reading(response: str) -> str | None:
     """What stands between <think> and </think>, or None where there is no such pair."""
     match = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
     return match.group(1).strip() if match else None
+
+
+class Evaluator:
+    """Evaluates one policy again and again on the same held-out questions and masks."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: HFRollout,
+        encoder: PromptEncoder,
+        scorer: Scorer,
+        corrupt: PromptCorruptor,
+        progress: Progress,
+    ):
+        self.config = config
+        self.engine = engine
+        self.encoder = encoder
+        self.scorer = scorer
+        self.corrupt = corrupt
+        self.progress = progress
+        self.prompts: list[Prompt] = []
+        if config.data.test:
+            dataset = PromptDataset(config.data.test, config.data, encoder)
+            self.prompts = limit_per_kind(dataset, config.eval.limit)
+
+    def run(self, label: str, corrupted: bool = False) -> Evaluation | None:
+        """Mean@k with real or corrupted pictures; None where there are no held-out questions."""
+        if not self.prompts:
+            return None
+        pixels = None
+        if corrupted:
+            pixels = [self.corrupt(p, self.mask_seed(p)) for p in self.prompts]
+        with self.progress.task(label, total=len(self.prompts)) as advance:
+            self.engine.progress = advance
+            result = evaluate(
+                self.engine,
+                self.encoder,
+                self.prompts,
+                self.scorer,
+                self.config,
+                pixel_values=pixels,
+            )
+            self.engine.progress = None
+        return result
+
+    def mask_seed(self, prompt: Prompt) -> int:
+        return prompt_seed(self.config.seed, 0, prompt.index)
+
+    def examples(self, when: str, result: Evaluation, n: int = 12) -> list[dict]:
+        """Rows for the report: the first sample of each of the first questions, with pictures."""
+        rows = []
+        for sample in result.samples[:: self.config.eval.samples][:n]:
+            prompt = sample.prompt
+            rows.append(
+                {
+                    "when": when,
+                    "problem": prompt.problem,
+                    "kind": prompt.kind,
+                    "answer": prompt.answer,
+                    "reading": prompt.reading,
+                    "response": sample.response,
+                    "reward": sample.reward,
+                    "accuracy": sample.accuracy,
+                    "image": prompt.images[0] if prompt.images else None,
+                    "corrupted": self.corrupt.picture(prompt, self.mask_seed(prompt)),
+                }
+            )
+        return rows
+
+
+def limit_per_kind(prompts: Iterable[Prompt], limit: int) -> list[Prompt]:
+    """The first `limit` prompts of each kind; all of them where limit is 0."""
+    seen: dict[str, int] = defaultdict(int)
+    kept = []
+    for prompt in prompts:
+        seen[prompt.kind] += 1
+        if not limit or seen[prompt.kind] <= limit:
+            kept.append(prompt)
+    return kept
+
+
+def evaluate_checkpoint(config: Config, console: Console) -> dict:
+    """Mean@k of the checkpoint `config.model.path` on `config.data.test`; prints a table."""
+    config.validate()
+    encoder = PromptEncoder(
+        config.model.path, config.data, trust_remote_code=config.model.trust_remote_code
+    )
+    device = pick_device(config.device)
+    policy = Policy.load(config.model, encoder.banned_token_ids, device)
+    torch.manual_seed(config.seed)
+    engine = HFRollout(
+        policy, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size
+    )
+    corrupt = PromptCorruptor(config.mask, encoder)
+    with Scorer(config.reward) as scorer:
+        evaluator = Evaluator(config, engine, encoder, scorer, corrupt, Progress(console))
+        result = evaluator.run("evaluating")
+        summary = {"samples_per_question": config.eval.samples} | result.summary("after")
+        if config.eval.corrupted:
+            corrupted = evaluator.run("with corrupted images", corrupted=True)
+            summary["accuracy_after_corrupted"] = corrupted.accuracy
+    print_summary(summary, console)
+    return summary

@@ -248,4 +248,3 @@ def needs_aug_forward(config: Config) -> bool:
 
 def _chunks(n: int, size: int) -> list[list[int]]:
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
-

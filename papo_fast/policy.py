@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from papo_kernels import TokenStats, token_stats
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from papo_fast.config import ModelConfig
 from papo_fast.sequences import SequenceBatch, stack_streams
+from papo_kernels import TokenStats, token_stats
 
 # Added to the logits of tokens that are never sampled, so that they are scored as impossible too.
 # Finite: 0 * inf would turn the entropy into NaN.
@@ -35,6 +36,10 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, banned_token_ids: Sequence[int]):
         super().__init__()
         self.model = model
+        # `generate` fills every option left unset from the checkpoint's own (Qwen ships a
+        # repetition penalty and a near-zero temperature), which is not the policy that is scored.
+        self._shipped_generation_config = model.generation_config
+        model.generation_config = GenerationConfig()
         weight = model.lm_head.weight
         ban = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
         ban[[i for i in banned_token_ids if i < len(ban)]] = BANNED_LOGIT
@@ -44,8 +49,6 @@ class Policy(nn.Module):
     def load(
         cls, config: ModelConfig, banned_token_ids: Sequence[int], device: torch.device
     ) -> Policy:
-        from transformers import AutoModelForImageTextToText
-
         model = AutoModelForImageTextToText.from_pretrained(
             config.path,
             dtype=getattr(torch, config.dtype),
@@ -134,6 +137,10 @@ class Policy(nn.Module):
         """Write config and weights (safetensors) as a HuggingFace checkpoint under `path`."""
         path.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(path)
+        # the checkpoint's own sampling options, written as they came: transformers refuses to
+        # save some that published checkpoints carry
+        shipped = self._shipped_generation_config.to_json_string(use_diff=True)
+        (path / "generation_config.json").write_text(shipped)
 
 
 @contextmanager

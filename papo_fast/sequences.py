@@ -26,7 +26,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences of at most S tokens, right-padded, with N response tokens among them.
+    """B sequences of at most S tokens, padded, with N response tokens among them.
 
     `rows_N` holds positions in the flattened (B*S,) hidden states: the position *before* each
     response token, whose logits predict it. `targets_N` are those tokens and `sequence_ids_N` says
@@ -81,12 +81,16 @@ def collate(
     responses: Sequence[Sequence[int]],
     pad_token_id: int,
     pixel_values: Sequence[Tensor | None] | None = None,
+    *,
+    left: bool = False,
 ) -> SequenceBatch:
     """Pad `prompts[i] + responses[i]` to one length.
 
-    `pixel_values`, one per sequence, stand in for the prompts' own (the corrupted pictures).
+    Args:
+        pixel_values: one per sequence, in place of the prompts' own (the corrupted pictures).
+        left: pad on the left, as generation needs it.
     """
-    lengths = [len(p.input_ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     width = max(lengths)
     shape = (len(lengths), width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -95,12 +99,14 @@ def collate(
     token_types = torch.zeros(shape, dtype=torch.int64)
     rows, targets, owners = [], [], []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, tokens = len(prompt.input_ids), torch.as_tensor(response, dtype=torch.int64)
-        input_ids[i, :start] = prompt.input_ids
-        input_ids[i, start : lengths[i]] = tokens
-        attention_mask[i, : lengths[i]] = 1
-        token_types[i, :start] = prompt.mm_token_type_ids
-        rows.append(torch.arange(start - 1, lengths[i] - 1) + i * width)
+        tokens = torch.as_tensor(response, dtype=torch.int64)
+        first = width - lengths[i] if left else 0
+        start, end = first + len(prompt), first + lengths[i]
+        input_ids[i, first:start] = prompt.input_ids
+        input_ids[i, start:end] = tokens
+        attention_mask[i, first:end] = 1
+        token_types[i, first:start] = prompt.mm_token_type_ids
+        rows.append(torch.arange(start - 1, end - 1) + i * width)
         targets.append(tokens)
         owners.append(torch.full((len(response),), i, dtype=torch.int64))
     pixels = [p.pixel_values for p in prompts] if pixel_values is None else list(pixel_values)

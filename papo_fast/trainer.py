@@ -18,15 +18,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from papo_fast.config import Config
 from papo_fast.corruption import PromptCorruptor
-from papo_fast.data import Prompt, PromptDataset, PromptStream
+from papo_fast.data import PromptDataset, PromptStream
+from papo_fast.device import pick_device
 from papo_fast.errors import InputError
-from papo_fast.evaluate import Evaluation, evaluate
+from papo_fast.evaluate import Evaluation, Evaluator
 from papo_fast.experience import Collector, Experience, score_without_gradient
-from papo_fast.masking import prompt_seed
 from papo_fast.metrics import CollapseMonitor, MetricsLog
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
@@ -93,12 +92,14 @@ class Trainer:
             option="rollout.filter_prompts" if rollout.dynamic_filter else "rollout.prompts",
         )
         self.collector = Collector(config, self.engine, self.encoder, scorer, self.corrupt)
-        self.test_prompts = self._load_test()
+        self.evaluator = Evaluator(
+            config, self.engine, self.encoder, scorer, self.corrupt, progress
+        )
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.monitor = CollapseMonitor()
 
     def run(self) -> Path:
-        before = self._evaluate("evaluating before")
+        before = self.evaluator.run("evaluating before")
         steps = self.config.train.steps or self._steps_of_epochs()
         with self.progress.task("training", total=steps) as advance:
             for step in range(1, steps + 1):
@@ -112,10 +113,10 @@ class Trainer:
                     self._save(self.run_dir / "checkpoints" / f"step-{step}")
                 advance(1)
         self._save(self.run_dir / "model")
-        after = self._evaluate("evaluating after")
+        after = self.evaluator.run("evaluating after")
         corrupted = None
         if self.config.eval.corrupted and after is not None:
-            corrupted = self._evaluate("with corrupted images", corrupted=True)
+            corrupted = self.evaluator.run("with corrupted images", corrupted=True)
         return self._finish(steps, before, after, corrupted)
 
     def step(self, step: int) -> dict:
@@ -187,35 +188,6 @@ class Trainer:
             )
         return steps
 
-    def _load_test(self) -> list[Prompt]:
-        data = self.config.data
-        if not data.test:
-            return []
-        dataset = PromptDataset(data.test, data, self.encoder)
-        return limit_per_kind(list(dataset), self.config.eval.limit)
-
-    def _evaluate(self, label: str, corrupted: bool = False) -> Evaluation | None:
-        if not self.test_prompts:
-            return None
-        pixels = None
-        if corrupted:
-            pixels = [self._corrupted(p) for p in self.test_prompts]
-        with self.progress.task(label, total=len(self.test_prompts)) as advance:
-            self.engine.progress = advance
-            result = evaluate(
-                self.engine,
-                self.encoder,
-                self.test_prompts,
-                self.scorer,
-                self.config,
-                pixel_values=pixels,
-            )
-            self.engine.progress = None
-        return result
-
-    def _corrupted(self, prompt: Prompt) -> Tensor | None:
-        return self.corrupt(prompt, prompt_seed(self.config.seed, 0, prompt.index))
-
     def _save(self, path: Path) -> None:
         self.policy.save(path)
         self.encoder.save_pretrained(path)
@@ -240,56 +212,19 @@ class Trainer:
         }
         for when, result in (("before", before), ("after", after)):
             if result is not None:
-                summary |= {
-                    f"accuracy_{when}": result.accuracy,
-                    f"perception_errors_{when}": result.perception_errors,
-                    f"reasoning_errors_{when}": result.reasoning_errors,
-                }
+                summary |= result.summary(when)
         if corrupted is not None:
             summary["accuracy_after_corrupted"] = corrupted.accuracy
         write_json(self.run_dir / "summary.json", summary)
+        examples: list[dict] = []
         for when, result in (("before", before), ("after", after)):
             if result is not None:
-                save_examples(self.run_dir, self._examples(when, result))
+                examples += self.evaluator.examples(when, result)
+        save_examples(self.run_dir, examples)
         picture = write_report(self.run_dir)
         print_summary(summary, self.console)
         self.console.print(f"picture: {picture}\nmodel:   {self.run_dir / 'model'}")
         return self.run_dir
-
-    def _examples(self, when: str, result: Evaluation) -> list[dict]:
-        """The first sample of each of the first questions, with its corrupted picture."""
-        rows = []
-        for sample in result.samples[:: self.config.eval.samples][:12]:
-            prompt = sample.prompt
-            seed = prompt_seed(self.config.seed, 0, prompt.index)
-            rows.append(
-                {
-                    "when": when,
-                    "problem": prompt.problem,
-                    "kind": prompt.kind,
-                    "answer": prompt.answer,
-                    "reading": prompt.reading,
-                    "response": sample.response,
-                    "reward": sample.reward,
-                    "accuracy": sample.accuracy,
-                    "image": prompt.images[0] if prompt.images else None,
-                    "corrupted": self.corrupt.picture(prompt, seed),
-                }
-            )
-        return rows
-
-
-def limit_per_kind(prompts: list[Prompt], limit: int) -> list[Prompt]:
-    """The first `limit` prompts of each kind; all of them where limit is 0."""
-    if not limit:
-        return prompts
-    seen: dict[str, int] = defaultdict(int)
-    kept = []
-    for prompt in prompts:
-        seen[prompt.kind] += 1
-        if seen[prompt.kind] <= limit:
-            kept.append(prompt)
-    return kept
 
 
 def step_line(row: dict, steps: int) -> str:
@@ -324,15 +259,6 @@ def claim_run_dir(config: Config) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but torch sees no CUDA device (see papo-fast doctor)")
-    return device
 
 
 def write_json(path: Path, value: object) -> None:

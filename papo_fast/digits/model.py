@@ -73,8 +73,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL's architecture at hidden size 128, 3 layers, and a vision tower of 64 x 2."""
-    ids = dict(zip(("start", "end", "image", "video"), tokenizer.convert_tokens_to_ids(list(VISION)),
-                   strict=True))
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(VISION))
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -107,10 +106,10 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "fullatt_block_indexes": [1],
             "initializer_range": 0.05,
         },
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["start"],
-        vision_end_token_id=ids["end"],
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
         tie_word_embeddings=False,
         initializer_range=0.05,
     )

@@ -18,6 +18,7 @@ import torch
 
 from papo_fast.config import Config, DataConfig, ModelConfig
 from papo_fast.data import Prompt, PromptDataset
+from papo_fast.device import pick_device
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
@@ -86,7 +87,7 @@ def warm_start(
 
     Raises `InputError` if it is not reached in `digits.warm_max_steps` steps.
     """
-    device = torch.device("cpu" if config.device == "auto" else config.device)
+    device = pick_device(config.device)
     encoder = PromptEncoder(model.path, data)
     policy = Policy.load(model, encoder.banned_token_ids, device)
     train_prompts = _encode(PromptDataset(data.train, data, encoder), "reading pictures", progress)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from papo_fast.policy import Policy, inference
 from papo_fast.processing import EncodedPrompt
-from papo_fast.sequences import Completion
+from papo_fast.sequences import Completion, collate
 
 
 class _Sampler(LogitsProcessor):
@@ -94,7 +94,8 @@ class HFRollout:
     ) -> list[list[Completion]]:
         model = self.policy.model
         model.model.rope_deltas = None  # left over from an earlier batch of other lengths
-        inputs = _left_padded(prompts, self.pad_token_id, self.policy.device)
+        batch = collate(prompts, [[]] * len(prompts), self.pad_token_id, left=True)
+        inputs = batch.to(self.policy.device).model_inputs()
         width = inputs["input_ids"].shape[1]
         sampler = _Sampler(self.policy.banned_V, temperature)
         sequences = model.generate(
@@ -121,30 +122,3 @@ class HFRollout:
         end = next((i for i, t in enumerate(tokens) if t in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
         return Completion(tokens[:length], logprobs[:length], finished=end is not None)
-
-
-def _left_padded(
-    prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device
-) -> dict[str, Tensor]:
-    width = max(len(p.input_ids) for p in prompts)
-    shape = (len(prompts), width)
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    token_types = torch.zeros(shape, dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        start = width - len(prompt.input_ids)
-        input_ids[i, start:] = prompt.input_ids
-        attention_mask[i, start:] = 1
-        token_types[i, start:] = prompt.mm_token_type_ids
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "mm_token_type_ids": token_types,
-    }
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
-        inputs["image_grid_thw"] = torch.cat(
-            [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
-        )
-    return {name: value.to(device) for name, value in inputs.items()}

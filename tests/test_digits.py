@@ -1,0 +1,130 @@
+"""The built-in task: right answers, honest splits, an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from papo_fast.config import DataConfig
+from papo_fast.data import PromptDataset
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.digits.task import CELL, KINDS, Handwriting, draw_question, response, write_questions
+from papo_fast.evaluate import Sampled, error_shares, reading
+from papo_fast.processing import PromptEncoder
+
+DATA = DataConfig(prompt_suffix="", min_pixels=CELL * CELL, max_pixels=CELL * CELL * 64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "model"
+    build_checkpoint(path, seed=0)
+    return path
+
+
+def solve(question: str, shown: str) -> int:
+    """An independent solver that reads the picture's symbols."""
+    if question.startswith("Compute"):
+        return eval(shown)  # digits, + and - only
+    if question.startswith("Count"):
+        return shown.count(question.split()[1].rstrip("."))
+    numbers = [int(part) for part in shown.split()]
+    return max(numbers) if "larger" in question else min(numbers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_follow_from_the_picture_and_hints_are_true(kind):
+    rng = random.Random(1)
+    hints = set()
+    for _ in range(2000):
+        q = draw_question(kind, rng)
+        assert int(q.answer) == solve(q.problem, q.symbols)
+        assert q.reading == q.symbols.replace(" ", ",")
+        if " Given: " in q.problem:
+            assert q.problem.endswith(q.reading)
+            hints.add("all")
+        if " First: " in q.problem:
+            assert q.reading.startswith(q.problem.split("First: ")[1])
+            hints.add("first")
+        if " Choose: " in q.problem:
+            options = q.problem.split("Choose: ")[1].split(" or ")
+            assert q.answer in options and len(set(options)) == 2
+            hints.add("choice")
+    assert hints == (set() if kind == "vision_dependent" else {"all", "first", "choice"})
+
+
+def test_no_handwriting_of_test_questions_is_seen_in_training_or_warm_start_checks():
+    cells = {
+        split: {c.tobytes() for digit in Handwriting(split)._cells.values() for c in digit}
+        for split in ("train", "dev", "test")
+    }
+    assert {split: len(c) for split, c in cells.items()} == {"train": 1097, "dev": 200, "test": 500}
+    assert not cells["test"] & (cells["train"] | cells["dev"])
+
+
+def test_the_file_is_the_same_each_time_and_holds_the_pictures_it_speaks_of(tmp_path):
+    for name in ("a", "b"):
+        write_questions(tmp_path / f"{name}.parquet", 40, "test", seed=3)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [r["kind"] for r in rows] == [KINDS[i % 2] for i in range(40)]
+    known = {c.tobytes() for digit in Handwriting("test")._cells.values() for c in digit}
+    for row in rows:
+        pixels = np.asarray(Image.open(io.BytesIO(row["images"][0])))
+        shown = row["reading"].replace(",", " ")
+        assert pixels.shape == (CELL, CELL * len(shown))
+        for i, symbol in enumerate(shown):
+            cell = np.ascontiguousarray(pixels[:, i * CELL : (i + 1) * CELL])
+            assert (cell.tobytes() in known) == symbol.isdigit()
+
+
+def test_the_checkpoint_loads_like_any_other_and_one_cell_is_one_token(checkpoint, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = response("37+5", "42")
+    assert text == "<think>37+5</think>\\boxed{42}"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) == 10  # every digit and tag is one token
+    write_questions(tmp_path / "q.parquet", 6, "train", seed=0)
+    encoder = PromptEncoder(checkpoint, DATA)
+    for prompt in PromptDataset(tmp_path / "q.parquet", DATA, encoder):
+        image_tokens = int((prompt.encoded.input_ids == encoder.image_token_id).sum())
+        assert image_tokens == len(prompt.reading)
+        assert prompt.images[0].size == (CELL * image_tokens, CELL)
+
+
+def test_the_same_seed_builds_the_same_model(tmp_path):
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        build_checkpoint(tmp_path / name, seed)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_wrong_answers_split_into_misread_and_miscalculated(tmp_path, checkpoint):
+    write_questions(tmp_path / "q.parquet", 2, "train", seed=0)
+    prompts = list(PromptDataset(tmp_path / "q.parquet", DATA, PromptEncoder(checkpoint, DATA)))
+    vision, leaning = prompts
+    assert (vision.kind, leaning.kind) == KINDS
+    right = response(vision.reading, vision.answer)
+    samples = [
+        Sampled(vision, right, 1.0, 1.0),
+        Sampled(vision, response("9999", vision.answer), 1.0, 1.0),  # right by luck: no error
+        Sampled(vision, response(vision.reading, "-1"), 0.1, 0.0),
+        Sampled(vision, response("9999", "-1"), 0.1, 0.0),
+        Sampled(vision, "<think>never closed", 0.0, 0.0),
+        Sampled(leaning, response("9999", "-1"), 0.1, 0.0),  # not a vision-dependent question
+    ]
+    assert error_shares(samples) == (2 / 5, 1 / 5)
+    assert error_shares(samples[-1:]) == (None, None)
+    assert reading("<think> 3+4 </think>\\boxed{7}") == "3+4"

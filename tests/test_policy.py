@@ -1,0 +1,172 @@
+"""The policy's statistics against the HuggingFace model's own logits, one sequence at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from family_checkpoints import FAMILIES, write_checkpoint
+from PIL import Image
+
+from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.policy import Policy
+from papo_fast.processing import PromptEncoder
+from papo_fast.rollout.hf import HFRollout
+from papo_fast.sequences import collate
+
+DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request, tmp_path_factory):
+    path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    encoder = PromptEncoder(path, DATA)
+    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
+    policy = Policy.load(config, encoder.banned_token_ids, torch.device("cpu"))
+    return path, encoder, policy
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def some_prompts(encoder):
+    return [
+        encoder.encode("What is it?", [picture(64, 64, 1)]),
+        encoder.encode("No picture here.", []),
+        encoder.encode(
+            "Two of them: <image> and <image>", [picture(60, 90, 2), picture(99, 64, 3)]
+        ),
+    ]
+
+
+def plain_logits(policy, prompt, response, pixel_values):
+    """Float64 log-softmax of one unpadded sequence through the model's own forward."""
+    ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
+    types = torch.cat([prompt.mm_token_type_ids, torch.zeros(len(response), dtype=torch.int64)])
+    inputs = {"input_ids": ids, "mm_token_type_ids": types[None]}
+    if pixel_values is not None:
+        inputs |= {"pixel_values": pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    policy.model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = policy.model(**inputs).logits[0].double() + policy.banned_V.double()
+    start = len(prompt)
+    return logits[start - 1 : start - 1 + len(response)].log_softmax(-1)
+
+
+def test_statistics_of_a_padded_batch_match_one_sequence_at_a_time(loaded):
+    _, encoder, policy = loaded
+    prompts = some_prompts(encoder)
+    responses = [[65, 66, 67], [70], [80, 81, 82, 83, 84, 85]]
+    pixels = [p.pixel_values for p in prompts]
+    aug_pixels = [None if p is None else torch.randn_like(p) for p in pixels]
+    full = collate(prompts, responses, encoder.pad_token_id)
+    aug = collate(prompts, responses, encoder.pad_token_id, aug_pixels)
+    with torch.no_grad():
+        stats, _ = policy.stats(full, aug=aug)
+    expected = []
+    for prompt, response, real, corrupted in zip(
+        prompts, responses, pixels, aug_pixels, strict=True
+    ):
+        log_p = plain_logits(policy, prompt, response, real)
+        log_q = plain_logits(policy, prompt, response, corrupted)
+        index = torch.tensor(response)[:, None]
+        p, q = log_p.exp(), log_q.exp()
+        expected.append(
+            torch.stack(
+                [
+                    log_p.gather(1, index)[:, 0],
+                    -(p * log_p).sum(-1),
+                    log_q.gather(1, index)[:, 0],
+                    -(q * log_q).sum(-1),
+                    (p * (log_p - log_q)).sum(-1),
+                ]
+            )
+        )
+    expected = torch.cat(expected, dim=1)
+    got = torch.stack(list(stats)).double()
+    errors = (got - expected).abs().amax(dim=1)
+    print("max errors:", dict(zip(stats._fields, errors.tolist(), strict=True)))
+    assert errors.max() < 2e-5
+    assert stats.kl_prcp[3].abs() < 1e-6, "a text-only prompt has nothing to corrupt"
+    assert stats.kl_prcp.max() > 1e-4, "corrupting the picture must change the policy"
+
+
+def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):
+    _, encoder, policy = loaded
+    prompt, response = some_prompts(encoder)[0], [65, 66, 67]
+    full = collate([prompt], [response], encoder.pad_token_id)
+    corrupted = torch.randn_like(prompt.pixel_values).requires_grad_()
+    aug = full.with_pixels(corrupted)
+    stats, _ = policy.stats(full, aug=aug, aug_gradient=False)
+    stats.kl_prcp.sum().backward()
+    assert corrupted.grad is None
+    stats, _ = policy.stats(full, aug=aug, aug_gradient=True)
+    stats.kl_prcp.sum().backward()
+    assert corrupted.grad.abs().max() > 0
+
+
+def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
+    _, encoder, policy = loaded
+    reference = policy.frozen_copy()
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    prompt, response = some_prompts(encoder)[0], [65, 66, 67, 68]
+    batch = collate([prompt], [response], encoder.pad_token_id)
+    stats, kl = policy.stats(batch, kl_to=reference)
+    log_p = plain_logits(policy, prompt, response, prompt.pixel_values)
+    log_r = plain_logits(reference, prompt, response, prompt.pixel_values)
+    expected = (log_p.exp() * (log_p - log_r)).sum(-1)
+    print("exact KL", kl.tolist(), "expected", expected.tolist())
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-4, atol=1e-5)
+    kl.sum().backward()
+    assert policy.model.lm_head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded):
+    _, encoder, policy = loaded
+    prompts = some_prompts(encoder)
+    engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=64)
+    groups = engine.generate(prompts, 20, temperature=1.3, max_new_tokens=12, seed=5)
+    assert [len(g) for g in groups] == [20, 20, 20]
+    completions = [c for group in groups for c in group]
+    drawn = {t for c in completions for t in c.token_ids}
+    assert not drawn & set(encoder.banned_token_ids)
+    for c in completions:
+        ends = [t in encoder.eos_token_ids for t in c.token_ids]
+        assert ends == [False] * (len(ends) - 1) + [c.finished]
+        assert c.finished or len(c.token_ids) == 12
+    batch = collate(
+        [p for p in prompts for _ in range(20)],
+        [c.token_ids for c in completions],
+        encoder.pad_token_id,
+    )
+    with torch.no_grad():
+        stats, _ = policy.stats(batch, temperature=1.3)
+    sampled = torch.tensor([x for c in completions for x in c.logprobs])
+    print("max |sampler - trainer|:", (sampled - stats.logprobs).abs().max().item())
+    assert (sampled - stats.logprobs).abs().max() < 2e-5
+
+
+def test_sampling_is_seeded_and_the_checkpoints_own_sampling_options_are_ignored(loaded, tmp_path):
+    path, encoder, policy = loaded
+    prompt = some_prompts(encoder)[0]
+
+    def draw(policy, seed):
+        engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=8)
+        return engine.generate([prompt], 8, temperature=1.0, max_new_tokens=8, seed=seed)
+
+    assert draw(policy, 1) == draw(policy, 1)
+    assert draw(policy, 1) != draw(policy, 2)
+    shipped = {"repetition_penalty": 5.0, "top_k": 1, "min_p": 0.5, "temperature": 1e-6}
+    copy = write_checkpoint(tmp_path / "copy", path.name[:-1], generation=shipped)
+    config = ModelConfig(path=str(copy), dtype="float32", gradient_checkpointing=False)
+    other = Policy.load(config, encoder.banned_token_ids, torch.device("cpu"))
+    assert draw(other, 1) == draw(policy, 1)
+    other.save(tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept["repetition_penalty"] == 5.0
