@@ -1,9 +1,9 @@
 """Rewards of responses: a right answer in \\boxed{}, and the <think>…</think> format.
 
-Answers that need algebra are compared by math-verify in worker processes with a time limit. A
-worker that exceeds it (`9^{9^{9^{9}}}` never returns from C code) is killed and replaced.
-The workers are plain programs and not a multiprocessing pool: `spawn` would run the trainer's main
-module, and with it torch, in every one of them, again after each kill.
+Answers that need algebra are compared by math-verify in worker processes with a limit of CPU time.
+One that exceeds it (`9^{9^{9^{9}}}` never returns from C code) is ended and replaced. The workers
+are plain programs and not a multiprocessing pool: `spawn` would run the trainer's main module, and
+with it torch, in every one of them, again after each kill.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from papo_fast.errors import InputError
 
 START_LIMIT = 120.0
 """Seconds a worker may take to start; a busy machine imports sympy slowly."""
+WALL_FACTOR = 10.0
+"""A worker that uses no CPU time, so that its own limit never comes, is killed after this many
+times the limit."""
 
 Verdict = Literal["right", "wrong", "timeout", "failure"]
 
@@ -58,7 +61,8 @@ class Scorer:
     """Scores responses; a context manager, which ends its processes. They start when first needed.
 
     Attributes:
-        timeouts: comparisons that exceeded `config.timeout`, since the start.
+        timeouts: comparisons that used more than `config.timeout` seconds of CPU time. The limit is
+            on CPU time, so that a busy machine gives the same rewards.
         failures: comparisons in which math-verify raised, ran out of memory or crashed; they score
             0. `last_failure` says how.
     """
@@ -239,23 +243,25 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def compare(self, reference: str, candidate: str) -> tuple[Verdict, str]:
-        """The verdict and, for a failure, its reason. Blocks for at most the time limit."""
+        """The verdict and, for a failure, its reason."""
         if self.process is None:
             self._start()
         request = json.dumps([reference, candidate]).encode() + b"\n"
         try:
             self.process.stdin.write(request)
             self.process.stdin.flush()
-            line = self._read_line(self.timeout)
+            line = self._read_line(WALL_FACTOR * self.timeout)
         except BrokenPipeError:
             line = b""
         if line is None:
             self.kill()
             return "timeout", ""
         if not line:
-            process = self.process
+            status = self.process.wait()
             self.kill()
-            return "failure", f"the worker died with exit status {process.returncode}"
+            if status == -answer_check.LIMIT_SIGNAL:
+                return "timeout", ""
+            return "failure", f"the worker died with exit status {status}"
         reply = json.loads(line)
         if "error" in reply:
             return "failure", reply["error"]
