@@ -104,7 +104,9 @@ class PromptDataset(Dataset):
         except BadSample as bad:
             message = f"{self.source}, row {index}: {bad}"
             if self.config.on_bad_sample == "error":
-                raise InputError(message) from bad
+                raise InputError(
+                    f"{message}. Fix the row, or pass --data.on-bad-sample skip"
+                ) from bad
             if bad.cause not in self._bad.values():
                 _log.warning("skipped: %s (more of this cause are only counted)", message)
             self._bad[index] = bad.cause

@@ -149,8 +149,7 @@ class PromptEncoder:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens), more "
                 f"than data.max_prompt_length = {self.max_prompt_length}: raise "
-                "--data.max-prompt-length, lower --data.max-pixels, or pass "
-                "--data.on-bad-sample skip"
+                "--data.max-prompt-length or lower --data.max-pixels"
             )
         types = (ids == self.image_token_id).long()
         return EncodedPrompt(ids, types, pixels, grid)

@@ -98,10 +98,7 @@ def as_answer(value: Any, key: str) -> str:
     if isinstance(value, float) and math.isnan(value):
         value = None
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadSample(
-            "answer",
-            f"column {key!r} is empty; give the row an answer, or pass --data.on-bad-sample skip",
-        )
+        raise BadSample("answer", f"column {key!r} is empty")
     if not isinstance(value, str | int | float):
         raise BadSample(
             "answer", f"column {key!r} holds a {type(value).__name__}; expected a text or a number"

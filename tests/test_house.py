@@ -1,0 +1,127 @@
+"""The house rules of CONTRIBUTING.md that a machine can check."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import papo_fast
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "papo_kernels": ROOT / "kernels" / "papo_kernels",
+    "papo_fast": ROOT / "papo_fast",
+}
+KERNELS_MAY_IMPORT = {"papo_kernels", "torch", "triton", *sys.stdlib_module_names}
+
+
+def modules(package):
+    found = sorted(PACKAGES[package].rglob("*.py"))
+    assert found
+    return found
+
+
+def imported(tree):
+    """(line, top-level name) of every absolute import, wherever in the module it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def offending(package, allowed):
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules(package)
+        for line, name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if not allowed(name)
+    ]
+
+
+def test_kernels_import_torch_and_triton_and_nothing_else():
+    assert offending("papo_kernels", KERNELS_MAY_IMPORT.__contains__) == []
+
+
+def test_the_trainer_imports_neither_bench_nor_tests():
+    upstairs = {"bench", "tests", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
+    assert offending("papo_fast", lambda name: name not in upstairs) == []
+
+
+def test_the_import_check_sees_imports_inside_functions():
+    source = "def f():\n    import transformers.models\n    from papo_fast import cli\n"
+    assert [name for _, name in imported(ast.parse(source))] == ["transformers", "papo_fast"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_is_longer_than_400_lines_or_called_utils(package):
+    for path in modules(package):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+        assert path.stem not in {"utils", "util", "helpers", "misc"}
+
+
+def in_a_new_interpreter(code, *flags):
+    """Output of `code` run from the repository's root, where the folder kernels/ is in reach."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_huggingfaces_kernels_can_be_imported_from_the_root():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    if not in_a_new_interpreter(
+        "import importlib.metadata as m\nprint(any(d.name == 'kernels' for d in m.distributions()))"
+    ).startswith("True"):
+        pytest.skip("HuggingFace's package kernels is not installed: pip install -e '.[dev]'")
+    where = in_a_new_interpreter(
+        "from kernels import get_kernel\nimport kernels as k; print(k.__file__)"
+    )
+    assert not Path(where).is_relative_to(ROOT / "kernels")
+
+
+def test_a_package_called_kernels_wins_over_our_folder(tmp_path):
+    # The same without the real package: a regular package further down sys.path comes before a
+    # folder without __init__.py that stands first.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = 'theirs'\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r})\nfrom kernels import get_kernel\n"
+    assert in_a_new_interpreter(f"{code}print(get_kernel)") == "theirs"
+
+
+def test_papo_kernels_is_importable_alone():
+    code = (
+        "import sys, papo_kernels\n"
+        "print(sorted(m for m in ('transformers', 'datasets', 'papo_fast') if m in sys.modules))"
+    )
+    assert in_a_new_interpreter(code) == "[]"
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert papo_fast.__version__ == project["version"]
+
+
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_the_constraints_satisfy_what_pyproject_asks_for(machine):
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {}
+    for line in (ROOT / "constraints" / f"{machine}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, _, version = line.partition("==")
+            pins[canonicalize_name(name)] = version
+    extras = project["optional-dependencies"]
+    asked = project["dependencies"] + extras["dev"] + extras["peers"] + extras["lora"]
+    asked += extras["vllm-cpu" if machine == "cpu" else "vllm"]
+    for requirement in map(Requirement, asked):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement.name} is not pinned"
+        assert requirement.specifier.contains(pin), f"{requirement} but pinned {pin}"
