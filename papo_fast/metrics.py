@@ -1,0 +1,329 @@
+"""What a run measured: one JSON object a training step, means over micro-batches, collapse alarms.
+
+The log is strict JSON (a NaN or an infinity is written as null), so any reader of JSON lines can
+follow a run while it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from papo_fast.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Row = dict[str, Any]
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """`row` as one line of strict JSON, without the newline; NaN and infinities become null.
+
+    Scalars of torch or numpy are written as the number they hold. Raises `TypeError` for anything
+    JSON has no word for.
+    """
+    return json.dumps(_strict(row), allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item"):
+        return _strict(value.item())
+    return value
+
+
+def read_json_lines(path: Path) -> tuple[list[Row], str | None]:
+    """Rows of a file with one JSON object a line, and a note if its last line was cut short.
+
+    A process that is killed while it writes leaves a last line without a newline that does not
+    parse: that line is left out and the note says so. Any other line that is not a JSON object
+    raises `InputError` with its number. Empty lines are passed over.
+    """
+    lines = path.read_bytes().split(b"\n")  # bytes: a cut can fall inside a character
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return rows, f"{path.name}: line {number} was cut short and is left out"
+            raise InputError(
+                f"{path}, line {number} is not JSON ({error}): {_shown(line)}. "
+                "Delete or repair that line"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object, found {_shown(line)}")
+        rows.append(row)
+    return rows, None
+
+
+def _shown(line: bytes) -> str:
+    text = line.decode("utf-8", errors="replace")
+    return repr(text if len(text) <= 80 else text[:80] + "…")
+
+
+def read_metrics(path: Path) -> tuple[list[Row], str | None]:
+    """Rows of a `metrics.jsonl`, and a note if the last line was cut short (see `read_json_lines`).
+
+    Raises `InputError` if the file is missing or has a malformed line before its end.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: the run has not finished its first step")
+    return read_json_lines(path)
+
+
+class MetricsLog:
+    """Appends rows to a JSON lines file, flushed to the operating system one by one.
+
+    `resume=False` wants a new (or empty) file and raises `InputError` otherwise, so that two runs
+    never end up in one log. `resume=True` continues an existing file; a last line that an earlier
+    process left unfinished is removed first, since it would become a malformed line in the middle.
+    """
+
+    def __init__(self, path: Path, resume: bool = False):
+        self.path = Path(path)
+        if self.path.exists() and self.path.stat().st_size > 0:
+            if not resume:
+                raise InputError(
+                    f"{self.path} already holds the metrics of a run: give this run another name, "
+                    "resume that one, or replace it with --overwrite"
+                )
+            self._mend()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _mend(self) -> None:
+        _, torn = read_json_lines(self.path)
+        data = self.path.read_bytes()
+        if torn is not None:
+            with self.path.open("r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+        elif not data.endswith(b"\n"):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
+        self._file.write(json_line(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class MetricSums:
+    """Weighted means over micro-batches of unequal size.
+
+    A mean over response tokens is added with the number of tokens as its weight, a mean over
+    sequences with the number of sequences; the result is then the mean over the whole batch.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float | torch.Tensor, float]] = {}
+
+    def add(self, name: str, mean: float | torch.Tensor, weight: float = 1.0) -> None:
+        """Add a mean of `weight` things. A scalar tensor stays on its device until `means`.
+
+        Weight 0 adds nothing, whatever the mean is (an empty micro-batch has none). Raises
+        `ValueError` if the weight is negative or not finite, or a tensor is not a scalar.
+        """
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight of {name!r} is {weight}: expected a finite number >= 0")
+        if weight == 0:
+            return
+        if not isinstance(mean, int | float):
+            if mean.numel() != 1:
+                raise ValueError(
+                    f"{name!r} is a tensor of shape {tuple(mean.shape)}, expected a scalar"
+                )
+            mean = mean.detach().double().reshape(())
+        total, weights = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + mean * weight, weights + weight)
+
+    def update(self, means: Mapping[str, float | torch.Tensor], weight: float = 1.0) -> None:
+        """`add` several means with one weight."""
+        for name, mean in means.items():
+            self.add(name, mean, weight)
+
+    def means(self) -> dict[str, float]:
+        """Name → weighted mean of all that was added; names that only had weight 0 are absent."""
+        return {name: float(total) / weight for name, (total, weight) in self._sums.items()}
+
+
+@dataclass
+class CollapseMonitor:
+    """Alarms for the collapse signs that PAPO's paper reports for a perception term set too high.
+
+    The means of the last `window` rows are compared with those of an earlier window, no more than
+    `lookback` windows back. A change counts if it is large (the thresholds below) *and* stands out
+    of the noise: more than `sigmas` standard errors, the noise of one row being estimated from the
+    differences between neighbouring rows, which a steady trend leaves alone. Nothing is said
+    before `warmup` windows have passed, and a sign that was reported is quiet for two windows. What
+    to try is said with the first alarm of each sign.
+
+    - perception KL against reward: since the window with the best reward, the KL has grown
+      `kl_growth`-fold and by `kl_rise`, and the reward has fallen by `reward_fall`;
+    - clipping: the share of tokens clipped from above reaches `clip_high_level` and is
+      `clip_high_growth` times its lowest window;
+    - entropies: with the real and with the corrupted image, both have grown `entropy_growth`-fold
+      and by `entropy_rise` since the window with the lowest of each.
+
+    Rows that lack a value (missing, null or not finite) are passed over for the signs that need it.
+    """
+
+    window: int = 5
+    """Rows per mean."""
+    warmup: int = 3
+    """Windows before the first alarm."""
+    lookback: int = 8
+    """Windows that are remembered."""
+    sigmas: float = 4.0
+    """Standard errors of the difference of two windows that a change must exceed."""
+    kl_growth: float = 2.0
+    """Factor by which the perception KL must have grown."""
+    kl_rise: float = 0.05
+    """Nats by which the perception KL must have grown."""
+    reward_fall: float = 0.05
+    """Reward that must have been lost."""
+    clip_high_level: float = 0.02
+    """Share of tokens clipped from above below which nothing is said."""
+    clip_high_growth: float = 3.0
+    """Factor by which that share must have grown."""
+    entropy_growth: float = 1.5
+    """Factor by which both entropies must have grown."""
+    entropy_rise: float = 0.1
+    """Nats by which both entropies must have grown."""
+    _history: dict[tuple[str, ...], deque[Row]] = field(default_factory=dict, init=False)
+    _quiet: dict[tuple[str, ...], int] = field(default_factory=dict, init=False)
+    _advised: set[tuple[str, ...]] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("warmup", 2), ("lookback", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+
+    def update(self, row: Mapping[str, Any]) -> list[str]:
+        """Take one metrics row, in order of steps; the alarms it sets off, mostly none."""
+        alarms = []
+        for keys, check in (
+            (("kl_prcp", "reward"), self._kl_against_reward),
+            (("clip_fraction_high",), self._clipping),
+            (("entropy", "aug_entropy"), self._entropies),
+        ):
+            values = {key: row.get(key) for key in keys}
+            if not all(isinstance(v, int | float) and math.isfinite(v) for v in values.values()):
+                continue
+            history = self._history.setdefault(keys, deque(maxlen=self.lookback * self.window))
+            history.append(values)
+            self._quiet[keys] = self._quiet.get(keys, self.warmup * self.window) - 1
+            if self._quiet[keys] >= 0:
+                continue
+            found = check([_Series(self, key, [h[key] for h in history]) for key in keys])
+            if found:
+                self._quiet[keys] = 2 * self.window
+                advice = "" if keys in self._advised else f". {_advice(row)}"
+                self._advised.add(keys)
+                alarms.append(f"{found} (means of {self.window} steps){advice}")
+        return alarms
+
+    def _kl_against_reward(self, series: Sequence[_Series]) -> str | None:
+        kl, reward = series
+        best = max(reward.starts(), key=reward.mean)
+        rise = kl.now - kl.mean(best)
+        fall = reward.mean(best) - reward.now
+        if kl.grew(best, self.kl_growth, self.kl_rise) and fall >= max(
+            self.reward_fall, reward.noise
+        ):
+            return (
+                f"perception KL rose from {kl.mean(best):.3g} to {kl.now:.3g} (+{rise:.3g}) while "
+                f"the reward fell from {reward.mean(best):.3f} to {reward.now:.3f}"
+            )
+        return None
+
+    def _clipping(self, series: Sequence[_Series]) -> str | None:
+        (clip,) = series
+        lowest = min(clip.starts(), key=clip.mean)
+        if clip.now >= self.clip_high_level and clip.grew(lowest, self.clip_high_growth, 0.0):
+            return (
+                "tokens clipped from above rose from "
+                f"{clip.mean(lowest):.2%} to {clip.now:.2%} of all tokens"
+            )
+        return None
+
+    def _entropies(self, series: Sequence[_Series]) -> str | None:
+        lowest = [min(s.starts(), key=s.mean) for s in series]
+        if all(
+            s.grew(start, self.entropy_growth, self.entropy_rise)
+            for s, start in zip(series, lowest, strict=True)
+        ):
+            real, aug = (
+                f"{s.mean(start):.3g} to {s.now:.3g}"
+                for s, start in zip(series, lowest, strict=True)
+            )
+            return f"both entropies rose: real image {real}, corrupted image {aug} nats"
+        return None
+
+
+@dataclass
+class _Series:
+    """The remembered values of one metric, the newest last."""
+
+    monitor: CollapseMonitor
+    name: str
+    values: list[float]
+
+    def starts(self) -> Iterable[int]:
+        """Where windows start that do not overlap the newest one."""
+        return range(len(self.values) - 2 * self.monitor.window + 1)
+
+    def mean(self, start: int) -> float:
+        return fmean(self.values[start : start + self.monitor.window])
+
+    @property
+    def now(self) -> float:
+        return self.mean(len(self.values) - self.monitor.window)
+
+    @property
+    def noise(self) -> float:
+        """What noise alone may change between two windows: `sigmas` standard errors."""
+        pairs = zip(self.values, self.values[1:], strict=False)
+        row_variance = fmean((b - a) ** 2 for a, b in pairs) / 2
+        return self.monitor.sigmas * math.sqrt(2 * row_variance / self.monitor.window)
+
+    def grew(self, start: int, factor: float, least: float) -> bool:
+        """Whether the newest window is so much above the one at `start`."""
+        before = self.mean(start)
+        return self.now >= factor * before and self.now - before >= max(least, self.noise)
+
+
+def _advice(row: Mapping[str, Any]) -> str:
+    """What to try, from the ablation of PAPO's 3B model (arXiv 2507.06448, double entropy loss)."""
+    coef = row.get("kl_prcp_coef")
+    if coef == 0:
+        return "The perception term is off: try a lower train.lr or a higher objective.kl_coef"
+    now = "" if coef is None else f" (now {coef:g})"
+    return (
+        f"Try a lower objective.kl_prcp_coef{now}; the paper's 3B model is stable at 0.02 and "
+        "collapses at 0.04. Or raise objective.entropy_coef and objective.aug_entropy_coef: 0.03 "
+        "to 0.05 prevented it there, 0.01 did not"
+    )

@@ -1,0 +1,11 @@
+"""What a run looks like afterwards: a table in the terminal and one picture, from its files alone.
+
+A run directory holds `config.json`, `metrics.jsonl`, `examples.jsonl`, `examples/*.png`,
+`summary.json` (at the end) and `report.png` (drawn here).
+"""
+
+from papo_fast.report.figure import write_report
+from papo_fast.report.run_files import Run, read_run, save_examples
+from papo_fast.report.table import print_run, print_summary
+
+__all__ = ["Run", "print_run", "print_summary", "read_run", "save_examples", "write_report"]

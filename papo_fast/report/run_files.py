@@ -1,0 +1,154 @@
+"""Reading a run directory, finished or not, and writing its examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from papo_fast.errors import InputError
+from papo_fast.metrics import Row, json_line, read_json_lines, read_metrics
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+EXAMPLES, REPORT = "examples.jsonl", "report.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say. Anything that is not there yet is empty and has a note."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    """Metrics, one row a step."""
+    examples: list[Row] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What is missing or damaged, each one short sentence for the reader of the report."""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def alarms(self) -> str | None:
+        """When the collapse monitor spoke and what it said first; None if it never did."""
+        rows = [row for row in self.rows if row.get("alarms")]
+        if not rows:
+            return None
+        steps = [str(row.get("step", "?")) for row in rows]
+        more = f" and {len(steps) - 12} more" if len(steps) > 12 else ""
+        at = f"step{'s' * (len(steps) > 1)} {', '.join(steps[:12])}{more}"
+        return f"collapse alarms at {at}. First: {rows[0]['alarms'][0]}"
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read what there is in `run_dir`.
+
+    Raises `InputError` if it is not a run (the message lists what is there and the runs beside
+    it), if it has neither metrics nor examples yet, or if one of its files is damaged other than
+    by a last line that was cut short.
+    """
+    run_dir = Path(run_dir)
+    if not is_run(run_dir):
+        raise InputError(
+            f"{run_dir} is not a run: {_what_is_there(run_dir)}. {_runs_near(run_dir)}"
+        )
+    notes: list[str] = []
+    rows: list[Row] = []
+    examples: list[Row] = []
+    if (run_dir / METRICS).is_file():
+        rows, torn = read_metrics(run_dir / METRICS)
+        notes += [torn] if torn else []
+    if (run_dir / EXAMPLES).is_file():
+        examples, torn = read_json_lines(run_dir / EXAMPLES)
+        notes += [torn] if torn else []
+    if not rows and not examples:
+        raise InputError(
+            f"{run_dir} has no metrics yet: {_what_is_there(run_dir)}. "
+            f"Wait for its first step. {_runs_near(run_dir)}"
+        )
+    summary = _read_object(run_dir / SUMMARY)
+    if not rows:
+        notes.append("no training step yet")
+    if not examples:
+        notes.append(f"no {EXAMPLES}, so no examples")
+    if not summary:
+        notes.append(f"no {SUMMARY}: the run is not finished")
+    return Run(run_dir, _read_object(run_dir / CONFIG), rows, examples, summary, notes)
+
+
+def is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (CONFIG, METRICS, SUMMARY))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): delete it or run again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "there is no such directory"
+    if not path.is_dir():
+        return f"it is a file, expected a directory with {METRICS}"
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
+    if not names:
+        return "the directory is empty"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"it holds {', '.join(names[:8])}{more}"
+
+
+def _runs_near(path: Path) -> str:
+    """The runs inside `path` (if it is a folder of runs) and beside it."""
+    places = [p for p in (path, path.parent) if p.is_dir()]
+    runs = [
+        str(p)
+        for place in places
+        for p in sorted(place.iterdir())
+        if p.is_dir() and (p / METRICS).is_file() and p.resolve() != path.resolve()
+    ]
+    if not runs:
+        return f"No run with metrics in {path.parent}; `papo-fast train` makes one"
+    more = f" and {len(runs) - 8} more" if len(runs) > 8 else ""
+    return f"Runs with metrics: {', '.join(runs[:8])}{more}"
+
+
+def save_examples(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write examples to `examples.jsonl` and their pictures to `examples/*.png`.
+
+    Each row has `when` ("before" or "after"), `image` and `corrupted` (PIL images or None, written
+    as RGB; the file gets their paths relative to `run_dir`), and `problem`, `kind`, `answer`,
+    `reading`, `response`, `reward`, `accuracy`, which are written as they are. Examples of the
+    other `when` that the file holds are kept, those of the same `when` are replaced.
+    """
+    run_dir = Path(run_dir)
+    for row in rows:
+        if row["when"] not in ("before", "after"):
+            raise ValueError(f"when is {row['when']!r}, expected 'before' or 'after'")
+    path = run_dir / EXAMPLES
+    kept: list[Row] = []
+    if path.is_file():
+        new = {row["when"] for row in rows}
+        kept = [row for row in read_json_lines(path)[0] if row.get("when") not in new]
+    (run_dir / "examples").mkdir(parents=True, exist_ok=True)
+    for index, row in enumerate(rows):
+        files: dict[str, str | None] = {}
+        for key, suffix in (("image", ""), ("corrupted", "-corrupted")):
+            files[key] = None
+            if row.get(key) is not None:
+                files[key] = f"examples/{row['when']}-{index:03d}{suffix}.png"
+                row[key].convert("RGB").save(run_dir / files[key])
+        kept.append({**row, **files})
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json_line(row) + "\n" for row in kept), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,114 @@
+"""The table at the end of a run, and `papo-fast report RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from papo_fast.errors import InputError
+from papo_fast.report.figure import write_report
+from papo_fast.report.run_files import METRICS, read_run
+from papo_fast.report.wording import duration, kind_name
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Print accuracy per kind of question and the error shares, before and after, in per cent.
+
+    Differences are in percentage points. What `summary` lacks is shown as a dash.
+    """
+    before = summary.get("accuracy_before") or {}
+    after = summary.get("accuracy_after") or {}
+    corrupted = summary.get("accuracy_after_corrupted") or {}
+    samples = summary.get("samples_per_question")
+    kinds = list(dict.fromkeys([*before, *after, *corrupted]))
+    if kinds:
+        table = Table(
+            title="Accuracy on held-out questions" + (f", mean@{samples}" * bool(samples))
+        )
+        table.add_column("questions")
+        for name in ("before", "after", "change", "corrupted images", "change"):
+            table.add_column(name, justify="right")
+        for kind in kinds:
+            table.add_row(
+                Text(kind_name(kind)),  # plain text: a kind may hold [brackets]
+                _percent(before.get(kind)),
+                _percent(after.get(kind)),
+                _points(before.get(kind), after.get(kind), good=1),
+                _percent(corrupted.get(kind)),
+                _points(after.get(kind), corrupted.get(kind), good=0),
+            )
+        console.print(table)
+    errors = [(name, *(summary.get(f"{name}_errors_{w}") for w in ("before", "after")))
+              for name in ("perception", "reasoning")]  # fmt: skip
+    if any(value is not None for _, *values in errors for value in values):
+        table = Table(title="Errors, share of samples on vision-dependent questions")
+        table.add_column("error")
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
+        meaning = {"perception": "perception (misread)", "reasoning": "reasoning (read right)"}
+        for name, first, last in errors:
+            table.add_row(
+                meaning[name], _percent(first), _percent(last), _points(first, last, good=-1)
+            )
+        console.print(table)
+    facts = [f"{key} {summary[key]}" for key in ("preset", "seed", "steps") if key in summary]
+    if summary.get("seconds") is not None:
+        facts.append(duration(summary["seconds"]))
+    console.print(Text(" · ".join(facts), style="dim"))
+
+
+def print_run(run_dir: Path, console: Console) -> None:
+    """Print the run's table, draw its picture and say where it is.
+
+    Raises `InputError` if `run_dir` is not a run or has no metrics yet (see `read_run`).
+    """
+    run = read_run(run_dir)
+    if not run.rows:
+        raise InputError(
+            f"{run.path / METRICS} has no step yet: wait for the first one. "
+            "The examples from before training are in examples.jsonl"
+        )
+    if run.summary:
+        print_summary(run.summary, console)
+    else:
+        _print_progress(run.rows, console)
+    path = write_report(run.path)
+    if run.alarms:
+        console.print(Text(run.alarms[0].upper() + run.alarms[1:], style="red"))
+    for note in run.notes:
+        console.print(Text(f"Note: {note}", style="yellow"))
+    console.print(Text(f"Picture: {path}"), soft_wrap=True)
+
+
+def _print_progress(rows: list[dict[str, Any]], console: Console) -> None:
+    """The first and the newest tenth of an unfinished run, side by side."""
+    part = max(1, len(rows) // 10)
+    table = Table(title=f"Training so far, {len(rows)} steps")
+    table.add_column("mean of")
+    for name in (f"first {part}", f"last {part}"):
+        table.add_column(name, justify="right")
+    for key in ("reward", "accuracy", "kl_prcp", "entropy", "aug_entropy", "response_length"):
+        cells = []
+        for chosen in (rows[:part], rows[-part:]):
+            values = [row[key] for row in chosen if row.get(key) is not None]
+            cells.append(f"{sum(values) / len(values):.4g}" if values else "–")
+        table.add_row(key, *cells)
+    console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _points(first: float | None, last: float | None, good: int) -> Text:
+    """The difference, green where it has the sign of `good`, red where it has the other."""
+    if first is None or last is None:
+        return Text("–")
+    points = 100 * (last - first)
+    style = "" if good * points == 0 else "green" if good * points > 0 else "red"
+    return Text(f"{points:+.1f}", style=style)
