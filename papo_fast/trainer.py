@@ -31,6 +31,7 @@ from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
 from papo_fast.progress import Progress
 from papo_fast.report import print_summary, save_examples, write_report
+from papo_fast.report.run_files import is_run
 from papo_fast.rewards import Scorer
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.update import Updater
@@ -51,9 +52,11 @@ def train(config: Config, console: Console) -> Path:
         from papo_fast.digits.warmstart import prepare
 
         config = prepare(config, progress)
-    write_json(run_dir / "config.json", asdict(config))
     with Scorer(config.reward) as scorer:
-        return Trainer(config, run_dir, scorer, progress, started).run()
+        trainer = Trainer(config, run_dir, scorer, progress, started)
+        # not before everything is loaded: a folder with a config counts as a run
+        write_json(run_dir / "config.json", asdict(config))
+        return trainer.run()
 
 
 class Trainer:
@@ -248,15 +251,25 @@ def step_line(row: dict, steps: int) -> str:
 
 
 def claim_run_dir(config: Config) -> Path:
-    """The run's folder, made now; an older run of the same name is an error unless `overwrite`."""
+    """The run's folder, made now.
+
+    A run that was given a name is never replaced without `overwrite`; one that was not takes the
+    next free name (`tiny-seed0`, `tiny-seed0-2`, ...), so that a command can simply be repeated.
+    """
     path = Path(config.out) / config.run_name
-    if path.exists() and any(path.iterdir()):
-        if not config.overwrite:
+    if config.overwrite and path.exists():
+        if any(path.iterdir()) and not is_run(path):
+            raise InputError(f"{path} is not a run (no config.json): it will not be replaced")
+        shutil.rmtree(path)
+    taken = 1
+    while path.exists() and any(path.iterdir()):
+        if config.name:
             raise InputError(
                 f"{path} already holds a run: choose another --name, or pass --overwrite to "
                 "replace it"
             )
-        shutil.rmtree(path)
+        taken += 1
+        path = Path(config.out) / f"{config.run_name}-{taken}"
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -283,18 +283,27 @@ def test_bad_models_and_data_are_named(capsys, checkpoints, questions, tmp_path)
         assert name in message and "row" in message and expected in message
 
 
-def test_an_older_run_is_not_overwritten(checkpoints, questions, tmp_path, capsys):
+def test_an_older_run_is_never_replaced_unasked(checkpoints, questions, tmp_path):
     config = small(get_preset("grpo"), checkpoints["qwen2_5_vl"], questions, tmp_path)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, test=""),
         train=dataclasses.replace(config.train, steps=1),
     )
-    run(config)
-    before = (tmp_path / "grpo-seed0" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run"):
-        run(config)
-    assert (tmp_path / "grpo-seed0" / "metrics.jsonl").read_bytes() == before
+    first, _, _ = run(config)
+    before = (first / "metrics.jsonl").read_bytes()
+    second, _, _ = run(config)
+    assert (first.name, second.name) == ("grpo-seed0", "grpo-seed0-2")
+    named = dataclasses.replace(config, name="grpo-seed0")
+    with pytest.raises(ValueError, match="already holds a run.*--overwrite"):
+        run(named)
+    assert (first / "metrics.jsonl").read_bytes() == before
+    run(dataclasses.replace(named, overwrite=True, seed=3))
+    assert (first / "metrics.jsonl").read_bytes() != before
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a run"):
+        run(dataclasses.replace(config, name="precious", overwrite=True))
 
 
 def test_presets_are_the_papers_and_valid():

@@ -76,51 +76,32 @@ def draw_question(kind: str, rng: random.Random) -> Question:
     """One question of `kind`; operations are equally likely."""
     operation = rng.choice(OPERATIONS)
     if operation == "count":
-        return _count(kind, rng)
-    if operation in ("larger", "smaller"):
+        row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 5))]
+        target = rng.choice(row)
+        # repeated often enough that 1 is not a safe guess
+        row = [target if rng.random() < 0.35 else digit for digit in row]
+        first, shown, ask = row[0], "".join(row), f"Count {target}."
+        answer = shown.count(target)
+        other = answer + 1 if answer == 1 else answer - 1
+    elif operation in ("larger", "smaller"):
         a, b = rng.sample(range(100), 2)
-        answer, shown = str(max(a, b) if operation == "larger" else min(a, b)), f"{a} {b}"
-        reading, ask = f"{a},{b}", f"Which is {operation}?"
-        wrong = str(a + b - int(answer))
+        first, shown, ask = a, f"{a} {b}", f"Which is {operation}?"
+        answer, other = (max(a, b), min(a, b)) if operation == "larger" else (min(a, b), max(a, b))
     else:
         a, b = rng.randrange(20), rng.randrange(10)
         if operation == "subtract" and a < b:
             a, b = b, a
-        sign = "+" if operation == "add" else "-"
-        answer = str(a + b if sign == "+" else a - b)
-        reading = shown = f"{a}{sign}{b}"
-        ask = "Compute."
-        wrong = str(max(0, int(answer) + rng.choice((-2, -1, 1, 2))))
+        first, ask = a, "Compute."
+        shown = f"{a}+{b}" if operation == "add" else f"{a}-{b}"
+        answer = a + b if operation == "add" else a - b
+        other = abs(answer + rng.choice((-2, -1, 1, 2)))
+        if other == answer:
+            other += 1
+    reading = shown.replace(" ", ",")
     if kind == "text_leaning":
-        hint = rng.choice(("all", "first", "choice"))
-        if hint == "all":
-            ask += f" Given: {reading}"
-        elif hint == "first":
-            ask += f" First: {a}"
-        else:
-            ask += " Choose: " + " or ".join(sorted((answer, wrong), key=int))
-    return Question(ask, answer, kind, reading, shown)
-
-
-def _count(kind: str, rng: random.Random) -> Question:
-    row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 5))]
-    target = rng.choice(row)
-    for i in range(len(row)):  # repeated digits often enough that 1 is not a safe guess
-        if rng.random() < 0.35:
-            row[i] = target
-    shown = "".join(row)
-    ask = f"Count {target}."
-    if kind == "text_leaning":
-        hint = rng.choice(("all", "first", "choice"))
-        count = shown.count(target)
-        if hint == "all":
-            ask += f" Given: {shown}"
-        elif hint == "first":
-            ask += f" First: {shown[0]}"
-        else:
-            wrong = count + 1 if count == 1 else count - 1
-            ask += " Choose: " + " or ".join(str(c) for c in sorted((count, wrong)))
-    return Question(ask, str(shown.count(target)), kind, shown, shown)
+        low, high = sorted((answer, other))
+        ask += rng.choice((f" Given: {reading}", f" First: {first}", f" Choose: {low} or {high}"))
+    return Question(ask, str(answer), kind, reading, shown)
 
 
 def write_questions(path: Path, n: int, split: str, seed: int) -> None:
