@@ -108,7 +108,7 @@ class RewardConfig:
     format_weight: float = 0.1
     """Weight of the <think>…</think> … \\boxed{…} format."""
     timeout: float = 5.0
-    """Seconds one answer may take to parse and compare; after that it scores 0 and is counted."""
+    """Seconds of CPU time one answer may take to be compared; then it scores 0 and is counted."""
     workers: int = 2
     """Processes that score answers."""
     overlong_buffer: int = 0

@@ -1,4 +1,4 @@
-"""What a run measured: one JSON object a training step, means over micro-batches, collapse alarms.
+"""What a run measured: one JSON object a training step, collapse alarms.
 
 The log is strict JSON (a NaN or an infinity is written as null), so any reader of JSON lines can
 follow a run while it trains.
@@ -13,12 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from papo_fast.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 Row = dict[str, Any]
 
@@ -129,45 +126,6 @@ class MetricsLog:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-class MetricSums:
-    """Weighted means over micro-batches of unequal size.
-
-    A mean over response tokens is added with the number of tokens as its weight, a mean over
-    sequences with the number of sequences; the result is then the mean over the whole batch.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float | torch.Tensor, float]] = {}
-
-    def add(self, name: str, mean: float | torch.Tensor, weight: float = 1.0) -> None:
-        """Add a mean of `weight` things. A scalar tensor stays on its device until `means`.
-
-        Weight 0 adds nothing, whatever the mean is (an empty micro-batch has none). Raises
-        `ValueError` if the weight is negative or not finite, or a tensor is not a scalar.
-        """
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"weight of {name!r} is {weight}: expected a finite number >= 0")
-        if weight == 0:
-            return
-        if not isinstance(mean, int | float):
-            if mean.numel() != 1:
-                raise ValueError(
-                    f"{name!r} is a tensor of shape {tuple(mean.shape)}, expected a scalar"
-                )
-            mean = mean.detach().double().reshape(())
-        total, weights = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + mean * weight, weights + weight)
-
-    def update(self, means: Mapping[str, float | torch.Tensor], weight: float = 1.0) -> None:
-        """`add` several means with one weight."""
-        for name, mean in means.items():
-            self.add(name, mean, weight)
-
-    def means(self) -> dict[str, float]:
-        """Name → weighted mean of all that was added; names that only had weight 0 are absent."""
-        return {name: float(total) / weight for name, (total, weight) in self._sums.items()}
 
 
 @dataclass

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papo_fast.errors import InputError
-from papo_fast.metrics import CollapseMonitor, MetricsLog, MetricSums, read_json_lines, read_metrics
+from papo_fast.metrics import CollapseMonitor, MetricsLog, read_json_lines, read_metrics
 
 ROW = {
     "step": 1,
@@ -90,37 +90,6 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path, damage):
 def test_missing_log_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_sums_give_the_mean_over_all_tokens_whatever_the_split():
-    values = torch.randn(101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sums = MetricSums()
-    for part in values.split([50, 1, 20, 30]):
-        sums.update({"kl": part.mean(), "kl_float": part.mean().item()}, weight=len(part))
-    assert sums.means()["kl"] == pytest.approx(values.mean().item(), rel=1e-12)
-    assert sums.means()["kl_float"] == pytest.approx(values.mean().item(), rel=1e-12)
-
-
-def test_empty_micro_batches_do_not_poison_a_mean():
-    sums = MetricSums()
-    sums.add("kl", math.nan, weight=0)
-    sums.add("never", math.nan, weight=0)
-    sums.add("kl", 2.0, weight=3)
-    assert sums.means() == {"kl": 2.0}
-
-
-def test_a_tensor_with_a_graph_is_not_kept_alive():
-    loss = (torch.ones(3, requires_grad=True) * 2).sum()
-    sums = MetricSums()
-    sums.add("loss", loss)
-    assert not any(isinstance(s, torch.Tensor) and s.requires_grad for s, _ in sums._sums.values())
-
-
-def test_sums_refuse_bad_weights_and_vectors():
-    with pytest.raises(ValueError, match="weight of 'kl' is -1"):
-        MetricSums().add("kl", 1.0, weight=-1)
-    with pytest.raises(ValueError, match=r"shape \(2,\)"):
-        MetricSums().add("kl", torch.ones(2))
 
 
 def healthy(rng: random.Random, steps: int, noise: float):
