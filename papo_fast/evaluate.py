@@ -140,7 +140,7 @@ class Evaluator:
         self.progress = progress
         self.prompts: list[Prompt] = []
         if config.data.test:
-            dataset = PromptDataset(config.data.test, config.data, encoder)
+            dataset = PromptDataset(config.data.test, config.data, encoder, split="test")
             self.prompts = limit_per_kind(dataset, config.eval.limit)
 
     def run(self, label: str, corrupted: bool = False) -> Evaluation | None:

@@ -13,38 +13,57 @@ Advance = Callable[..., None]
 
 
 class Progress:
-    """One bar per long piece of work, shown while it lasts.
+    """One bar per long piece of work, shown while it lasts; pieces of work may be nested.
 
     Args:
         console: where to print. On a terminal the bars move; in a file or a pipe each finished
-            piece of work that took a while leaves one line, so that logs stay readable.
+            piece of work that is not `transient` leaves one line, so that logs stay readable.
     """
 
     def __init__(self, console: Console):
         self.console = console
+        self._bars: RichProgress | None = None
 
     @contextmanager
     def task(self, label: str, total: int, transient: bool = False) -> Iterator[Advance]:
-        """Yield `advance(n, note="")`; `transient` bars vanish when they are done."""
-        bar = RichProgress(
-            TextColumn("{task.description:>18}"),
-            BarColumn(bar_width=32),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            transient=transient or not self.console.is_terminal,
-            disable=not self.console.is_terminal,
-        )
-        with bar:
-            task = bar.add_task(label, total=total, note="")
-            last = ""
+        """Yield `advance(n, note="")`; a `transient` bar vanishes when it is done."""
+        if not self.console.is_terminal:
+            with self._plain(label, transient) as advance:
+                yield advance
+            return
+        outermost = self._bars is None
+        if outermost:  # rich shows one live display at a time, so nested bars share it
+            self._bars = RichProgress(
+                TextColumn("{task.description:>22}"),
+                BarColumn(bar_width=32),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=transient,
+            )
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(label, total=total, note="")
+        try:
+            yield lambda n=1, note=None: bars.update(
+                task, advance=n, **({} if note is None else {"note": note})
+            )
+        finally:
+            if transient:
+                bars.remove_task(task)
+            if outermost:
+                bars.stop()
+                self._bars = None
 
-            def advance(n: int = 1, note: str = "") -> None:
-                nonlocal last
-                last = note or last
-                bar.update(task, advance=n, note=last)
+    @contextmanager
+    def _plain(self, label: str, transient: bool) -> Iterator[Advance]:
+        last = ""
 
-            yield advance
-        if not self.console.is_terminal and not transient:
-            self.console.print(f"{label}: done. {last}".rstrip())
+        def advance(n: int = 1, note: str = "") -> None:
+            nonlocal last
+            last = note or last
+
+        yield advance
+        if not transient:
+            self.console.print(f"{label}: done. {last}".rstrip(), soft_wrap=True)

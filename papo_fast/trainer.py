@@ -108,9 +108,9 @@ class Trainer:
             for step in range(1, steps + 1):
                 row = self.step(step)
                 self.metrics.append(row)
-                self.console.print(step_line(row, steps))
+                self.console.print(step_line(row, steps), soft_wrap=True)
                 for alarm in row["alarms"]:
-                    self.console.print(f"[yellow]warning:[/yellow] {alarm}", highlight=False)
+                    self.console.print(f"[yellow]warning:[/yellow] {alarm}", soft_wrap=True)
                 every = self.config.train.checkpoint_every
                 if every and step % every == 0 and step < steps:
                     self._save(self.run_dir / "checkpoints" / f"step-{step}")
@@ -226,7 +226,7 @@ class Trainer:
         save_examples(self.run_dir, examples)
         picture = write_report(self.run_dir)
         print_summary(summary, self.console)
-        self.console.print(f"picture: {picture}\nmodel:   {self.run_dir / 'model'}")
+        self.console.print(f"picture: {picture}\nmodel:   {self.run_dir / 'model'}", soft_wrap=True)
         return self.run_dir
 
 

@@ -28,7 +28,8 @@ CELL = 28
 KINDS = ("vision_dependent", "text_leaning")
 # Which of the 1797 handwritten digits a split may use; the set is ordered by writer, roughly.
 SPLITS = {"train": slice(0, 1097), "dev": slice(1097, 1297), "test": slice(1297, None)}
-OPERATIONS = ("add", "subtract", "larger", "smaller", "count")
+# Arithmetic comes twice as often as comparing and counting.
+OPERATIONS = ("add", "add", "subtract", "subtract", "larger", "smaller", "count")
 
 
 @dataclass(frozen=True)
@@ -42,41 +43,48 @@ class Question:
 
 
 class Handwriting:
-    """Cells of 28x28 uint8 (dark ink on white) drawn at random from one side of the split."""
+    """Draws pictures, dark ink on white, from the handwriting of one side of the split."""
 
     def __init__(self, split: str):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         part = SPLITS[split]
-        self._cells: dict[str, list[np.ndarray]] = {str(d): [] for d in range(10)}
+        self.digits: dict[str, list[Image.Image]] = {str(d): [] for d in range(10)}
         for image, label in zip(digits.images[part], digits.target[part], strict=True):
             ink = Image.fromarray((255 - image * (255 / 16)).astype(np.uint8))
-            cell = Image.new("L", (CELL, CELL), 255)
-            cell.paste(ink.resize((CELL - 4, CELL - 4), Image.Resampling.BICUBIC), (2, 2))
-            self._cells[str(int(label))].append(np.asarray(cell))
+            self.digits[str(int(label))].append(ink)
 
     def picture(self, symbols: str, rng: random.Random) -> Image.Image:
         """Grey picture of `symbols`, len(symbols) * 28 pixels wide."""
-        cells = [rng.choice(self._cells[s]) if s.isdigit() else _SIGNS[s] for s in symbols]
-        return Image.fromarray(np.concatenate(cells, axis=1))
+        picture = Image.new("L", (CELL * len(symbols), CELL), 255)
+        for i, symbol in enumerate(symbols):
+            if symbol.isdigit():
+                # never twice at the same place and size, so that a thousand digits go a long way
+                side = rng.randint(20, 26)
+                ink = rng.choice(self.digits[symbol]).resize((side, side), Image.Resampling.BICUBIC)
+                x, y = rng.randint(0, CELL - side), rng.randint(0, CELL - side)
+                picture.paste(ink, (i * CELL + x, y))
+            else:
+                picture.paste(_SIGNS[symbol], (i * CELL, 0))
+        return picture
 
 
-def _signs() -> dict[str, np.ndarray]:
+def _signs() -> dict[str, Image.Image]:
     blank = np.full((CELL, CELL), 255, np.uint8)
     minus, plus = blank.copy(), blank.copy()
     minus[13:15, 8:20] = plus[13:15, 8:20] = plus[8:20, 13:15] = 0
-    return {" ": blank, "-": minus, "+": plus}
+    return {" ": Image.fromarray(blank), "-": Image.fromarray(minus), "+": Image.fromarray(plus)}
 
 
 _SIGNS = _signs()
 
 
 def draw_question(kind: str, rng: random.Random) -> Question:
-    """One question of `kind`; operations are equally likely."""
+    """One question of `kind`, its operation drawn from `OPERATIONS`."""
     operation = rng.choice(OPERATIONS)
     if operation == "count":
-        row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 5))]
+        row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 4))]
         target = rng.choice(row)
         # repeated often enough that 1 is not a safe guess
         row = [target if rng.random() < 0.35 else digit for digit in row]
@@ -88,9 +96,9 @@ def draw_question(kind: str, rng: random.Random) -> Question:
         first, shown, ask = a, f"{a} {b}", f"Which is {operation}?"
         answer, other = (max(a, b), min(a, b)) if operation == "larger" else (min(a, b), max(a, b))
     else:
-        a, b = rng.randrange(20), rng.randrange(10)
-        if operation == "subtract" and a < b:
-            a, b = b, a
+        a, b = rng.randrange(10), rng.randrange(10)
+        if operation == "subtract":
+            a, b = max(a, b) + rng.choice((0, 10)), min(a, b)
         first, ask = a, "Compute."
         shown = f"{a}+{b}" if operation == "add" else f"{a}-{b}"
         answer = a + b if operation == "add" else a - b
