@@ -24,7 +24,8 @@ class ModelConfig:
     path: str = ""
     """Local checkpoint directory (or hub name) of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of the weights and of the forward pass."""
+    """Dtype of the forward pass. Weights and optimizer stay in float32, where an update of 1e-6 is
+    not rounded away."""
     train_vision: bool = True
     """Train the vision tower; False freezes it."""
     gradient_checkpointing: bool = True

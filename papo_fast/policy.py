@@ -31,11 +31,18 @@ class Policy(nn.Module):
     Args:
         model: the HuggingFace model, an `...ForConditionalGeneration` of `processing.FAMILIES`.
         banned_token_ids: ids that are excluded from sampling and from every statistic.
+        dtype: of the forward pass; the model's weights stay in theirs.
     """
 
-    def __init__(self, model: nn.Module, banned_token_ids: Sequence[int]):
+    def __init__(
+        self,
+        model: nn.Module,
+        banned_token_ids: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.model = model
+        self.dtype = dtype
         # `generate` fills every option left unset from the checkpoint's own (Qwen ships a
         # repetition penalty and a near-zero temperature), which is not the policy that is scored.
         self._shipped_generation_config = model.generation_config
@@ -51,7 +58,7 @@ class Policy(nn.Module):
     ) -> Policy:
         model = AutoModelForImageTextToText.from_pretrained(
             config.path,
-            dtype=getattr(torch, config.dtype),
+            dtype=torch.float32,  # master weights, see ModelConfig.dtype
             trust_remote_code=config.trust_remote_code,
             attn_implementation="sdpa",
         ).to(device)
@@ -59,11 +66,16 @@ class Policy(nn.Module):
             model.model.visual.requires_grad_(False)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(model, banned_token_ids)
+        return cls(model, banned_token_ids, getattr(torch, config.dtype))
 
     @property
     def device(self) -> torch.device:
         return self.banned_V.device
+
+    def autocast(self) -> torch.autocast:
+        """Context in which the model computes in `dtype`."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed)
 
     def stats(
         self,
@@ -96,7 +108,7 @@ class Policy(nn.Module):
                 aug_hidden_ND = self._rows(aug.model_inputs(), aug.rows_N)
         stats = token_stats(
             hidden_ND,
-            self.model.lm_head.weight,
+            self._head_weight(),
             batch.targets_N,
             aug_hidden=aug_hidden_ND,
             bias=self.banned_V,
@@ -116,7 +128,7 @@ class Policy(nn.Module):
         zeros = torch.zeros_like(hidden_ND)
         return token_stats(
             torch.cat([hidden_ND, zeros], dim=1),
-            torch.cat([self.model.lm_head.weight, reference.model.lm_head.weight], dim=1),
+            torch.cat([self._head_weight(), reference._head_weight()], dim=1),
             batch.targets_N,
             aug_hidden=torch.cat([zeros, ref_ND], dim=1),
             bias=self.banned_V,
@@ -124,8 +136,12 @@ class Policy(nn.Module):
         ).kl_prcp
 
     def _rows(self, inputs: dict[str, Tensor], rows_N: Tensor) -> Tensor:
-        hidden_BSD = self.model.model(**inputs, use_cache=False).last_hidden_state
-        return hidden_BSD.flatten(0, 1)[rows_N]
+        with self.autocast():
+            hidden_BSD = self.model.model(**inputs, use_cache=False).last_hidden_state
+        return hidden_BSD.flatten(0, 1)[rows_N].to(self.dtype)
+
+    def _head_weight(self) -> Tensor:
+        return self.model.lm_head.weight.to(self.dtype)
 
     def frozen_copy(self) -> Policy:
         """The reference policy: the same weights, without gradients, from now on unchanged."""

@@ -80,7 +80,7 @@ class HFRollout:
         per_call = max(1, self.batch_size // n)
         groups: list[list[Completion]] = []
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
-        with inference(self.policy), torch.random.fork_rng(devices):
+        with inference(self.policy), self.policy.autocast(), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), per_call):
                 chunk = prompts[start : start + per_call]
