@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from papo_kernels import reference, torch_backend
+from papo_kernels import op, reference
 
 log = logging.getLogger("papo_kernels")
 
@@ -41,6 +41,7 @@ def token_stats(
     grad_budget: float = 5e-3,
     backend: str = "auto",
     validate: bool | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
     """Exact log-probs, entropies and perception KL of N tokens; the logits never exist as a whole.
 
@@ -61,13 +62,18 @@ def token_stats(
         bias: (V,) floating. -inf or a large negative value bans a token. None: no bias.
         temperature: > 0; divides the logits after the soft cap.
         softcap: > 0, or None for no cap.
-        ignore_index: rows with this target give exact zeros and no gradient; no matmul sees them.
+        ignore_index: rows with this target give exact zeros, no gradient, and enter no matmul.
         grad_budget: share of each token's gradient that the backward may leave out, in [0, 1);
-            0.0 is exact. Dense for now, so that every budget is exact.
+            0.0 is exact. In each stream, sum |dz| over the words left out is at most this share of
+            the token's own sum |dz| or of the call's root mean square of it, whichever is larger;
+            `record_certificates` reads what it was.
         backend: "auto" (triton on CUDA where it exists, else torch), "triton", "torch" or
             "reference".
         validate: also check values (that targets lie in [0, V)), which synchronises on CUDA. None:
             on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row.
+        vocab_group: process group whose ranks hold, in order, row shards of `weight` (V is this
+            rank's then, may differ and may be 0) and of `bias`; all else is the same on every
+            rank, and `targets` count over the whole vocabulary. The backward is then dense.
 
     Floating is float16, bfloat16, float32 or float64. Logits are float32 products of the operands
     as given: autocast does not apply, and operands of mixed dtypes are promoted to the widest.
@@ -81,27 +87,32 @@ def token_stats(
         ValueError: wrong shape, dtype, device or value; the message names the argument.
         NotImplementedError: `backend="triton"` where it cannot run.
     """
-    _check_operands(hidden, weight, targets, aug_hidden, bias)
+    _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
     _check_options(temperature, softcap, ignore_index, grad_budget, backend)
-    if validate or (validate is None and targets.device.type == "cpu"):
-        _check_targets(targets, weight.shape[0], ignore_index)
+    if validate is None:
+        validate = targets.device.type == "cpu"
     options = dict(
         aug_hidden=aug_hidden,
         bias=bias,
         temperature=float(temperature),
         softcap=None if softcap is None else float(softcap),
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
     )
-    with torch.autocast(hidden.device.type, enabled=False):
-        match _choose_backend(backend, hidden.device.type):
-            case "reference":
-                return TokenStats(*reference.token_stats(hidden, weight, targets, **options))
-            case "torch":
-                return TokenStats(
-                    *torch_backend.token_stats(
-                        hidden, weight, targets, grad_budget=float(grad_budget), **options
-                    )
-                )
+    chosen = _choose_backend(backend, hidden.device.type)
+    if chosen == "reference":
+        if vocab_group is not None:
+            raise ValueError("vocab_group is given; backend='reference' needs the whole weight")
+        if validate:
+            op.check_targets(targets, weight.shape[0], ignore_index)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return TokenStats(*reference.token_stats(hidden, weight, targets, **options))
+    group = "" if vocab_group is None else vocab_group.group_name
+    return TokenStats(
+        *op.token_stats(
+            hidden, weight, targets, grad_budget=float(grad_budget), backend=chosen, group=group,
+            validate=validate, **options,
+        )
+    )  # fmt: skip
 
 
 def _choose_backend(backend, device_type):
@@ -128,7 +139,7 @@ def _describe(tensor):
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _check_operands(hidden, weight, targets, aug_hidden, bias):
+def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
     operands = {
         "hidden": hidden,
         "weight": weight,
@@ -155,7 +166,8 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias):
     if hidden.ndim != 2:
         raise ValueError(f"hidden is {_describe(hidden)}; expected (N, D)")
     n, d = hidden.shape
-    if weight.ndim != 2 or weight.shape[1] != d or weight.shape[0] == 0:
+    empty = weight.ndim > 0 and weight.shape[0] == 0 and vocab_group is None
+    if weight.ndim != 2 or weight.shape[1] != d or empty:
         raise ValueError(
             f"weight is {_describe(weight)}; expected (V, {d}) with V > 0, "
             f"as hidden is {tuple(hidden.shape)}"
@@ -195,13 +207,3 @@ def _check_options(temperature, softcap, ignore_index, grad_budget, backend):
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_targets(targets, vocab, ignore_index):
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets[{row}] is {int(targets[row])}; expected a value in [0, {vocab}) "
-            f"or ignore_index={ignore_index}"
-        )

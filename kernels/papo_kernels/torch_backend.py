@@ -1,11 +1,14 @@
-"""Row-chunked statistics and gradients in plain torch, never more than a chunk of logits."""
+"""Row-chunked statistics and mass-certified sparse gradients in plain torch, on any device."""
 
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
+import torch.distributed as dist
 
+from papo_kernels.columns import TILE_ROWS, find_levels
 from papo_kernels.reference import LOG_ZERO, compute_dtype
+from papo_kernels.row_math import RowStats, by_rows, one_stream, two_streams
+from papo_kernels.sparse_backward import Backward
 
 # Logits of one chunk and stream: 64 MiB of float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -13,189 +16,196 @@ CHUNK_ELEMENTS = 1 << 24
 UPCAST_ELEMENTS = 1 << 22
 
 
-def token_stats(
-    hidden, weight, targets, *, aug_hidden, bias, temperature, softcap, ignore_index, grad_budget
-):
-    """Five (N,) tensors or None: logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp."""
-    del grad_budget  # The dense backward leaves nothing out, which every budget allows.
-    head = Head(compute_dtype(hidden, aug_hidden, weight, bias), temperature, softcap)
-    return ChunkedStats.apply(hidden, aug_hidden, weight, bias, targets, ignore_index, head)
-
-
 @dataclass(frozen=True)
 class Head:
-    """Everything between hidden states and log-probabilities; `dtype` is that of all arithmetic."""
+    """Everything between hidden states and logits; `dtype` is that of all arithmetic."""
 
     dtype: torch.dtype
     temperature: float
     softcap: float | None
 
-    def log_softmax(self, x, weight, bias):
-        """(R, D) states to (R, V) log-probabilities, and d(logits)/d(x @ weight.T + bias)."""
-        z = self.project(x, weight)
-        slope = 1 / self.temperature
+    def logits(self, x, weight, bias, out=None):
+        """(R, D) states to (R, V) logits."""
+        z = self.project(x, weight, out)
         if bias is not None:
             z += bias.to(self.dtype)
         if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            slope = (1 - z * z).mul_(slope)
-            z *= self.softcap
-        z /= self.temperature
-        return torch.log_softmax(z, dim=-1), slope
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1:
+            z /= self.temperature
+        return z
 
-    def project(self, x, weight):
+    def project(self, x, weight, out=None):
         """x @ weight.T for x (R, D)."""
         x = x.to(self.dtype)
-        if weight.dtype == self.dtype:
-            return x @ weight.T
-        z = x.new_empty(x.shape[0], weight.shape[0])
-        for block in self._blocks(weight):
-            torch.mm(x, weight[block].to(self.dtype).T, out=z[:, block])
+        z = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out[: x.shape[0]]
+        for block, w in self._blocks(weight):
+            torch.mm(x, w.T, out=z[:, block])
         return z
 
     def project_back(self, dz, weight):
         """dz @ weight for dz (R, V)."""
-        if weight.dtype == self.dtype:
-            return dz @ weight
         dx = dz.new_zeros(dz.shape[0], weight.shape[1])
-        for block in self._blocks(weight):
-            dx.addmm_(dz[:, block], weight[block].to(self.dtype))
+        for block, w in self._blocks(weight):
+            dx.addmm_(dz[:, block], w)
         return dx
 
-    @staticmethod
-    def _blocks(weight):
+    def _blocks(self, weight):
+        if weight.dtype == self.dtype:
+            return ((slice(None), weight),)
         size = max(1, UPCAST_ELEMENTS // max(1, weight.shape[1]))
-        return (slice(v, v + size) for v in range(0, weight.shape[0], size))
+        return (
+            (slice(v, v + size), weight[v : v + size].to(self.dtype))
+            for v in range(0, weight.shape[0], size)
+        )
 
 
-def row_chunks(targets, ignore_index, vocab):
-    """Index objects that cover, once each, the rows whose target is not `ignore_index`."""
-    size = max(1, CHUNK_ELEMENTS // vocab)
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary: words [start, start + len(weight)) of `vocab`."""
+
+    vocab: int
+    start: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def place(self, labels, size):
+        """(valid, owned, position) of (R,) labels: in the vocabulary, on this rank, and where."""
+        local = labels - self.start
+        owned = (local >= 0) & (local < size)
+        valid = (labels >= 0) & (labels < self.vocab)
+        return valid, owned, torch.where(owned, local, 0)
+
+
+def make_head(hidden, aug_hidden, weight, bias, temperature, softcap):
+    return Head(compute_dtype(hidden, aug_hidden, weight, bias), temperature, softcap)
+
+
+def make_shard(weight, group):
+    """group: name of a process group, "" for none."""
+    if not group:
+        return Shard(len(weight))
+    found = dist.distributed_c10d._resolve_process_group(group)
+    sizes = weight.new_empty(found.size(), dtype=torch.int64)
+    mine = torch.tensor([len(weight)], device=weight.device)
+    dist.all_gather_into_tensor(sizes, mine, group=found)
+    sizes = sizes.tolist()
+    return Shard(sum(sizes), sum(sizes[: found.rank()]), found)
+
+
+def kept_rows(targets, ignore_index):
+    """(n,) positions of rows whose target is not `ignore_index`; None where that is all of them."""
     kept = (targets != ignore_index).nonzero().squeeze(-1)
-    if len(kept) < len(targets):
+    return None if len(kept) == len(targets) else kept
+
+
+def chunk_rows(vocab):
+    """Rows of a chunk: whole tiles where that is more than one."""
+    size = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    return size // TILE_ROWS * TILE_ROWS or size
+
+
+def row_chunks(targets, kept, size):
+    """Index objects that cover the kept rows, `size` at a time."""
+    if kept is not None:
         return kept.split(size) if len(kept) else ()
     return tuple(slice(n, n + size) for n in range(0, len(targets), size))
 
 
-def label_logprobs(log_p, labels):
-    """(R,) log-probs of (R,) labels; NaN for a label outside [0, V), which went unchecked."""
-    valid = (labels >= 0) & (labels < log_p.shape[1])
-    chosen = log_p.gather(1, torch.where(valid, labels, 0)[:, None]).squeeze(1)
-    return torch.where(valid, chosen, torch.nan)
+def label_logprobs(z, peak, log_sum, labels, shard):
+    """(R,) log-probs of (R,) labels: -inf on ranks without the word, NaN outside the vocabulary."""
+    valid, owned, place = shard.place(labels, z.shape[1])
+    chosen = z.gather(1, place[:, None])
+    found = torch.where(owned, ((chosen - peak) - log_sum).squeeze(1), -torch.inf)
+    return torch.where(valid, found, torch.nan)
 
 
-def entropy(p, log_p):
-    return -(p * log_p).sum(-1)
+def saved_rows(two):
+    """Rows of the statistics that the backward needs: RowStats, then the labels' log-probs."""
+    return 11 if two else 4
 
 
-def q_minus_p(p, log_p, log_q):
-    """q - p with a small relative error where q is close to p, which subtraction would lose."""
-    log_ratio = log_q - log_p
-    return torch.where(log_ratio.abs() < 1, p * torch.expm1(log_ratio), log_q.exp() - p)
+def levels_shape(n, vocab, sparse):
+    tile = min(TILE_ROWS, chunk_rows(vocab))
+    return (-(-n // tile) if sparse else 0), vocab
 
 
-def kl(p, log_p, log_q):
-    """KL(p || q) with terms >= 0: sum(q - p) is 0, and with it first-order errors cancel."""
-    return (p * (log_p - log_q) + q_minus_p(p, log_p, log_q)).sum(-1)
+def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard, sparse):
+    """Two or five (N,) outputs, (saved_rows, N) statistics and `levels_shape` column levels."""
+    n, vocab = len(targets), len(weight)
+    two = aug_hidden is not None
+    rows = torch.zeros(saved_rows(two), n, dtype=head.dtype, device=targets.device)
+    levels = rows.new_zeros(levels_shape(n, vocab, sparse), dtype=torch.uint8)
+    size = chunk_rows(vocab)
+    tile = min(TILE_ROWS, size)
+    kept = kept_rows(targets, ignore_index)
+    count = n if kept is None else len(kept)
+    buffers = [rows.new_empty(min(size, count), vocab) for _ in range(1 + two)]
+    for first, at in zip(range(0, count, size), row_chunks(targets, kept, size), strict=True):
+        if not vocab:
+            _fill_without_words(rows, at, two)
+            continue
+        logits = [head.logits(hidden[at], weight, bias, buffers[0])]
+        if two:
+            logits.append(head.logits(aug_hidden[at], weight, bias, buffers[1]))
+        statistics = by_rows(two_streams if two else one_stream, n * vocab, *logits)
+        rows[: 9 if two else 3, at] = statistics
+        s = RowStats(*statistics[:, :, None])
+        labels = targets[at]
+        rows[-1 - two, at] = label_logprobs(logits[0], s.peak, s.log_sum, labels, shard)
+        if two:
+            rows[-1, at] = label_logprobs(logits[1], s.aug_peak, s.aug_log_sum, labels, shard)
+        if sparse:
+            normalisers = statistics[[0, 1, 3, 4]] if two else statistics[:2]
+            found = find_levels(logits, normalisers[:, :, None], n * vocab, tile)
+            levels[first // tile : first // tile + len(found)] = found
+    if shard.group is not None:
+        rows = combine_shards(rows, two, shard.group)
+        rows[:, targets == ignore_index] = 0
+    outputs = (9, 2, 10, 5, 6) if two else (3, 2)
+    return [rows[i].clone() for i in outputs], rows, levels
 
 
-class ChunkedStats(torch.autograd.Function):
-    """Recomputes the logits of each chunk in the backward instead of keeping them."""
-
-    @staticmethod
-    def forward(ctx, hidden, aug_hidden, weight, bias, targets, ignore_index, head):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, aug_hidden, weight, bias, targets)
-        ctx.ignore_index, ctx.head = ignore_index, head
-        two = aug_hidden is not None
-        stats = [targets.new_zeros(targets.shape, dtype=head.dtype) for _ in range(5 if two else 2)]
-        for rows in row_chunks(targets, ignore_index, weight.shape[0]):
-            log_p, _ = head.log_softmax(hidden[rows], weight, bias)
-            stats[0][rows] = label_logprobs(log_p, targets[rows])
-            log_p.clamp_min_(LOG_ZERO)
-            p = log_p.exp()
-            stats[1][rows] = entropy(p, log_p)
-            if two:
-                log_q, _ = head.log_softmax(aug_hidden[rows], weight, bias)
-                stats[2][rows] = label_logprobs(log_q, targets[rows])
-                log_q.clamp_min_(LOG_ZERO)
-                stats[4][rows] = kl(p, log_p, log_q)
-                stats[3][rows] = entropy(torch.exp(log_q, out=p), log_q)
-        return tuple(stats) if two else (*stats, None, None, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *upstream):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return (*ChunkedStats._gradients(ctx, upstream), None, None, None)
-
-    @staticmethod
-    def _gradients(ctx, upstream):
-        hidden, aug_hidden, weight, bias, targets = ctx.saved_tensors
-        head = ctx.head
-        needs_hidden, needs_aug, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        needs_shared = needs_weight or needs_bias
-        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        d_aug = torch.zeros_like(aug_hidden) if needs_aug else None
-        # One rounding at the end: sums over rows in 16 bits diverge.
-        d_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
-        d_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
-
-        def propagate(dz, slope, x, d_x, rows):
-            dz *= slope
-            if d_x is not None:
-                d_x[rows] = head.project_back(dz, weight).to(d_x.dtype)
-            if needs_weight:
-                d_weight.addmm_(dz.T, x[rows].to(head.dtype))
-            if needs_bias:
-                d_bias.add_(dz.sum(0))
-
-        full_used = any(g is not None for g in (upstream[0], upstream[1], upstream[4]))
-        aug_used = any(g is not None for g in upstream[2:])
-        full_wanted = full_used and (needs_hidden or needs_shared)
-        aug_wanted = aug_used and (needs_aug or needs_shared)
-        for rows in row_chunks(targets, ctx.ignore_index, weight.shape[0]):
-            labels = targets[rows]
-            g = [None if u is None else u[rows][:, None].to(head.dtype) for u in upstream]
-            if full_wanted or g[4] is not None:
-                log_p, slope = head.log_softmax(hidden[rows], weight, bias)
-                log_p.clamp_min_(LOG_ZERO)
-            if aug_wanted or g[4] is not None:
-                log_q, aug_slope = head.log_softmax(aug_hidden[rows], weight, bias)
-                log_q.clamp_min_(LOG_ZERO)
-            if full_wanted:
-                dz = d_stream(log_p, labels, g[0], g[1])
-                if g[4] is not None:
-                    dz += d_kl_full(log_p, log_q, g[4])
-                propagate(dz, slope, hidden, d_hidden, rows)
-            if aug_wanted:
-                dz = d_stream(log_q, labels, g[2], g[3])
-                if g[4] is not None:
-                    dz += g[4] * q_minus_p(log_p.exp(), log_p, log_q)
-                propagate(dz, aug_slope, aug_hidden, d_aug, rows)
-        if needs_weight:
-            d_weight = d_weight.to(weight.dtype)
-        if needs_bias:
-            d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_aug, d_weight, d_bias
+def _fill_without_words(rows, at, two):
+    for peak, log_sum, label in ((0, 1, -1 - two), (3, 4, -1))[: 1 + two]:
+        rows[peak, at] = LOG_ZERO
+        rows[log_sum, at] = -torch.inf
+        rows[label, at] = -torch.inf
 
 
-def d_stream(log_p, labels, g_logprob, g_entropy):
-    """(R, V) gradient of logits from their own log-prob and entropy; upstream (R, 1) or None."""
-    dz = None
-    if g_logprob is not None:
-        valid = (labels >= 0) & (labels < log_p.shape[1])
-        column = torch.where(valid, labels, 0)[:, None]
-        dz = log_p.exp().mul_(-g_logprob)
-        dz.scatter_add_(1, column, torch.where(valid[:, None], g_logprob, torch.nan))
-    if g_entropy is not None:
-        p = log_p.exp()
-        p.mul_(log_p + entropy(p, log_p)[:, None]).mul_(-g_entropy)
-        dz = p if dz is None else dz.add_(p)
-    return torch.zeros_like(log_p) if dz is None else dz
+def combine_shards(rows, two, group):
+    """Statistics of the whole vocabulary from those of each rank's words, by one collective.
+
+    With w a shard's mass: H = sum w (H_shard - log w), KL = sum w (KL_shard + log w - log w_aug).
+    gap and ratio, which only a sparse backward uses, are not combined.
+    """
+    parts = rows.new_empty(group.size() * len(rows), rows.shape[1])
+    dist.all_gather_into_tensor(parts, rows, group=group)
+    parts = parts.view(group.size(), *rows.shape)
+    out = torch.zeros_like(rows)
+    log_w = []
+    for first, label in ((0, -1 - two), (3, -1))[: 1 + two]:
+        peak, log_sum, entropy = parts[:, first], parts[:, first + 1], parts[:, first + 2]
+        out[first] = peak.amax(0)
+        mass = (peak - out[first]) + log_sum
+        out[first + 1] = mass.logsumexp(0)
+        log_w.append(mass - out[first + 1])
+        out[first + 2] = _weighted(log_w[-1].exp(), entropy - log_w[-1])
+        out[label] = (parts[:, label] + log_w[-1]).amax(0)
+    if two:
+        out[6] = _weighted(log_w[0].exp(), parts[:, 6] + log_w[0] - log_w[1])
+    return out
 
 
-def d_kl_full(log_p, log_q, g_kl):
-    """(R, V) gradient of the full stream's logits from the perception KL."""
-    p = log_p.exp()
-    return p.mul_(log_p - log_q - kl(p, log_p, log_q)[:, None]).mul_(g_kl)
+def _weighted(w, x):
+    """(N,) sum over ranks of (ranks, N) w x; a rank without any mass adds nothing, not 0 * inf."""
+    return torch.where(w == 0, 0, w * x).sum(0)
+
+
+def backward(upstream, operands, needs, targets, rows, levels, ignore_index, head, shard, budget):
+    """Gradients of the four operands, or None where `needs` is False."""
+    run = Backward(operands, needs, upstream, rows, targets, head, shard)
+    size = chunk_rows(len(run.weight))
+    kept = kept_rows(targets, ignore_index)
+    tiles = row_chunks(targets, kept, min(TILE_ROWS, size))
+    run.run(tiles, None if levels is None else levels[: len(tiles)], budget, size)
+    return run.gradients()

@@ -59,7 +59,7 @@ def test_any_shape_and_head_matches_float64(backend, case, data):
     want = oracle.gradients(upstream)
     for g in wanted:
         # A floor for gradients that are all cancellation (a flat entropy, p close to q).
-        floor = 1e-2 * max(u.norm().item() for u in upstream.values())
+        floor = 5e-2 * max(u.norm().item() for u in upstream.values())
         error = (got[g].double() - want[g]).norm().item()
         check({g: error / max(want[g].norm().item(), floor, 1e-30)}, 1e-5 + 10 * slack)
 

@@ -1,0 +1,192 @@
+"""The mass-certified sparse backward: its errors, its certificate, and that it skips columns."""
+
+import pytest
+import torch
+from kernel_oracle import (
+    GRADS,
+    OUTPUTS,
+    Case,
+    Oracle,
+    check,
+    gradient_error,
+    make_case,
+    random_upstream,
+)
+
+from papo_kernels import record_certificates, row_math, token_stats, torch_backend
+
+MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
+
+
+def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):
+    """Logits with a language model's long tail: word frequencies by Zipf, a few candidates per row.
+
+    `sharpness` multiplies the candidates' lead; labels are sampled from the policy itself.
+    """
+    case = make_case(n, d, v, scale=0.5, distance=0.0, dtype=torch.float64, bias=True, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    case.bias = (
+        -1.8 * torch.arange(1, v + 1, dtype=torch.float64).log()[torch.randperm(v, generator=g)]
+    )
+    words = torch.randint(0, v, (n, 4), generator=g)
+    lead = sharpness * torch.tensor([1.0, 0.8, 0.6, 0.5], dtype=torch.float64)
+    scaled = case.weight / case.weight.square().sum(-1, keepdim=True)
+    case.hidden = case.hidden + (scaled[words] * lead[:, None]).sum(1)
+    noise = torch.randn(n, d, generator=g, dtype=torch.float64)
+    case.aug_hidden = case.hidden + distance * noise * case.hidden.std()
+    p = Oracle(case).p
+    case.targets = torch.multinomial(p, 1, generator=g).squeeze(1)
+    for name in GRADS:
+        setattr(case, name, getattr(case, name).to(dtype))
+    for name, value in head.items():
+        setattr(case, name, value)
+    return case
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1 << 21)
+
+
+@pytest.mark.parametrize("sharpness", [24.0, 30.0, 36.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
+    case = policy_case(130, 16411, sharpness=sharpness, dtype=dtype)
+    oracle = Oracle(case)
+    print(f"  entropy {oracle.entropy.mean():.2f}, {oracle.aug_entropy.mean():.2f} nats")
+    for outputs in MIXES:
+        upstream = random_upstream(case, outputs)
+        exact = oracle.gradients(upstream)
+        with record_certificates() as certificate:
+            got = case.gradients(token_stats, upstream)
+        print(f"  {'+'.join(outputs)}: kept {certificate.kept:.3f}")
+        bound = dict.fromkeys(GRADS, 4e-3)
+        if dtype == torch.bfloat16:
+            rounded = oracle.gradients(upstream, rounded=dtype)
+            bound = {g: 4e-3 + gradient_error(rounded[g], exact[g]) for g in GRADS}
+        check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
+        assert certificate.rows == 130 and certificate.largest_share <= 5e-3
+        if sharpness > 30:
+            assert certificate.dense_rows == 0 and certificate.kept < 0.2
+
+
+@pytest.mark.parametrize("head", [{"temperature": 0.8}, {"softcap": 80.0}])
+def test_default_budget_with_a_head(head):
+    case = policy_case(130, 16411, sharpness=30.0, **head)
+    for outputs in MIXES:
+        upstream = random_upstream(case, outputs)
+        exact = Oracle(case).gradients(upstream)
+        with record_certificates() as certificate:
+            got = case.gradients(token_stats, upstream)
+        check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+        assert certificate.dense_rows < 130
+
+
+def test_close_policies_keep_their_perception_gradient():
+    case = policy_case(128, 16411, sharpness=36.0, distance=3e-3)
+    kl = Oracle(case).kl.mean().item()
+    print(f"  mean KL {kl:.1e}")
+    assert kl < 1e-3
+    upstream = random_upstream(case, ("kl_prcp",))
+    exact = Oracle(case).gradients(upstream)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream)
+    print(f"  kept {certificate.kept:.3f}")
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+@pytest.mark.parametrize("budget", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("outputs", MIXES, ids="+".join)
+def test_certificate_is_true(budget, outputs):
+    """In one tile the columns dropped are the zero rows of dW: float64 says what they held."""
+    case = policy_case(64, 16411, sharpness=36.0)
+    upstream = random_upstream(case, outputs)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream, grad_budget=budget)
+    dropped = (got["weight"] == 0).all(1)
+    print(f"  kept {certificate.kept:.4f}, largest share {certificate.largest_share:.2e}")
+    assert (~dropped).sum().item() == round(certificate.kept * 16411) < 5500
+    worst = 0.0
+    for dz in Oracle(case).dz(upstream):
+        sizes = dz.abs()
+        whole = sizes.sum(1)
+        if whole.any():
+            typical = whole.square().mean().sqrt()
+            held = sizes[:, dropped].sum(1) / torch.maximum(whole, typical)
+            worst = max(worst, held.max().item())
+    print(f"  largest share in float64 {worst:.2e}")
+    # The typical size of a mix is taken as the sum of its parts', which partly cancel.
+    assert worst <= certificate.largest_share * (1.01 if len(outputs) == 1 else 1.5) + 1e-5
+    assert certificate.largest_share <= budget
+
+
+def test_more_budget_keeps_fewer_columns_and_none_is_dense():
+    case = policy_case(128, 16411, sharpness=36.0)
+    upstream = random_upstream(case)
+    kept = []
+    for budget in (0.0, 1e-3, 1e-2, 1e-1):
+        with record_certificates() as certificate:
+            case.gradients(token_stats, upstream, grad_budget=budget)
+        kept.append(certificate.kept)
+    print(f"  kept {kept}")
+    assert kept == sorted(kept, reverse=True) and kept[0] == 1.0 and kept[-1] < 0.02
+
+
+def test_flat_rows_are_dense_and_peaked_ones_sparse():
+    peaked, flat = policy_case(128, 16411, sharpness=36.0), make_case(100, 48, 16411, scale=0.1)
+    case = Case(
+        torch.cat([peaked.hidden, flat.hidden]),
+        peaked.weight,
+        torch.cat([peaked.targets, flat.targets]),
+        torch.cat([peaked.aug_hidden, flat.aug_hidden]),
+        peaked.bias,
+    )
+    upstream = random_upstream(case)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream)
+    assert certificate.rows == 228 and 100 <= certificate.dense_rows < 228
+    exact = Oracle(case).gradients(upstream)
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+def test_rows_without_upstream_gradient_cost_nothing():
+    case = policy_case(192, 16411, sharpness=36.0)
+    upstream = random_upstream(case)
+    for u in upstream.values():
+        u[64:] = 0
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream)
+    assert certificate.rows == 192 and certificate.kept < 0.1
+    assert not got["hidden"][64:].any()
+    exact = Oracle(case).gradients(upstream)
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+def test_a_confident_call_stays_right():
+    """All rows near certainty: budgets are shares of gradients that are themselves tiny."""
+    case = policy_case(128, 3001, sharpness=60.0)
+    print(f"  entropy {Oracle(case).entropy.mean():.1e}")
+    for outputs in MIXES:
+        upstream = random_upstream(case, outputs)
+        exact = Oracle(case).gradients(upstream)
+        got = case.gradients(token_stats, upstream)
+        check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+def test_compiled_statistics_and_gradients_match_float64(monkeypatch):
+    monkeypatch.setattr(row_math, "COMPILE_ELEMENTS", 0)
+    case = policy_case(100, 5003, sharpness=36.0)
+    upstream = random_upstream(case)
+    oracle = Oracle(case)
+    want, exact = oracle.statistics(), oracle.gradients(upstream)
+    stats = case.call(token_stats)
+    for name in OUTPUTS:
+        torch.testing.assert_close(getattr(stats, name).double(), want[name], rtol=1e-5, atol=1e-5)
+    for budget, bound in ((0.0, 1e-5), (5e-3, 4e-3)):
+        got = case.gradients(token_stats, upstream, grad_budget=budget)
+        check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
+    case.hidden[70, 0] = torch.nan
+    stats = case.call(token_stats)
+    assert stats.entropy.isnan().nonzero().tolist() == [[70]]
+    assert stats.kl_prcp.isnan().nonzero().tolist() == [[70]]
+    assert case.gradients(token_stats, upstream)["weight"].isnan().any()
