@@ -19,10 +19,10 @@ from papo_fast.errors import InputError
 USAGE = """\
 [bold]papo-fast[/bold]: perception-aware RL for vision-language models
 
-  papo-fast train PRESET [options]   train; PRESET is one of the names below
-  papo-fast eval --model DIR ...     mean@k accuracy of a checkpoint
-  papo-fast report RUN               table and picture of a run
-  papo-fast doctor                   what is installed, which paths run, what is missing
+  papo-fast train PRESET ...      train; PRESET is one of the names below
+  papo-fast eval --model DIR ...  mean@k accuracy of a checkpoint
+  papo-fast report RUN            table and picture of a run
+  papo-fast doctor                what is installed, what will run, what is missing
 
 Every command explains its options with --help."""
 

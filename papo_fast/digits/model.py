@@ -52,7 +52,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    corpus = [draw_question(kind, rng).problem for kind in KINDS for _ in range(2000)]
+    questions = [draw_question(kind, rng).problem for kind in KINDS for _ in range(2000)]
+    corpus = [question.removesuffix("<image>") for question in questions]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=[PAD, START, END, *VISION],
