@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PRESET ?= tiny
 SEED   ?= 0
+# Processes that run the tests; each uses one thread.
+JOBS   ?= 2
 
 VENV        := .venv
 BIN         := $(VENV)/bin
@@ -30,7 +32,7 @@ train: $(STAMP)
 	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)

@@ -257,10 +257,10 @@ def _cpu_flags() -> set[str]:
 
 def _paths() -> list[Row]:
     from papo_fast.device import pick_device
-    from papo_kernels import api
 
     device = pick_device("auto")
-    backend = api._choose_backend("auto", device.type)
+    # what token_stats(backend="auto") takes, see papo_kernels.api
+    backend = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
     workers = RewardConfig().workers
     return [
         Row("paths", "device", str(device), "info", "--device"),
