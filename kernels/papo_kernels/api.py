@@ -1,8 +1,10 @@
 """The public function: what it promises, what it refuses, and which backend does the work."""
 
 import functools
+import importlib.util
 import logging
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -67,8 +69,7 @@ def token_stats(
             0.0 is exact. In each stream, sum |dz| over the words left out is at most this share of
             the token's own sum |dz| or of the call's root mean square of it, whichever is larger;
             `record_certificates` reads what it was.
-        backend: "auto" (triton on CUDA where it exists, else torch), "triton", "torch" or
-            "reference".
+        backend: "auto" (triton on a GPU, torch on the CPU), "triton", "torch" or "reference".
         validate: also check values (that targets lie in [0, V)), which synchronises on CUDA. None:
             on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row.
         vocab_group: process group whose ranks hold, in order, row shards of `weight` (V is this
@@ -98,7 +99,7 @@ def token_stats(
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
     )
-    chosen = _choose_backend(backend, hidden.device.type)
+    chosen = _choose_backend(backend, hidden, aug_hidden, weight, vocab_group)
     if chosen == "reference":
         if vocab_group is not None:
             raise ValueError("vocab_group is given; backend='reference' needs the whole weight")
@@ -115,19 +116,34 @@ def token_stats(
     )  # fmt: skip
 
 
-def _choose_backend(backend, device_type):
-    if backend == "triton":
-        raise NotImplementedError(
-            "backend='triton' is not implemented yet; use backend='torch', which runs everywhere"
-        )
-    if backend != "auto":
+def _choose_backend(backend, hidden, aug_hidden, weight, vocab_group):
+    """The backend that will run; says why where "auto" has to take the slower one on a GPU."""
+    if backend in ("torch", "reference"):
         return backend
-    if device_type != "cpu":
-        _log_once(
-            f"token_stats on {device_type} runs the chunked torch backend: "
-            "the triton one is not implemented yet"
-        )
-    return "torch"
+    lacking = _lacks_triton(hidden, aug_hidden, weight, vocab_group)
+    if backend == "triton":
+        if lacking:
+            raise NotImplementedError(
+                f"backend='triton' cannot run here: {lacking}; backend='torch' can"
+            )
+        return backend
+    if hidden.device.type == "cpu":
+        return "torch"
+    if lacking:
+        _log_once(f"token_stats on {hidden.device.type} runs the torch backend: {lacking}")
+    return "torch" if lacking else "triton"
+
+
+def _lacks_triton(hidden, aug_hidden, weight, vocab_group):
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"hidden is on {hidden.device.type}, and the kernels need a GPU"
+    if any(x is not None and x.dtype == torch.float64 for x in (hidden, aug_hidden, weight)):
+        return "an operand is float64"
+    if vocab_group is not None:
+        return "vocab_group is given, and the kernels know no shards"
+    return ""
 
 
 @functools.cache

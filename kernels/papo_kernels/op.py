@@ -7,6 +7,15 @@ from papo_kernels import torch_backend
 FIELDS = 5
 
 
+def _engine(backend):
+    """The module that does the work; triton's is imported only where it runs."""
+    if backend == "torch":
+        return torch_backend
+    from papo_kernels import triton_backend
+
+    return triton_backend
+
+
 @torch.library.custom_op("papo::token_stats", mutates_args=())
 def forward(
     hidden: torch.Tensor,
@@ -33,7 +42,7 @@ def forward(
         shard = torch_backend.make_shard(weight, group)
         if validate:
             check_targets(targets, shard.vocab, ignore_index)
-        outputs, rows, levels = torch_backend.forward(
+        outputs, rows, levels = _engine(backend).forward(
             hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard, sparse
         )
     return [*outputs, rows, levels]
@@ -48,7 +57,7 @@ def _(
     dtype = torch_backend.compute_dtype(hidden, aug_hidden, weight, bias)
     outputs = [hidden.new_empty(n, dtype=dtype) for _ in range(5 if two else 2)]
     rows = hidden.new_empty(torch_backend.saved_rows(two), n, dtype=dtype)
-    shape = torch_backend.levels_shape(n, weight.shape[0], sparse)
+    shape = _engine(backend).levels_shape(n, weight.shape[0], dtype, sparse)
     return [*outputs, rows, hidden.new_empty(shape, dtype=torch.uint8)]
 
 
@@ -76,7 +85,7 @@ def backward(
 ) -> list[torch.Tensor]:
     """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = torch_backend.backward(
+        grads = _engine(backend).backward(
             (logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp),
             (hidden, aug_hidden, weight, bias),
             needs,

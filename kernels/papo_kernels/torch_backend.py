@@ -124,7 +124,7 @@ def saved_rows(two):
     return 11 if two else 4
 
 
-def levels_shape(n, vocab, sparse):
+def levels_shape(n, vocab, dtype, sparse):
     tile = min(TILE_ROWS, chunk_rows(vocab))
     return (-(-n // tile) if sparse else 0), vocab
 
@@ -134,7 +134,7 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
     n, vocab = len(targets), len(weight)
     two = aug_hidden is not None
     rows = torch.zeros(saved_rows(two), n, dtype=head.dtype, device=targets.device)
-    levels = rows.new_zeros(levels_shape(n, vocab, sparse), dtype=torch.uint8)
+    levels = rows.new_zeros(levels_shape(n, vocab, head.dtype, sparse), dtype=torch.uint8)
     size = chunk_rows(vocab)
     tile = min(TILE_ROWS, size)
     kept = kept_rows(targets, ignore_index)

@@ -6,11 +6,15 @@ With upstream gradients a, b, a', b', c of logprobs, entropy, aug_logprobs, aug_
     dz_aug = a' (1[y] - q) - b' q (log q + H') + c (q - p)
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
+# Triton's interpreter is chosen by the process: test_triton.py starts one that tests that backend.
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "torch"]
+FAST = BACKENDS[-1]
 GRADS = ("hidden", "aug_hidden", "weight", "bias")
 
 

@@ -61,9 +61,17 @@ def test_unchecked_target_gives_nan_and_touches_no_other_row():
         assert torch.allclose(stats.kl_prcp, want.kl_prcp)
 
 
-def test_triton_says_that_it_is_missing():
-    with pytest.raises(NotImplementedError, match="backend='triton' is not implemented yet"):
-        token_stats(H, W, Y, backend="triton")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "hidden is on cpu, and the kernels need a GPU; backend='torch' can"),
+        ({"weight": W.double()}, "hidden is on cpu"),
+    ],
+)
+def test_triton_says_why_it_cannot_run(options, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="backend='triton' cannot run here: " + message):
+        token_stats(H, options.get("weight", W), Y, backend="triton")
 
 
 def test_auto_runs_torch_on_the_cpu_without_a_word(caplog):
@@ -75,12 +83,16 @@ def test_auto_runs_torch_on_the_cpu_without_a_word(caplog):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_auto_on_another_device_says_once_which_path_runs(caplog):
+class OnGPU:
+    device, dtype = torch.device("cuda"), torch.float64
+
+
+def test_auto_on_a_gpu_says_once_why_it_runs_torch(caplog):
     with caplog.at_level(logging.WARNING, logger="papo_kernels"):
         for _ in range(2):
-            assert papo_kernels.api._choose_backend("auto", "cuda") == "torch"
+            assert papo_kernels.api._choose_backend("auto", OnGPU, None, OnGPU, None) == "torch"
     assert [r.message for r in caplog.records] == [
-        "token_stats on cuda runs the chunked torch backend: the triton one is not implemented yet"
+        "token_stats on cuda runs the torch backend: an operand is float64"
     ]
 
 

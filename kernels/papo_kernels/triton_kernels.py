@@ -1,0 +1,429 @@
+"""Triton kernels: the two-stream forward and the three products of the gathered backward.
+
+Shapes: N rows, V words, D features; `rows` lists the rows to do first, `count` of them; a tile is
+BLOCK_N rows of that list. Logits live in registers only, in float32.
+Interpreted tests upcast (UPCAST): the interpreter's bfloat16 arithmetic is wrong.
+"""
+
+import triton
+import triton.language as tl
+
+from papo_kernels.reference import LOG_ZERO as _LOG_ZERO
+
+LOG_ZERO = tl.constexpr(_LOG_ZERO)
+LEVELS_PER_NAT = tl.constexpr(8.0)
+
+
+@triton.jit
+def product(
+    x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_V) float32 x[row] @ w[col].T."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        in_d = offs_d < D
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd,
+            mask=live[:, None] & in_d[None, :], other=0.0,
+        )  # fmt: skip
+        w = tl.load(
+            w_ptr + col[None, :] * stride_wv + offs_d[:, None] * stride_wd,
+            mask=in_col[None, :] & in_d[:, None], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def two_products(
+    x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an, stride_ad,
+    stride_wv, stride_wd,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """As `product` for both streams: one load of each weight tile serves both."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    acc_aug = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        in_d = offs_d < D
+        mask = live[:, None] & in_d[None, :]
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+        )
+        xa = tl.load(
+            xa_ptr + row[:, None] * stride_an + offs_d[None, :] * stride_ad, mask=mask, other=0.0
+        )
+        w = tl.load(
+            w_ptr + col[None, :] * stride_wv + offs_d[:, None] * stride_wd,
+            mask=in_col[None, :] & in_d[:, None], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            x, xa, w = x.to(tl.float32), xa.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc_aug = tl.dot(xa, w, acc_aug, input_precision="ieee")
+    return acc, acc_aug
+
+
+@triton.jit
+def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
+    """Logits from products; LOG_ZERO for banned words and outside the vocabulary."""
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
+    if CAP:
+        shrink = tl.exp(-2.0 * tl.abs(acc) / softcap)
+        size = softcap * (1.0 - shrink) / (1.0 + shrink)
+        acc = tl.where(acc < 0, -size, size)
+    z = acc / temperature
+    # Written so that NaN stays NaN.
+    return tl.where((z <= LOG_ZERO) | ~in_col[None, :], LOG_ZERO, z)
+
+
+@triton.jit
+def online(z, live_z, m, s, a):
+    """Takes (BLOCK_N, BLOCK_V) logits into the running max, sum e and sum e (z - max).
+
+    Returns them, and e, and the factor that older sums of e were scaled by.
+    """
+    m_new = tl.maximum(m, tl.max(z, 1))
+    e = tl.where(live_z, tl.exp(z - m_new[:, None]), 0.0)
+    shift = m - m_new
+    scale = tl.exp(shift)
+    a = scale * (a + s * shift) + tl.sum(e * (z - m_new[:, None]), 1)
+    s = scale * s + tl.sum(e, 1)
+    return m_new, s, a, e, scale
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, xa_ptr, w_ptr, b_ptr, y_ptr, rows_ptr, count_ptr, part_ptr, level_ptr,
+    N, V, D, per_split, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
+    temperature, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial sums (splits, 4 or 11, N) over words [split * per_split, ...), and column levels.
+
+    Per stream: max m, S = sum e, A = sum e (z - m), the label's logit; then, with d = z - z_aug,
+    sum e d, sum e |d| and sum e_aug |d|.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    count = tl.load(count_ptr)
+    if tile * BLOCK_N >= count:
+        return
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = offs_n < count
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    y = tl.load(y_ptr + row, mask=live, other=-1)
+
+    # A lower bound on the log-sum-exp before it is known: a sampled label is rarely far below it.
+    bound = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    bound_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    if LEVELS:
+        known = live & (y >= 0) & (y < V)
+        bound = label_logit(
+            x_ptr, w_ptr, b_ptr, row, y, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
+            temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if TWO:
+            bound_aug = label_logit(
+                xa_ptr, w_ptr, b_ptr, row, y, known, D, stride_an, stride_ad, stride_wv, stride_wd,
+                temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+
+    m = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    a = tl.zeros((BLOCK_N,), tl.float32)
+    label = tl.zeros((BLOCK_N,), tl.float32)
+    m_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    s_aug = tl.zeros((BLOCK_N,), tl.float32)
+    a_aug = tl.zeros((BLOCK_N,), tl.float32)
+    label_aug = tl.zeros((BLOCK_N,), tl.float32)
+    cross = tl.zeros((BLOCK_N,), tl.float32)
+    ratio = tl.zeros((BLOCK_N,), tl.float32)
+    ratio_aug = tl.zeros((BLOCK_N,), tl.float32)
+
+    first = split * per_split
+    for v in range(first, tl.minimum(first + per_split, V), BLOCK_V):
+        col = v + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = col < V
+        hit = col[None, :] == y[:, None]
+        if TWO:
+            acc, acc_aug = two_products(
+                x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
+                stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+        else:
+            acc = product(
+                x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv,
+                stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+        z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+        m, s, a, e, scale = online(z, ~(z <= LOG_ZERO), m, s, a)
+        label += tl.sum(tl.where(hit, z, 0.0), 1)
+        if TWO:
+            z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+            m_aug, s_aug, a_aug, e_aug, scale_aug = online(
+                z_aug, ~(z_aug <= LOG_ZERO), m_aug, s_aug, a_aug
+            )
+            label_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
+            d = z - z_aug
+            cross = scale * cross + tl.sum(e * d, 1)
+            ratio = scale * ratio + tl.sum(e * tl.abs(d), 1)
+            ratio_aug = scale_aug * ratio_aug + tl.sum(e_aug * tl.abs(d), 1)
+        if LEVELS:
+            u = z - tl.maximum(bound, m + tl.log(s))[:, None]
+            if TWO:
+                u = tl.maximum(u, z_aug - tl.maximum(bound_aug, m_aug + tl.log(s_aug))[:, None])
+            highest = tl.max(tl.where(live[:, None], u, LOG_ZERO), 0)
+            level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
+            level = tl.where(level == level, level, 0.0)
+            tl.store(level_ptr + tile.to(tl.int64) * V + col, level.to(tl.uint8), mask=in_col)
+
+    fields = 11 if TWO else 4
+    out = part_ptr + split.to(tl.int64) * fields * N + offs_n
+    tl.store(out, m, mask=live)
+    tl.store(out + N, s, mask=live)
+    tl.store(out + 2 * N, a, mask=live)
+    tl.store(out + 3 * N, label, mask=live)
+    if TWO:
+        tl.store(out + 4 * N, m_aug, mask=live)
+        tl.store(out + 5 * N, s_aug, mask=live)
+        tl.store(out + 6 * N, a_aug, mask=live)
+        tl.store(out + 7 * N, label_aug, mask=live)
+        tl.store(out + 8 * N, cross, mask=live)
+        tl.store(out + 9 * N, ratio, mask=live)
+        tl.store(out + 10 * N, ratio_aug, mask=live)
+
+
+@triton.jit
+def label_logit(
+    x_ptr, w_ptr, b_ptr, row, y, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
+    temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N,) logits of the labels; LOG_ZERO where unknown."""
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask = known[:, None] & (offs_d < D)[None, :]
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
+        )
+        w = tl.load(
+            w_ptr + y[:, None] * stride_wv + offs_d[None, :] * stride_wd, mask=mask, other=0.0
+        )
+        acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
+    z = head(acc[None, :], b_ptr, y, known, temperature, softcap, HAS_BIAS, CAP)
+    return tl.reshape(z, (BLOCK_N,))
+
+
+@triton.jit
+def dz_kernel(
+    x_ptr, xa_ptr, w_ptr, b_ptr, y_ptr, rows_ptr, stats_ptr, up_ptr, tile_ptr, first_ptr, last_ptr,
+    col_ptr, dz_ptr, dza_ptr, sums_ptr,
+    N, V, D, count, first_tile, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
+    stride_entry, stride_tile, temperature, softcap,
+    TWO: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGPROB_AUG: tl.constexpr, ENTROPY_AUG: tl.constexpr, KL: tl.constexpr,
+    GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both streams' products for some columns of one tile, and sums that certify them.
+
+    GATHER: block b holds the entries [first[b], last[b]) of tile tile[b], whose words are `col`.
+    Else: grid (word blocks, tiles), all words. Entry k of row r of a tile goes to
+    dz[k * stride_entry + r + tile * stride_tile]. sums (blocks, 8, BLOCK_N), over entries: per
+    stream p, p (log p + H), p |z - z_aug|, |dz|.
+    """
+    block = tl.program_id(0)
+    if GATHER:
+        tile = tl.load(tile_ptr + block)
+        entry = tl.load(first_ptr + block) + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < tl.load(last_ptr + block)
+        col = tl.load(col_ptr + entry, mask=in_col, other=0)
+    else:
+        tile = first_tile + tl.program_id(1)
+        entry = block * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < V
+        col = entry
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = offs_n < count
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    y = tl.load(y_ptr + row, mask=live, other=0)
+    valid = (y >= 0) & (y < V)
+    hit = (col[None, :] == y[:, None]) & in_col[None, :]
+    stat = stats_ptr + row
+    up = up_ptr + row
+    if TWO:
+        acc, acc_aug = two_products(
+            x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
+            stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    else:
+        acc = product(
+            x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv, stride_wd,
+            UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    keep = live[:, None] & in_col[None, :]
+    z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+    log_p, p = log_prob(z, stat, N, live, keep)
+    entropy = tl.load(stat + 2 * N, mask=live, other=0.0)[:, None]
+    log_q, q, distance = log_p, p, p
+    if TWO:
+        z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+        log_q, q = log_prob(z_aug, stat + 3 * N, N, live, keep)
+        distance = tl.abs(z - z_aug)
+    g_kl = tl.zeros((BLOCK_N, 1), tl.float32)
+    if KL:
+        g_kl = tl.load(up + 4 * N, mask=live, other=0.0)[:, None]
+    out = entry[None, :] * stride_entry + (
+        tl.arange(0, BLOCK_N)[:, None] + (tile - first_tile) * stride_tile
+    )
+    sums = sums_ptr + block.to(tl.int64) * 8 * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATHER:
+        tl.store(sums, tl.sum(p, 1))
+        if TWO:
+            tl.store(sums + 4 * BLOCK_N, tl.sum(q, 1))
+    if FULL:
+        factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        if ENTROPY:
+            factor -= tl.load(up + N, mask=live, other=0.0)[:, None] * (log_p + entropy)
+        if KL:
+            kl = tl.load(stat + 6 * N, mask=live, other=0.0)[:, None]
+            factor -= g_kl * (log_q - log_p + kl)
+        dz = p * factor
+        if LOGPROB:
+            g = tl.load(up, mask=live, other=0.0)[:, None]
+            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
+        dz = tl.where(keep, dz, 0.0)
+        if GATHER:
+            tl.store(sums + BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
+            tl.store(sums + 3 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+        dz *= slope(z, temperature, softcap, CAP)
+        tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=in_col[None, :])
+    if GATHER and KL:
+        tl.store(sums + 2 * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
+        tl.store(sums + 6 * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
+    if AUG:
+        entropy_aug = tl.load(stat + 5 * N, mask=live, other=0.0)[:, None]
+        dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        if ENTROPY_AUG:
+            g = tl.load(up + 3 * N, mask=live, other=0.0)[:, None]
+            dz -= g * q * (log_q + entropy_aug)
+        if KL:
+            x = log_q - log_p
+            series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+            dz += g_kl * tl.where(tl.abs(x) < 0.25, p * series, q - p)
+        if LOGPROB_AUG:
+            g = tl.load(up + 2 * N, mask=live, other=0.0)[:, None]
+            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
+        dz = tl.where(keep, dz, 0.0)
+        if GATHER:
+            tl.store(sums + 5 * BLOCK_N, tl.sum(tl.where(keep, q * (log_q + entropy_aug), 0.0), 1))
+            tl.store(sums + 7 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+        dz *= slope(z_aug, temperature, softcap, CAP)
+        tl.store(dza_ptr + out, dz.to(dza_ptr.dtype.element_ty), mask=in_col[None, :])
+
+
+@triton.jit
+def log_prob(z, stat, N, live, keep):
+    """log p and p of logits z, from the row statistics at `stat` and `stat + N`."""
+    peak = tl.load(stat, mask=live, other=0.0)[:, None]
+    log_sum = tl.load(stat + N, mask=live, other=0.0)[:, None]
+    log_p = (z - peak) - log_sum
+    log_p = tl.where(log_p <= LOG_ZERO, LOG_ZERO, log_p)
+    return log_p, tl.where(keep, tl.exp(log_p), 0.0)
+
+
+@triton.jit
+def slope(z, temperature, softcap, CAP: tl.constexpr):
+    if CAP:
+        t = tl.maximum(z * (temperature / softcap), -1.0)
+        return (1.0 - t * t) / temperature
+    else:
+        return 1.0 / temperature
+
+
+@triton.jit
+def d_hidden_kernel(
+    dz_ptr, w_ptr, rows_ptr, col_ptr, offset_ptr, out_ptr,
+    D, count, first_tile, stride_wv, stride_wd, stride_on, stride_od,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over the tile's entries of dz[entry, row] w[col[entry]]; overwrites."""
+    local = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    first = tl.load(offset_ptr + local)
+    last = tl.load(offset_ptr + local + 1)
+    offs_r = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k in range(first, last, BLOCK_V):
+        entry = k + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < last
+        col = tl.load(col_ptr + entry, mask=in_col, other=0)
+        dz = tl.load(
+            dz_ptr + entry[None, :] * BLOCK_N + offs_r[:, None], mask=in_col[None, :], other=0.0
+        )
+        w = tl.load(
+            w_ptr + col[:, None] * stride_wv + offs_d[None, :] * stride_wd,
+            mask=in_col[:, None] & in_d[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            dz, w = dz.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(dz, w, acc, input_precision="ieee")
+    offs_n = (first_tile + local) * BLOCK_N + offs_r
+    live = (offs_n < count) & (last > first)
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    tl.store(
+        out_ptr + row[:, None] * stride_on + offs_d[None, :] * stride_od,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & in_d[None, :],
+    )
+
+
+@triton.jit
+def d_weight_kernel(
+    dz_ptr, x_ptr, rows_ptr, tile_ptr, first_ptr, last_ptr, col_ptr, dw_ptr, db_ptr,
+    D, count, first_block, stride_xn, stride_xd, stride_wv, stride_wd,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dw[col[entry]] += dz[entry] @ x[rows of the tile], atomically in float32.
+
+    Within one tile a word occurs once: launched tile by tile, the sums have one order.
+    """
+    block = first_block + tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    tile = tl.load(tile_ptr + block)
+    entry = tl.load(first_ptr + block) + tl.arange(0, BLOCK_V).to(tl.int64)
+    in_col = entry < tl.load(last_ptr + block)
+    col = tl.load(col_ptr + entry, mask=in_col, other=0)
+    offs_r = tl.arange(0, BLOCK_N)
+    offs_n = tile * BLOCK_N + offs_r
+    live = offs_n < count
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    dz = tl.load(
+        dz_ptr + entry[:, None] * BLOCK_N + offs_r[None, :], mask=in_col[:, None], other=0.0
+    )
+    if BIAS:
+        if tl.program_id(1) == 0:
+            tl.atomic_add(db_ptr + col, tl.sum(dz.to(tl.float32), 1), mask=in_col)
+    if WEIGHT:
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd,
+            mask=live[:, None] & in_d[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            dz, x = dz.to(tl.float32), x.to(tl.float32)
+        update = tl.dot(dz, x, input_precision="ieee")
+        tl.atomic_add(
+            dw_ptr + col[:, None] * stride_wv + offs_d[None, :] * stride_wd,
+            update, mask=in_col[:, None] & in_d[None, :],
+        )  # fmt: skip

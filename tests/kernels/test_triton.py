@@ -1,0 +1,84 @@
+"""The Triton backend without a GPU: interpreted against float64, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SUITES = ("test_contract.py", "test_properties.py", "test_sparse.py")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the suite that this process is part of")
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_passes_in_the_interpreter(suite):
+    """The same tests as of the other backends, in a process that interprets the kernels."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / suite)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    print(result.stdout[-4000:], result.stderr[-2000:])
+    assert result.returncode == 0
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler does not run in an interpreting process")
+def test_kernels_compile_for_every_gpu_and_use_no_more_than_before():
+    import aot
+
+    committed = json.loads(aot.TABLE.read_text())
+    found = aot.measure()
+    assert found.keys() == committed["kernels"].keys()
+    for name, row in found.items():
+        print(f"{name:36s}", *(f"{k} {v:6d}" for k, v in row.items()))
+    if triton.__version__ != committed["triton"]:
+        return  # Another compiler allocates differently; that it compiles is then what is shown.
+    worse = {
+        name: (row, committed["kernels"][name])
+        for name, row in found.items()
+        if any(row[k] > committed["kernels"][name][k] for k in row)
+    }
+    assert not worse, worse
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_matches_float64(dtype):
+    from kernel_oracle import (
+        GRADS,
+        Case,
+        Oracle,
+        check,
+        gradient_error,
+        make_case,
+        random_upstream,
+        statistic_error,
+    )
+
+    from papo_kernels import token_stats
+
+    case = make_case(300, 136, 5003, peak=6, ignored=0.2, dtype=dtype, bias=True, softcap=20.0)
+    upstream = random_upstream(case)
+    oracle = Oracle(case)
+    want, exact = oracle.statistics(), oracle.gradients(upstream)
+    rounded = oracle.gradients(upstream, rounded=dtype)
+    on_gpu = Case(
+        *(x.cuda() for x in (case.hidden, case.weight, case.targets, case.aug_hidden, case.bias)),
+        softcap=20.0,
+    )
+    stats = on_gpu.call(token_stats, backend="triton")
+    bound = 1e-5 if dtype == torch.float32 else 1e-4
+    check({o: statistic_error(getattr(stats, o).cpu(), want[o]) for o in case.outputs}, bound)
+    upstream = {o: u.cuda() for o, u in upstream.items()}
+    got = on_gpu.gradients(token_stats, upstream, backend="triton", grad_budget=0.0)
+    bounds = {g: max(1e-5, 1.5 * gradient_error(rounded[g], exact[g])) for g in GRADS}
+    check({g: gradient_error(got[g].cpu(), exact[g]) for g in got}, bounds)
