@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from papo_fast.config import ModelConfig
-from papo_fast.sequences import SequenceBatch, stack_streams
+from papo_fast.sequences import SequenceBatch
 from papo_kernels import TokenStats, token_stats
 
 # Added to the logits of tokens that are never sampled, so that they are scored as impossible too.
@@ -97,15 +97,13 @@ class Policy(nn.Module):
             temperature: the sampling temperature; statistics are those of the sampled policy.
         """
         if aug is None:
-            hidden_ND = self._rows(batch.model_inputs(), batch.rows_N)
-            aug_hidden_ND = None
+            hidden_ND, aug_hidden_ND = self._hidden([batch]), None
         elif aug_gradient:
-            rows = torch.cat([batch.rows_N, batch.rows_N + batch.input_ids_BS.numel()])
-            hidden_ND, aug_hidden_ND = self._rows(stack_streams(batch, aug), rows).chunk(2)
+            hidden_ND, aug_hidden_ND = self._hidden([batch, aug]).chunk(2)
         else:
-            hidden_ND = self._rows(batch.model_inputs(), batch.rows_N)
+            hidden_ND = self._hidden([batch])
             with torch.no_grad():
-                aug_hidden_ND = self._rows(aug.model_inputs(), aug.rows_N)
+                aug_hidden_ND = self._hidden([aug])
         stats = token_stats(
             hidden_ND,
             self._head_weight(),
@@ -124,7 +122,7 @@ class Policy(nn.Module):
         # The two models have different output embeddings. [h, 0] @ [W, W_ref]^T = h @ W^T and
         # [0, h_ref] @ [W, W_ref]^T = h_ref @ W_ref^T make them two streams over one weight.
         with torch.no_grad():
-            ref_ND = reference._rows(batch.model_inputs(), batch.rows_N)
+            ref_ND = reference._hidden([batch])
         zeros = torch.zeros_like(hidden_ND)
         return token_stats(
             torch.cat([hidden_ND, zeros], dim=1),
@@ -135,10 +133,39 @@ class Policy(nn.Module):
             temperature=temperature,
         ).kl_prcp
 
-    def _rows(self, inputs: dict[str, Tensor], rows_N: Tensor) -> Tensor:
+    def _hidden(self, batches: Sequence[SequenceBatch]) -> Tensor:
+        """Hidden states that predict the response tokens, (N, D), of equally shaped batches.
+
+        One forward pass over all of them; each distinct picture goes through the vision tower once.
+        """
+        texts = [b.text_inputs() for b in batches]
+        inputs = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
         with self.autocast():
+            inputs |= self._encoded_images([b for b in batches if b.pixel_values is not None])
             hidden_BSD = self.model.model(**inputs, use_cache=False).last_hidden_state
-        return hidden_BSD.flatten(0, 1)[rows_N].to(self.dtype)
+        size = batches[0].input_ids_BS.numel()
+        rows = torch.cat([b.rows_N + i * size for i, b in enumerate(batches)])
+        return hidden_BSD.flatten(0, 1)[rows].to(self.dtype)
+
+    def _encoded_images(self, batches: Sequence[SequenceBatch]) -> dict[str, object]:
+        if not batches:
+            return {}
+        grids = torch.cat([b.image_grid_thw for b in batches])
+        features = self.model.model.get_image_features(
+            torch.cat([b.pixel_values for b in batches]), grids, return_dict=True
+        )
+        index, n = [], 0
+        for b in batches:
+            index.append(b.image_index + n)
+            n += len(b.image_grid_thw)
+        order = torch.cat(index)
+        picked = order.tolist()
+        features.pooler_output = tuple(features.pooler_output[i] for i in picked)
+        if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL
+            features.deepstack_features = [
+                tuple(layer[i] for i in picked) for layer in features.deepstack_features
+            ]
+        return {"mm_encoder_outputs": {"image": features}, "image_grid_thw": grids[order]}
 
     def _head_weight(self) -> Tensor:
         return self.model.lm_head.weight.to(self.dtype)

@@ -49,7 +49,7 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_new_tokens=20, batch_size=256),
         objective=objective,
-        train=TrainConfig(lr=1e-4, weight_decay=0.0, update_prompts=32, micro_batch=256, steps=100),
+        train=TrainConfig(lr=1e-4, weight_decay=0.0, update_prompts=32, micro_batch=32, steps=100),
         eval=EvalConfig(),
         digits=DigitsConfig(enabled=True),
     )

@@ -28,6 +28,10 @@ class Completion:
 class SequenceBatch:
     """B sequences of at most S tokens, padded, with N response tokens among them.
 
+    A picture that several sequences share is held once: `pixel_values` and `image_grid_thw` are of
+    the distinct pictures, and `image_index` says which of them stands where, in the order of the
+    image tokens of the whole batch.
+
     `rows_N` holds positions in the flattened (B*S,) hidden states: the position *before* each
     response token, whose logits predict it. `targets_N` are those tokens and `sequence_ids_N` says
     which of the B sequences a token belongs to, in order.
@@ -41,6 +45,7 @@ class SequenceBatch:
     sequence_ids_N: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
+    image_index: Tensor | None
 
     @property
     def n_tokens(self) -> int:
@@ -54,26 +59,19 @@ class SequenceBatch:
         }
         return replace(self, **moved)
 
-    def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the HuggingFace model's forward pass."""
-        inputs = {
+    def text_inputs(self) -> dict[str, Tensor]:
+        """What the model takes besides pictures."""
+        return {
             "input_ids": self.input_ids_BS,
             "attention_mask": self.attention_mask_BS,
             "mm_token_type_ids": self.mm_token_type_ids_BS,
         }
-        if self.pixel_values is not None:
-            inputs |= {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
-        return inputs
 
-    def with_pixels(self, pixel_values: Tensor | None) -> SequenceBatch:
-        """The same text and responses over other pictures of the same sizes: the aug stream."""
-        return replace(self, pixel_values=pixel_values)
-
-
-def stack_streams(full: SequenceBatch, aug: SequenceBatch) -> dict[str, Tensor]:
-    """Model inputs of both streams as one batch of 2B sequences, `full` first."""
-    first, second = full.model_inputs(), aug.model_inputs()
-    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+    def image_inputs(self) -> dict[str, Tensor]:
+        """The distinct pictures as the vision tower takes them; empty without pictures."""
+        if self.pixel_values is None:
+            return {}
+        return {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
 
 
 def collate(
@@ -109,9 +107,9 @@ def collate(
         rows.append(torch.arange(start - 1, end - 1) + i * width)
         targets.append(tokens)
         owners.append(torch.full((len(response),), i, dtype=torch.int64))
-    pixels = [p.pixel_values for p in prompts] if pixel_values is None else list(pixel_values)
-    pixels = [p for p in pixels if p is not None]
-    grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+    if pixel_values is None:
+        pixel_values = [p.pixel_values for p in prompts]
+    pixels, grids, image_index = _distinct(pixel_values, [p.image_grid_thw for p in prompts])
     return SequenceBatch(
         input_ids_BS=input_ids,
         attention_mask_BS=attention_mask,
@@ -119,6 +117,32 @@ def collate(
         rows_N=torch.cat(rows),
         targets_N=torch.cat(targets),
         sequence_ids_N=torch.cat(owners),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        image_grid_thw=torch.cat(grids) if grids else None,
+        pixel_values=pixels,
+        image_grid_thw=grids,
+        image_index=image_index,
     )
+
+
+def _distinct(
+    pixel_values: Sequence[Tensor | None], grids: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The pictures that differ, and which of them each sequence shows.
+
+    Sequences of one prompt hold the very same tensor; that is what makes pictures equal here.
+    """
+    first_image: dict[int, int] = {}
+    distinct, distinct_grids, index = [], [], []
+    n = 0
+    for pixels, grid in zip(pixel_values, grids, strict=True):
+        if pixels is None:
+            continue
+        if id(pixels) not in first_image:
+            first_image[id(pixels)] = n
+            n += len(grid)
+            distinct.append(pixels)
+            distinct_grids.append(grid)
+        start = first_image[id(pixels)]
+        index.append(torch.arange(start, start + len(grid)))
+    if not distinct:
+        return None, None, None
+    return torch.cat(distinct), torch.cat(distinct_grids), torch.cat(index)

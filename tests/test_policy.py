@@ -58,12 +58,18 @@ def plain_logits(policy, prompt, response, pixel_values):
 
 def test_statistics_of_a_padded_batch_match_one_sequence_at_a_time(loaded):
     _, encoder, policy = loaded
-    prompts = some_prompts(encoder)
-    responses = [[65, 66, 67], [70], [80, 81, 82, 83, 84, 85]]
+    distinct = some_prompts(encoder)
+    noise = {
+        id(p): torch.randn_like(p.pixel_values) for p in distinct if p.pixel_values is not None
+    }
+    # members of a group share a picture, and groups need not stand together
+    prompts = [distinct[i] for i in (0, 1, 2, 0, 2)]
+    responses = [[65, 66, 67], [70], [80, 81, 82, 83, 84, 85], [71, 72], [90]]
     pixels = [p.pixel_values for p in prompts]
-    aug_pixels = [None if p is None else torch.randn_like(p) for p in pixels]
+    aug_pixels = [noise.get(id(p)) for p in prompts]
     full = collate(prompts, responses, encoder.pad_token_id)
     aug = collate(prompts, responses, encoder.pad_token_id, aug_pixels)
+    assert len(full.image_grid_thw) == 3 and full.image_index.tolist() == [0, 1, 2, 0, 1, 2]
     with torch.no_grad():
         stats, _ = policy.stats(full, aug=aug)
     expected = []
@@ -99,7 +105,7 @@ def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):
     prompt, response = some_prompts(encoder)[0], [65, 66, 67]
     full = collate([prompt], [response], encoder.pad_token_id)
     corrupted = torch.randn_like(prompt.pixel_values).requires_grad_()
-    aug = full.with_pixels(corrupted)
+    aug = collate([prompt], [response], encoder.pad_token_id, [corrupted])
     stats, _ = policy.stats(full, aug=aug, aug_gradient=False)
     stats.kl_prcp.sum().backward()
     assert corrupted.grad is None

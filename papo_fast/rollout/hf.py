@@ -95,7 +95,8 @@ class HFRollout:
         model = self.policy.model
         model.model.rope_deltas = None  # left over from an earlier batch of other lengths
         batch = collate(prompts, [[]] * len(prompts), self.pad_token_id, left=True)
-        inputs = batch.to(self.policy.device).model_inputs()
+        batch = batch.to(self.policy.device)
+        inputs = batch.text_inputs() | batch.image_inputs()
         width = inputs["input_ids"].shape[1]
         sampler = _Sampler(self.policy.banned_V, temperature)
         sequences = model.generate(

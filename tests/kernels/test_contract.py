@@ -36,7 +36,7 @@ heads = pytest.mark.parametrize("head", HEADS)
 @pytest.fixture(params=[1 << 24] if FAST == "triton" else [1 << 24, 4000])
 def chunk_elements(request, monkeypatch):
     monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(torch_backend, "UPCAST_ELEMENTS", request.param)
+    monkeypatch.setattr(torch_backend, "COPY_ELEMENTS", request.param)
 
 
 @backends
