@@ -191,7 +191,9 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     lr: float = 1e-6
-    """Learning rate of AdamW, constant after warm-up."""
+    """Learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: constant (the paper), or falling linearly to 0 at the last update."""
     warmup_steps: int = 0
     """Updates over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
@@ -236,7 +238,7 @@ class DigitsConfig:
     """Where the data and the warm-started model are kept between runs."""
     train_questions: int = 8192
     """Training questions written to parquet."""
-    test_questions: int = 256
+    test_questions: int = 400
     """Held-out questions written to parquet, half of each kind."""
     warm_accuracy: float = 0.36
     """Accuracy on vision-dependent questions at which the supervised warm start stops."""

@@ -30,12 +30,9 @@ class Experience:
 
     prompts: list[Prompt]
     completions: list[Completion]
-    responses: list[str]
     scores: list[Score]
-    rewards_B: Tensor
     advantages_B: Tensor
     aug_pixels: list[Tensor | None]
-    rounds: int = 1
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     aug_logprobs: list[Tensor] | None = None
@@ -81,33 +78,39 @@ class Collector:
         self.corrupt = corrupt
 
     def collect(self, stream: Iterator[list[Prompt]], step: int) -> Experience:
-        """One rollout of `rollout.prompts` groups; DAPO's filter asks for more until it is full."""
+        """One rollout of `rollout.prompts` groups; DAPO's filter asks for more until it is full.
+
+        The metrics are of everything that was sampled, also of the groups that the filter drops.
+        """
         rollout = self.config.rollout
-        prompts: list[Prompt] = []
-        groups: list[list[Completion]] = []
-        scores: list[list[Score]] = []
+        kept: list[tuple[Prompt, list[Completion], list[Score]]] = []
+        completions: list[Completion] = []
+        scores: list[Score] = []
         rounds = 0
-        while len(prompts) < rollout.prompts:
+        while len(kept) < rollout.prompts:
             if rounds == (rollout.max_filter_rounds if rollout.dynamic_filter else 1):
                 raise InputError(
-                    f"rollout.dynamic_filter kept {len(prompts)} of the {rollout.prompts} groups "
+                    f"rollout.dynamic_filter kept {len(kept)} of the {rollout.prompts} groups "
                     f"needed after {rounds} rounds: the questions are too easy or too hard for "
                     "this model; widen rollout.filter_range or raise rollout.max_filter_rounds"
                 )
-            new_prompts = next(stream)
-            new_groups, new_scores = self._sample(new_prompts, step, rounds)
-            for i in self._kept(new_scores):
-                prompts.append(new_prompts[i])
-                groups.append(new_groups[i])
-                scores.append(new_scores[i])
+            prompts = next(stream)
+            new_groups, new_scores = self._sample(prompts, step, rounds)
+            kept += [(prompts[i], new_groups[i], new_scores[i]) for i in self._kept(new_scores)]
+            completions += [c for group in new_groups for c in group]
+            scores += [s for group in new_scores for s in group]
             rounds += 1
-        return self._experience(
-            prompts[: rollout.prompts],
-            groups[: rollout.prompts],
-            scores[: rollout.prompts],
-            step,
-            rounds,
-        )
+        experience = self._experience(kept[: rollout.prompts], step)
+        experience.metrics = {
+            "reward": self._rewards(completions, scores).mean().item(),
+            "accuracy": sum(s.accuracy for s in scores) / len(scores),
+            "format": sum(s.format for s in scores) / len(scores),
+            "response_length": sum(len(c.token_ids) for c in completions) / len(completions),
+            "truncated": sum(not c.finished for c in completions) / len(completions),
+            "groups_kept": len(kept) / (len(scores) / rollout.group_size),
+            "rollout_rounds": rounds,
+        }
+        return experience
 
     def _sample(
         self, prompts: list[Prompt], step: int, round_: int
@@ -135,24 +138,21 @@ class Collector:
         kept = dynamic_filter(accuracies, group_ids, *rollout.filter_range)
         return group_ids[kept].unique().tolist()
 
+    def _rewards(self, completions: Sequence[Completion], scores: Sequence[Score]) -> Tensor:
+        """Score plus DAPO's soft overlong penalty, (B,) float32."""
+        reward, limit = self.config.reward, self.config.rollout.max_new_tokens
+        lengths = torch.tensor([len(c.token_ids) for c in completions])
+        penalty = overlong_penalty(lengths, limit, reward.overlong_buffer)
+        return torch.tensor([s.reward for s in scores]) + reward.overlong_coef * penalty
+
     def _experience(
-        self,
-        prompts: list[Prompt],
-        groups: list[list[Completion]],
-        scores: list[list[Score]],
-        step: int,
-        rounds: int,
+        self, groups: Sequence[tuple[Prompt, list[Completion], list[Score]]], step: int
     ) -> Experience:
         config, n = self.config, self.config.rollout.group_size
-        completions = [c for group in groups for c in group]
-        flat = [s for group in scores for s in group]
-        rewards = torch.tensor([s.reward for s in flat])
-        if config.reward.overlong_buffer:
-            rewards = rewards + config.reward.overlong_coef * overlong_penalty(
-                torch.tensor([len(c.token_ids) for c in completions]),
-                config.rollout.max_new_tokens,
-                config.reward.overlong_buffer,
-            )
+        prompts = [prompt for prompt, _, _ in groups]
+        completions = [c for _, group, _ in groups for c in group]
+        scores = [s for _, _, group in groups for s in group]
+        rewards = self._rewards(completions, scores)
         group_ids = torch.arange(len(prompts)).repeat_interleave(n)
         aug: list[Tensor | None] = []
         for prompt in prompts:
@@ -162,27 +162,10 @@ class Collector:
         return Experience(
             prompts=[p for p in prompts for _ in range(n)],
             completions=completions,
-            responses=[self.encoder.decode(c.token_ids) for c in completions],
-            scores=flat,
-            rewards_B=rewards,
+            scores=scores,
             advantages_B=group_advantages(rewards, group_ids, config.objective.advantage),
             aug_pixels=aug,
-            rounds=rounds,
-            metrics=_rollout_metrics(completions, flat, rewards),
         )
-
-
-def _rollout_metrics(
-    completions: list[Completion], scores: list[Score], rewards: Tensor
-) -> dict[str, float]:
-    n = len(completions)
-    return {
-        "reward": rewards.mean().item(),
-        "accuracy": sum(s.accuracy for s in scores) / n,
-        "format": sum(s.format for s in scores) / n,
-        "response_length": sum(len(c.token_ids) for c in completions) / n,
-        "truncated": sum(not c.finished for c in completions) / n,
-    }
 
 
 def score_without_gradient(

@@ -78,7 +78,9 @@ class Trainer:
         self.policy = Policy.load(config.model, self.encoder.banned_token_ids, device)
         reference = self.policy.frozen_copy() if config.objective.needs_reference else None
         self.reference = reference
-        self.updater = Updater(config, self.policy, reference, self.encoder.pad_token_id)
+        self.steps = config.train.steps or self._steps_of_epochs()
+        updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
+        self.updater = Updater(config, self.policy, reference, self.encoder.pad_token_id, updates)
         self.engine = HFRollout(
             self.policy,
             self.encoder.eos_token_ids,
@@ -103,7 +105,7 @@ class Trainer:
 
     def run(self) -> Path:
         before = self.evaluator.run("evaluating before")
-        steps = self.config.train.steps or self._steps_of_epochs()
+        steps = self.steps
         with self.progress.task("training", total=steps) as advance:
             for step in range(1, steps + 1):
                 row = self.step(step)
@@ -173,7 +175,6 @@ class Trainer:
             **times,
             **experience.metrics,
             **{name: sum(v) / len(v) for name, v in values.items()},
-            "rollout_rounds": experience.rounds,
             "reward_timeouts": self.scorer.timeouts,
             "skipped_samples": self.train_data.skipped.total(),
             "bad_updates": self.updater.bad_updates,

@@ -25,12 +25,14 @@ class Updater:
         policy: what is trained.
         reference: frozen policy for the reference KL, or None where its weight is 0.
         pad_token_id: from the prompt encoder.
+        total_updates: of the whole run, for the learning-rate schedule.
     """
 
     config: Config
     policy: Policy
     reference: Policy | None
     pad_token_id: int
+    total_updates: int
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -52,11 +54,10 @@ class Updater:
         `train.max_bad_updates` in a row.
         """
         config, parts = self.config, []
-        # γ is annealed over updates, the learning rate warmed up likewise
         kl_prcp_coef = annealed(
             self.objective.kl_prcp_coef, self.updates, self.objective.kl_prcp_anneal_steps
         )
-        lr = config.train.lr * min(1.0, (self.updates + 1) / max(1, config.train.warmup_steps))
+        lr = self._lr()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         denominators = Denominators(
@@ -87,6 +88,13 @@ class Updater:
             self._skip(norm)
         self.updates += 1
         return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
+
+    def _lr(self) -> float:
+        train = self.config.train
+        lr = train.lr * min(1.0, (self.updates + 1) / max(1, train.warmup_steps))
+        if train.lr_schedule == "linear":
+            lr *= max(0.0, 1.0 - self.updates / self.total_updates)
+        return lr
 
     def _skip(self, norm: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -175,6 +175,19 @@ def test_parity_modes_run_and_only_official_keeps_gradient_out_of_the_corrupted_
     assert all(row["kl_prcp"] >= 0 for row in rows)
 
 
+def test_learning_rate_warms_up_and_falls_to_zero(checkpoints, questions, tmp_path):
+    config = small(get_preset("grpo"), checkpoints["qwen2_5_vl"], questions, tmp_path)
+    schedule = dataclasses.replace(
+        config.train, lr=0.4, lr_schedule="linear", warmup_steps=2, update_prompts=1
+    )
+    data = dataclasses.replace(config.data, test="")
+    _, rows, _ = run(dataclasses.replace(config, train=schedule, data=data))
+    # eight updates, four in each step; the first at half the rate
+    rates = [0.5 * 8, 7, 6, 5, 4, 3, 2, 1]
+    expected = [sum(rates[:4]) / 4 * 0.05, sum(rates[4:]) / 4 * 0.05]
+    assert [r["lr"] for r in rows] == pytest.approx(expected)
+
+
 def test_micro_batches_add_up_to_the_whole_batch(checkpoints, questions, tmp_path):
     losses = []
     for size in (2, 12):
@@ -234,7 +247,9 @@ def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot(
     config = dataclasses.replace(config, overwrite=True, eval=EvalConfig(samples=1))
     _, rows, _ = run(config)
     assert [r["rollout_rounds"] for r in rows] == [2, 2]
-    assert all(abs(r["accuracy"] - 1 / 3) < 1e-6 for r in rows)
+    # what is reported is what was sampled, not what was kept
+    assert all(abs(r["accuracy"] - 1 / 6) < 1e-6 for r in rows)
+    assert [r["groups_kept"] for r in rows] == [0.5, 0.5]
 
 
 def test_evaluation_limit_counts_questions_of_each_kind():

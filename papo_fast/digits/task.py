@@ -87,7 +87,7 @@ def draw_question(kind: str, rng: random.Random) -> Question:
     """One question of `kind`, its operation drawn from `OPERATIONS`."""
     operation = rng.choice(OPERATIONS)
     if operation == "count":
-        row = [str(rng.randrange(10)) for _ in range(3)]
+        row = [str(rng.randrange(10)) for _ in range(rng.randint(3, 4))]
         target = rng.choice(row)
         # repeated often enough that 1 is not a safe guess
         row = [target if rng.random() < 0.35 else digit for digit in row]
@@ -95,7 +95,7 @@ def draw_question(kind: str, rng: random.Random) -> Question:
         answer = shown.count(target)
         other = answer + 1 if answer == 1 else answer - 1
     elif operation in ("larger", "smaller"):
-        a, b = rng.sample(range(20), 2)
+        a, b = rng.sample(range(100), 2)
         first, shown, ask = a, f"{a} {b}", f"Which is {operation}?"
         answer, other = (max(a, b), min(a, b)) if operation == "larger" else (min(a, b), max(a, b))
     else:
