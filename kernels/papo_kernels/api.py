@@ -99,7 +99,8 @@ def token_stats(
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
     )
-    chosen = _choose_backend(backend, hidden, aug_hidden, weight, vocab_group)
+    operands = (hidden, aug_hidden, weight, bias)
+    chosen = _choose_backend(backend, operands, vocab_group)
     if chosen == "reference":
         if vocab_group is not None:
             raise ValueError("vocab_group is given; backend='reference' needs the whole weight")
@@ -116,30 +117,31 @@ def token_stats(
     )  # fmt: skip
 
 
-def _choose_backend(backend, hidden, aug_hidden, weight, vocab_group):
+def _choose_backend(backend, operands, vocab_group):
     """The backend that will run; says why where "auto" has to take the slower one on a GPU."""
     if backend in ("torch", "reference"):
         return backend
-    lacking = _lacks_triton(hidden, aug_hidden, weight, vocab_group)
+    device = operands[0].device.type
+    lacking = _lacks_triton(device, operands, vocab_group)
     if backend == "triton":
         if lacking:
             raise NotImplementedError(
                 f"backend='triton' cannot run here: {lacking}; backend='torch' can"
             )
         return backend
-    if hidden.device.type == "cpu":
+    if device == "cpu":
         return "torch"
     if lacking:
-        _log_once(f"token_stats on {hidden.device.type} runs the torch backend: {lacking}")
+        _log_once(f"token_stats on {device} runs the torch backend: {lacking}")
     return "torch" if lacking else "triton"
 
 
-def _lacks_triton(hidden, aug_hidden, weight, vocab_group):
+def _lacks_triton(device, operands, vocab_group):
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"hidden is on {hidden.device.type}, and the kernels need a GPU"
-    if any(x is not None and x.dtype == torch.float64 for x in (hidden, aug_hidden, weight)):
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"hidden is on {device}, and the kernels need a GPU"
+    if any(x is not None and x.dtype == torch.float64 for x in operands):
         return "an operand is float64"
     if vocab_group is not None:
         return "vocab_group is given, and the kernels know no shards"

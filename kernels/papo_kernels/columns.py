@@ -15,7 +15,7 @@ import torch
 
 from papo_kernels.row_math import by_tiles
 
-TILE_ROWS = 64
+TILE_ROWS = 32
 LEVELS_PER_NAT = 8
 # A sum over the vocabulary and its recomputation differ by rounding, which is no dropped gradient.
 ROUNDING = 4e-6

@@ -11,11 +11,12 @@ from papo_kernels.row_math import (
     d_logits_,
     in_place,
     log_probs,
+    q_minus_p,
     slope,
 )
 
 # A tile that keeps more of the vocabulary than this gains nothing from gathering.
-DENSE_SHARE = 1 / 3
+DENSE_SHARE = 1 / 2
 # Candidates worth dropping: for fewer the second gather costs more than it saves.
 WORTH_DROPPING = 0.1
 # Shares add up to an error of about 0.7 of them (entropies, SmolLM2 states); the rest is reserve.
@@ -47,6 +48,9 @@ class Backward:
         self.aug = (needs_aug or shared) and (
             has_kl or u.aug_logprobs is not None or u.aug_entropy is not None
         )
+        # Where q is close to p the KL's two gradients nearly cancel in the weight's, and what is
+        # dropped must be small beside that.
+        self.net = self.full and self.aug and has_kl and shared
         self.needs_z, self.needs_z_aug = self.full or has_kl, self.aug or has_kl
         # Shards of the vocabulary add up to these, and so they are rounded after that.
         wide = {} if shard.group is None else {"dtype": head.dtype}
@@ -87,17 +91,18 @@ class Backward:
                 self._dense(at)
 
     def _typical_sizes(self, tiles):
-        """Per stream, a scalar near the root mean square over rows of sum |dz|.
+        """For both streams and their sum, a scalar near the root mean square over rows of sum |dz|.
 
         The entropy's is a lower bound, 2 p_max (log p_max + H); the KL's is E|log p - log q| - KL.
         """
         s, u, label = self.stats, self.upstream, self.label_logprobs
         full = _log_prob_size(u.logprobs, label[0]) + _entropy_size(u.entropy, s.entropy, s.log_sum)
-        aug = 0
+        aug = net = 0
         if self.aug_hidden is not None:
             aug = _log_prob_size(u.aug_logprobs, label[1])
             aug = aug + _entropy_size(u.aug_entropy, s.aug_entropy, s.aug_log_sum)
             if u.kl_prcp is not None:
+                net = u.kl_prcp.abs() * s.kl.abs() + full + aug
                 full = full + u.kl_prcp.abs() * (s.ratio - s.kl).clamp_min(0)
                 aug = aug + u.kl_prcp.abs() * s.gap
         count = sum(len(self.labels[at]) for at in tiles)
@@ -105,7 +110,7 @@ class Backward:
             (
                 torch.as_tensor(x, dtype=self.head.dtype).nan_to_num(0, 0, 0).square().sum() / count
             ).sqrt()
-            for x in (full, aug)
+            for x in (full, aug, net)
         )
 
     def _columns(self, at):
@@ -141,15 +146,12 @@ class Backward:
         valid, _, labels = self.shard.place(self.labels[at], len(mask))
         mask[labels] = True
         cols = mask.nonzero().squeeze(1)
-        weight = self.weight[cols].to(self.head.dtype)
-        bias = None if self.bias is None else self.bias[cols]
-        log_p = p = log_q = q = z = z_aug = None
-        if self.needs_z:
-            z = self.head.logits(self.hidden[at], weight, bias)
+        z, z_aug = self._gathered_logits(at, cols)
+        log_p = p = log_q = q = None
+        if z is not None:
             log_p = log_probs(z, s.peak, s.log_sum)
             p = log_p.exp()
-        if self.needs_z_aug:
-            z_aug = self.head.logits(self.aug_hidden[at], weight, bias)
+        if z_aug is not None:
             log_q = log_probs(z_aug, s.aug_peak, s.aug_log_sum)
             q = log_q.exp()
         dz = d_log_probs(log_p, p, log_q, q, s, g, self.full, self.aug)
@@ -157,12 +159,15 @@ class Backward:
         for x, plus in zip(dz, (g.logprobs, g.aug_logprobs), strict=True):
             if x is not None and plus is not None:
                 x.scatter_add_(1, place, torch.where(valid[:, None], plus, torch.nan))
-        outside = (
-            self._outside_full(log_p, p, log_q, s, g) if self.full else None,
-            self._outside_aug(log_q, q, p, s, g) if self.aug else None,
-        )
-        streams = [i for i in (0, 1) if dz[i] is not None]
-        sizes = [dz[i].abs() for i in streams]
+        own, kl = self._outside_full(log_p, p, log_q, s, g) if self.full else (0, 0)
+        own_aug, kl_aug = self._outside_aug(log_q, q, p, s, g) if self.aug else (0, 0)
+        grads, outside = (dz[0], dz[1], None), (own + kl, own_aug + kl_aug, 0)
+        if self.net:
+            grads = (*dz, dz[0] + dz[1])
+            kl = g.kl_prcp.abs() * self._outside_kl(log_p, p, log_q, q, s)
+            outside = (*outside[:2], own + own_aug + kl)
+        streams = [i for i in range(3) if grads[i] is not None]
+        sizes = [grads[i].abs() for i in streams]
         wholes = [
             x.sum(1, keepdim=True).clamp_min(typical[i])
             for i, x in zip(streams, sizes, strict=True)
@@ -174,7 +179,7 @@ class Backward:
             return lost, False
         keep, dropped = drop_least(sizes, allowances)
         if len(cols) - len(keep) > WORTH_DROPPING * len(cols):
-            cols, weight = cols[keep], weight[keep]
+            cols = cols[keep]
             dz = [None if x is None else x[:, keep] for x in dz]
             z, z_aug = (None if x is None else x[:, keep] for x in (z, z_aug))
             beyond = [b + d for b, d in zip(beyond, dropped, strict=True)]
@@ -184,37 +189,49 @@ class Backward:
         for i, logits in ((0, z), (1, z_aug)):
             if dz[i] is not None:
                 dz[i].mul_(slope(logits, head.temperature, head.softcap))
-        self._add(at, dz, weight, cols)
+        self._add(at, dz, cols)
         return lost, True
 
     @staticmethod
     def _outside_full(log_p, p, log_q, s, g):
-        """(R, 1) bound on sum |dz| over the columns that are not candidates.
+        """(R, 1) bounds on sum |dz| over the columns that are not candidates: own part, KL's part.
 
         Whole-vocabulary sums less those of the candidates. All other columns have log p < -H, so
         that the terms p (log p + H), which sum to 0 over all columns, are negative there.
         """
-        mass = (1 - p.sum(1, keepdim=True) - ROUNDING).clamp_min(0)
-        total = torch.zeros_like(mass)
+        mass = _left(1, p)
+        own, kl = torch.zeros_like(mass), 0
         if g.logprobs is not None:
-            total += g.logprobs.abs() * mass
+            own += g.logprobs.abs() * mass
         if g.entropy is not None:
-            total += g.entropy.abs() * _left(0, -p * (log_p + s.entropy))
+            own += g.entropy.abs() * _left(0, -p * (log_p + s.entropy))
         if g.kl_prcp is not None:
             ratio = _left(s.ratio, p * (log_q - log_p).abs())
-            total += g.kl_prcp.abs() * (ratio + s.kl.abs() * mass)
-        return total
+            kl = g.kl_prcp.abs() * (ratio + s.kl.abs() * mass)
+        return own, kl
 
     @staticmethod
     def _outside_aug(log_q, q, p, s, g):
-        total = torch.zeros_like(s.aug_entropy)
+        own, kl = torch.zeros_like(s.aug_entropy), 0
         if g.aug_logprobs is not None:
-            total += g.aug_logprobs.abs() * _left(1, q)
+            own += g.aug_logprobs.abs() * _left(1, q)
         if g.aug_entropy is not None:
-            total += g.aug_entropy.abs() * _left(0, -q * (log_q + s.aug_entropy))
+            own += g.aug_entropy.abs() * _left(0, -q * (log_q + s.aug_entropy))
         if g.kl_prcp is not None:
-            total += g.kl_prcp.abs() * _left(s.gap, (q - p).abs())
-        return total
+            kl = g.kl_prcp.abs() * _left(s.gap, (q - p).abs())
+        return own, kl
+
+    @staticmethod
+    def _outside_kl(log_p, p, log_q, q, s):
+        """(R, 1) bound, per unit of upstream, on what the KL adds to dz + dz_aug outside.
+
+        That is p (log p - log q) + q - p, the KL's own non-negative terms, less p KL: of second
+        order where q is close to p. Its rounding is the logits' times |log q - log p|.
+        """
+        log_ratio = log_q - log_p
+        terms = q_minus_p(p, q, log_ratio) - p * log_ratio
+        left = s.kl - terms.sum(1, keepdim=True) - ROUNDING * (2 * s.kl.abs()).sqrt()
+        return left.clamp_min(0) + s.kl.abs() * _left(1, p)
 
     def _dense(self, at):
         s, g = self._columns(at)
@@ -239,32 +256,54 @@ class Backward:
             if p is not None:
                 x.scatter_add_(1, place, p)
         record(len(labels), len(self.weight), len(self.weight), None)
-        self._add(at, (z if self.full else None, z_aug if self.aug else None), self.weight, None)
+        self._add(at, (z if self.full else None, z_aug if self.aug else None))
 
-    def _add(self, at, dz, weight, cols):
-        """Adds gradients dz of x @ weight.T + bias, one per stream or None, for rows `at`.
+    def _gathered_logits(self, at, cols):
+        """(R, K) logits of the two streams on some columns; None for a stream not needed."""
+        head, out = self.head, []
+        for states, needed in ((self.hidden, self.needs_z), (self.aug_hidden, self.needs_z_aug)):
+            x = states[at].to(head.dtype) if needed else None
+            out.append(None if x is None else (x, x.new_empty(len(x), len(cols))))
+        for block, weight in head.blocks(self.weight, cols):
+            for stream in out:
+                if stream is not None:
+                    torch.mm(stream[0], weight.T, out=stream[1][:, block])
+        bias = None if self.bias is None else self.bias[cols]
+        return [None if stream is None else head.finish(stream[1], bias) for stream in out]
 
-        cols: the columns that `weight` (K, D) holds; None for all.
+    def _add(self, at, dz, cols=None):
+        """Adds gradients dz (R, K) of x @ weight.T + bias, one per stream or None, for rows `at`.
+
+        cols: (K,) the columns that they are of; None for all.
         """
-        full, aug = dz
-        if full is not None and self.d_hidden is not None:
-            self.d_hidden[at] = self.head.project_back(full, weight).to(self.d_hidden.dtype)
-        if aug is not None and self.d_aug is not None:
-            self.d_aug[at] = self.head.project_back(aug, weight).to(self.d_aug.dtype)
-        for x, states in ((full, self.hidden), (aug, self.aug_hidden)):
-            if x is None:
-                continue
-            if self.d_weight is not None:
-                states = states[at].to(self.head.dtype)
-                if cols is None:
-                    self.d_weight.addmm_(x.T, states)
-                else:
-                    self.d_weight.index_add_(0, cols, x.T @ states)
+        head = self.head
+        streams = [
+            (grad, states[at].to(head.dtype), d_states)
+            for grad, states, d_states in (
+                (dz[0], self.hidden, self.d_hidden),
+                (dz[1], self.aug_hidden, self.d_aug),
+            )
+            if grad is not None
+        ]
+        sums = [None if d is None else torch.zeros_like(x) for _, x, d in streams]
+        for block, weight in head.blocks(self.weight, cols):
+            for (grad, _, _), total in zip(streams, sums, strict=True):
+                if total is not None:
+                    total.addmm_(grad[:, block], weight)
+            if self.d_weight is not None and cols is not None:
+                update = sum(grad[:, block].T @ x for grad, x, _ in streams)
+                self.d_weight.index_add_(0, cols[block], update)
+        for (_, _, d_states), total in zip(streams, sums, strict=True):
+            if total is not None:
+                d_states[at] = total.to(d_states.dtype)
+        for grad, x, _ in streams:
+            if self.d_weight is not None and cols is None:
+                self.d_weight.addmm_(grad.T, x)
             if self.d_bias is not None:
                 if cols is None:
-                    self.d_bias += x.sum(0)
+                    self.d_bias += grad.sum(0)
                 else:
-                    self.d_bias.index_add_(0, cols, x.sum(0))
+                    self.d_bias.index_add_(0, cols, grad.sum(0))
 
 
 def _left(whole, terms):

@@ -12,8 +12,8 @@ from papo_kernels.sparse_backward import Backward
 
 # Logits of one chunk and stream: 64 MiB of float32.
 CHUNK_ELEMENTS = 1 << 24
-# Elements of a low-precision weight that are upcast at a time.
-UPCAST_ELEMENTS = 1 << 22
+# Elements of the weight that are gathered or upcast at a time: 16 MiB of float32.
+COPY_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,14 @@ class Head:
 
     def logits(self, x, weight, bias, out=None):
         """(R, D) states to (R, V) logits."""
-        z = self.project(x, weight, out)
+        x = x.to(self.dtype)
+        z = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out[: x.shape[0]]
+        for block, w in self.blocks(weight):
+            torch.mm(x, w.T, out=z[:, block])
+        return self.finish(z, bias)
+
+    def finish(self, z, bias):
+        """In place: products x @ weight.T to logits."""
         if bias is not None:
             z += bias.to(self.dtype)
         if self.softcap is not None:
@@ -35,29 +42,15 @@ class Head:
             z /= self.temperature
         return z
 
-    def project(self, x, weight, out=None):
-        """x @ weight.T for x (R, D)."""
-        x = x.to(self.dtype)
-        z = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out[: x.shape[0]]
-        for block, w in self._blocks(weight):
-            torch.mm(x, w.T, out=z[:, block])
-        return z
-
-    def project_back(self, dz, weight):
-        """dz @ weight for dz (R, V)."""
-        dx = dz.new_zeros(dz.shape[0], weight.shape[1])
-        for block, w in self._blocks(weight):
-            dx.addmm_(dz[:, block], w)
-        return dx
-
-    def _blocks(self, weight):
-        if weight.dtype == self.dtype:
-            return ((slice(None), weight),)
-        size = max(1, UPCAST_ELEMENTS // max(1, weight.shape[1]))
-        return (
-            (slice(v, v + size), weight[v : v + size].to(self.dtype))
-            for v in range(0, weight.shape[0], size)
-        )
+    def blocks(self, weight, cols=None):
+        """(slice, weight[slice] or weight[cols[slice]] in `dtype`): copies of a bounded size."""
+        if cols is None and weight.dtype == self.dtype:
+            yield slice(None), weight
+            return
+        size = max(1, COPY_ELEMENTS // max(1, weight.shape[1]))
+        for v in range(0, weight.shape[0] if cols is None else len(cols), size):
+            block = slice(v, v + size)
+            yield block, (weight[block] if cols is None else weight[cols[block]]).to(self.dtype)
 
 
 @dataclass(frozen=True)

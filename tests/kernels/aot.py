@@ -21,8 +21,8 @@ TARGETS = {
 
 def variants():
     """(name, kernel, dtype, constants, warps, stages) of every shape that is launched."""
-    from papo_kernels import triton_backend as host
-    from papo_kernels import triton_kernels as kernels
+    from papo_kernels import triton_gradients, triton_kernels
+    from papo_kernels import triton_launch as host
 
     for size, dtype in ((2, "bf16"), (4, "fp32")):
         rows, hidden, weight = host.BLOCKS[size], host.D_HIDDEN[size], host.D_WEIGHT[size]
@@ -31,7 +31,7 @@ def variants():
         for two in (False, True):
             yield (
                 f"forward {dtype} {'two streams' if two else 'one stream'}",
-                kernels.forward_kernel,
+                triton_kernels.forward_kernel,
                 dtype,
                 dict(TWO=two, LEVELS=True, **head, **block),
                 rows.warps,
@@ -46,16 +46,21 @@ def variants():
             )
             yield (
                 f"dz {dtype} {'gathered' if gather else 'dense'}",
-                kernels.dz_kernel,
+                triton_gradients.dz_kernel,
                 dtype,
-                dict(GATHER=gather, **outputs, **head, **block),
+                dict(GATHER=gather, NET=gather, **outputs, **head, **block),
                 dz.warps,
                 dz.stages,
             )
         block = dict(BLOCK_N=host.TILE, BLOCK_V=hidden.v, BLOCK_D=hidden.d, UPCAST=False)
         yield (
-            f"d_hidden {dtype}", kernels.d_hidden_kernel, dtype, block, hidden.warps, hidden.stages
-        )  # fmt: skip
+            f"d_hidden {dtype}",
+            triton_gradients.d_hidden_kernel,
+            dtype,
+            block,
+            hidden.warps,
+            hidden.stages,
+        )
         block = dict(
             BLOCK_N=host.TILE,
             BLOCK_V=dz.v,
@@ -65,8 +70,13 @@ def variants():
             BIAS=True,
         )
         yield (
-            f"d_weight {dtype}", kernels.d_weight_kernel, dtype, block, weight.warps, weight.stages
-        )  # fmt: skip
+            f"d_weight {dtype}",
+            triton_gradients.d_weight_kernel,
+            dtype,
+            block,
+            weight.warps,
+            weight.stages,
+        )
 
 
 FIXED = {

@@ -267,3 +267,22 @@ def test_float64_operands_give_float64_and_pass_gradcheck():
         assert torch.autograd.gradcheck(run, leaves)
         for got, want in zip(run(*leaves), run(*leaves, backend="reference"), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@backends
+def test_non_contiguous_operands(backend):
+    case = make_case(20, 8, 300, bias=True, seed=3)
+    upstream = random_upstream(case)
+    want = case.gradients(token_stats, upstream, backend=backend, grad_budget=0.0)
+    strided = Case(
+        torch.stack([case.hidden] * 2, -1)[..., 0],
+        case.weight.T.contiguous().T,
+        torch.stack([case.targets] * 2, -1)[:, 1],
+        case.aug_hidden.T.contiguous().T,
+        torch.stack([case.bias] * 3, -1)[:, 1],
+    )
+    assert not any(getattr(strided, g).is_contiguous() for g in GRADS)
+    leaves = {g: getattr(strided, g).requires_grad_() for g in GRADS}
+    stats = strided.call(token_stats, backend=backend, grad_budget=0.0)
+    torch.autograd.backward(list(stats), [upstream[o].float() for o in OUTPUTS])
+    check({g: gradient_error(leaves[g].grad, want[g].double()) for g in GRADS}, 1e-6)

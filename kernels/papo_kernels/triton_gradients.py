@@ -1,0 +1,204 @@
+"""Triton kernels of the backward: gradients of logits, and their products with weight and states.
+
+Shapes and names as in `triton_kernels`.
+"""
+
+import triton
+import triton.language as tl
+
+from papo_kernels.triton_kernels import head, log_prob, product, slope, two_products
+
+
+@triton.jit
+def dz_kernel(
+    x_ptr, xa_ptr, w_ptr, b_ptr, y_ptr, rows_ptr, stats_ptr, up_ptr, tile_ptr, first_ptr, last_ptr,
+    col_ptr, dz_ptr, dza_ptr, sums_ptr,
+    N, V, D, count, first_tile, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
+    stride_entry, stride_tile, temperature, softcap,
+    TWO: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGPROB_AUG: tl.constexpr, ENTROPY_AUG: tl.constexpr, KL: tl.constexpr,
+    GATHER: tl.constexpr, NET: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both streams' products for some columns of one tile, and sums that certify them.
+
+    GATHER: block b holds the entries [first[b], last[b]) of tile tile[b], whose words are `col`.
+    Else: grid (word blocks, tiles), all words. Entry k of row r of a tile goes to
+    dz[k * stride_entry + r + tile * stride_tile]. sums (blocks, 10, BLOCK_N), over entries: per
+    stream p, p (log p + H), p |z - z_aug|, |dz|; with NET also the KL's terms and |dz + dz_aug|.
+    """
+    block = tl.program_id(0)
+    if GATHER:
+        tile = tl.load(tile_ptr + block)
+        entry = tl.load(first_ptr + block) + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < tl.load(last_ptr + block)
+        col = tl.load(col_ptr + entry, mask=in_col, other=0)
+    else:
+        tile = first_tile + tl.program_id(1)
+        entry = block * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < V
+        col = entry
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = offs_n < count
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    y = tl.load(y_ptr + row, mask=live, other=0)
+    valid = (y >= 0) & (y < V)
+    hit = (col[None, :] == y[:, None]) & in_col[None, :]
+    stat = stats_ptr + row
+    up = up_ptr + row
+    if TWO:
+        acc, acc_aug = two_products(
+            x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
+            stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    else:
+        acc = product(
+            x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv, stride_wd,
+            UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+    keep = live[:, None] & in_col[None, :]
+    z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+    log_p, p = log_prob(z, stat, N, live, keep)
+    entropy = tl.load(stat + 2 * N, mask=live, other=0.0)[:, None]
+    log_q, q, distance = log_p, p, p
+    if TWO:
+        z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
+        log_q, q = log_prob(z_aug, stat + 3 * N, N, live, keep)
+        distance = tl.abs(z - z_aug)
+    g_kl = tl.zeros((BLOCK_N, 1), tl.float32)
+    if KL:
+        g_kl = tl.load(up + 4 * N, mask=live, other=0.0)[:, None]
+    out = entry[None, :] * stride_entry + (
+        tl.arange(0, BLOCK_N)[:, None] + (tile - first_tile) * stride_tile
+    )
+    sums = sums_ptr + block.to(tl.int64) * 10 * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATHER:
+        tl.store(sums, tl.sum(p, 1))
+        if TWO:
+            tl.store(sums + 4 * BLOCK_N, tl.sum(q, 1))
+    if FULL:
+        factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        if ENTROPY:
+            factor -= tl.load(up + N, mask=live, other=0.0)[:, None] * (log_p + entropy)
+        if KL:
+            kl = tl.load(stat + 6 * N, mask=live, other=0.0)[:, None]
+            factor -= g_kl * (log_q - log_p + kl)
+        dz = p * factor
+        if LOGPROB:
+            g = tl.load(up, mask=live, other=0.0)[:, None]
+            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
+        dz = tl.where(keep, dz, 0.0)
+        if GATHER:
+            tl.store(sums + BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
+            tl.store(sums + 3 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+        net = dz
+        dz *= slope(z, temperature, softcap, CAP)
+        tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=in_col[None, :])
+    if GATHER and KL:
+        tl.store(sums + 2 * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
+        tl.store(sums + 6 * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
+    if AUG:
+        entropy_aug = tl.load(stat + 5 * N, mask=live, other=0.0)[:, None]
+        dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        if ENTROPY_AUG:
+            g = tl.load(up + 3 * N, mask=live, other=0.0)[:, None]
+            dz -= g * q * (log_q + entropy_aug)
+        if KL:
+            x = log_q - log_p
+            series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+            gap = tl.where(tl.abs(x) < 0.25, p * series, q - p)
+            dz += g_kl * gap
+        if LOGPROB_AUG:
+            g = tl.load(up + 2 * N, mask=live, other=0.0)[:, None]
+            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
+        dz = tl.where(keep, dz, 0.0)
+        if GATHER:
+            tl.store(sums + 5 * BLOCK_N, tl.sum(tl.where(keep, q * (log_q + entropy_aug), 0.0), 1))
+            tl.store(sums + 7 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+        if NET:
+            terms = tl.where(keep, gap - p * (log_q - log_p), 0.0)
+            tl.store(sums + 8 * BLOCK_N, tl.sum(terms, 1))
+            tl.store(sums + 9 * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
+        dz *= slope(z_aug, temperature, softcap, CAP)
+        tl.store(dza_ptr + out, dz.to(dza_ptr.dtype.element_ty), mask=in_col[None, :])
+
+
+@triton.jit
+def d_hidden_kernel(
+    dz_ptr, w_ptr, rows_ptr, col_ptr, offset_ptr, out_ptr,
+    D, count, first_tile, stride_wv, stride_wd, stride_on, stride_od,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over the tile's entries of dz[entry, row] w[col[entry]]; overwrites."""
+    local = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    first = tl.load(offset_ptr + local)
+    last = tl.load(offset_ptr + local + 1)
+    offs_r = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for k in range(first, last, BLOCK_V):
+        entry = k + tl.arange(0, BLOCK_V).to(tl.int64)
+        in_col = entry < last
+        col = tl.load(col_ptr + entry, mask=in_col, other=0)
+        dz = tl.load(
+            dz_ptr + entry[None, :] * BLOCK_N + offs_r[:, None], mask=in_col[None, :], other=0.0
+        )
+        w = tl.load(
+            w_ptr + col[:, None] * stride_wv + offs_d[None, :] * stride_wd,
+            mask=in_col[:, None] & in_d[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            dz, w = dz.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(dz, w, acc, input_precision="ieee")
+    offs_n = (first_tile + local) * BLOCK_N + offs_r
+    live = (offs_n < count) & (last > first)
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    tl.store(
+        out_ptr + row[:, None] * stride_on + offs_d[None, :] * stride_od,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & in_d[None, :],
+    )
+
+
+@triton.jit
+def d_weight_kernel(
+    dz_ptr, x_ptr, rows_ptr, tile_ptr, first_ptr, last_ptr, col_ptr, dw_ptr, db_ptr,
+    D, count, first_block, stride_xn, stride_xd, stride_wv, stride_wd,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dw[col[entry]] += dz[entry] @ x[rows of the tile], atomically in float32.
+
+    Within one tile a word occurs once: launched tile by tile, the sums have one order.
+    """
+    block = first_block + tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    tile = tl.load(tile_ptr + block)
+    entry = tl.load(first_ptr + block) + tl.arange(0, BLOCK_V).to(tl.int64)
+    in_col = entry < tl.load(last_ptr + block)
+    col = tl.load(col_ptr + entry, mask=in_col, other=0)
+    offs_r = tl.arange(0, BLOCK_N)
+    offs_n = tile * BLOCK_N + offs_r
+    live = offs_n < count
+    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
+    dz = tl.load(
+        dz_ptr + entry[:, None] * BLOCK_N + offs_r[None, :], mask=in_col[:, None], other=0.0
+    )
+    if BIAS:
+        if tl.program_id(1) == 0:
+            tl.atomic_add(db_ptr + col, tl.sum(dz.to(tl.float32), 1), mask=in_col)
+    if WEIGHT:
+        x = tl.load(
+            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd,
+            mask=live[:, None] & in_d[None, :], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            dz, x = dz.to(tl.float32), x.to(tl.float32)
+        update = tl.dot(dz, x, input_precision="ieee")
+        tl.atomic_add(
+            dw_ptr + col[:, None] * stride_wv + offs_d[None, :] * stride_wd,
+            update, mask=in_col[:, None] & in_d[None, :],
+        )  # fmt: skip
