@@ -95,6 +95,29 @@ def _messages(rank, splits):
     return messages
 
 
+class Policy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Linear(16, 16)
+        self.lm_head = torch.nn.Linear(16, 301, bias=False)
+
+    def objective(self, x, x_aug, targets):
+        return objective(self.body(x), self.body(x_aug), self.lm_head.weight, None, targets)
+
+
+def _fsdp(rank):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    case = make_case(40, 16, 301, seed=6)
+    rows = slice(20 * rank, 20 * rank + 20)
+    policy = Policy()
+    fully_shard(policy)
+    register_fsdp_forward_method(policy, "objective")
+    policy.objective(case.hidden[rows], case.aug_hidden[rows], case.targets[rows]).backward()
+    return {n: p.grad.full_tensor() for n, p in policy.named_parameters()}
+
+
 def _rank(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -102,6 +125,7 @@ def _rank(rank, path, results):
         for poisoned in (False, True):
             results[rank, splits, poisoned] = _sharded(rank, splits, poisoned)
         results[rank, splits, "messages"] = _messages(rank, splits)
+    results[rank, "fsdp"] = _fsdp(rank)
     dist.destroy_process_group()
 
 
@@ -141,3 +165,13 @@ def test_shards_contain_nan_and_name_bad_targets(splits, shard_results):
         messages = shard_results[rank, splits, "messages"]
         assert [m.split(";")[0] for m in messages] == ["targets[1] is 303", "targets[1] is -3"]
         assert all("[0, 303)" in m for m in messages)
+
+
+def test_fsdp2_gives_the_gradients_of_one_process(shard_results):
+    case = make_case(40, 16, 301, seed=6)
+    policy = Policy()
+    (policy.objective(case.hidden, case.aug_hidden, case.targets) / 2).backward()
+    for rank in (0, 1):
+        for name, p in policy.named_parameters():
+            got = shard_results[rank, "fsdp"][name]
+            check({f"{rank} {name}": gradient_error(got, p.grad.double())}, 1e-5)
