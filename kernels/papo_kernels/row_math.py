@@ -5,11 +5,11 @@ All is finite for banned tokens (log p = LOG_ZERO, p = 0) and NaN in the rows th
 
 import functools
 import logging
+import os
 import shutil
 from typing import NamedTuple
 
 import torch
-from torch.utils.cpp_extension import get_cxx_compiler
 
 from papo_kernels.reference import LOG_ZERO
 
@@ -198,7 +198,8 @@ def _compiled(function):
 
 @functools.cache
 def _compiler():
-    found = shutil.which(get_cxx_compiler())
+    # The one that torch.compile looks for.
+    found = shutil.which(os.environ.get("CXX", "g++"))
     if not found:
         log.warning("token_stats: no C++ compiler found, row statistics run uncompiled and slower")
     return found
