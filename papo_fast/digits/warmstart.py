@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 LR = 2e-3
 BATCH = 128
 CHECK_EVERY = 10
+CHECK_FROM = 80  # no model is right before
 DEV_QUESTIONS = 256
 VERSION = 9  # raise it when task, model or recipe change: old caches are then left alone
 
@@ -118,7 +119,7 @@ def warm_start(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
-            if step % CHECK_EVERY == 0:
+            if step >= CHECK_FROM and step % CHECK_EVERY == 0:
                 result = evaluate(engine, encoder, dev_prompts, scorer, config, samples=2)
                 accuracy = result.accuracy["vision_dependent"]
                 if accuracy >= config.digits.warm_accuracy:
