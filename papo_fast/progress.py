@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 Advance = Callable[..., None]
+SILENCE = 20.0
 
 
 class Progress:
@@ -17,7 +19,8 @@ class Progress:
 
     Args:
         console: where to print. On a terminal the bars move; in a file or a pipe each finished
-            piece of work that is not `transient` leaves one line, so that logs stay readable.
+            piece of work that is not `transient` leaves one line, and one every `SILENCE` seconds
+            while it lasts, so that logs stay readable.
     """
 
     def __init__(self, console: Console):
@@ -28,7 +31,7 @@ class Progress:
     def task(self, label: str, total: int, transient: bool = False) -> Iterator[Advance]:
         """Yield `advance(n, note="")`; a `transient` bar vanishes when it is done."""
         if not self.console.is_terminal:
-            with self._plain(label, transient) as advance:
+            with self._plain(label, total, transient) as advance:
                 yield advance
             return
         outermost = self._bars is None
@@ -57,12 +60,15 @@ class Progress:
                 self._bars = None
 
     @contextmanager
-    def _plain(self, label: str, transient: bool) -> Iterator[Advance]:
-        last = ""
+    def _plain(self, label: str, total: int, transient: bool) -> Iterator[Advance]:
+        done, last, printed = 0, "", time.monotonic()
 
         def advance(n: int = 1, note: str = "") -> None:
-            nonlocal last
-            last = note or last
+            nonlocal done, last, printed
+            done, last = done + n, note or last
+            if time.monotonic() - printed > SILENCE and not transient:
+                printed = time.monotonic()
+                self.console.print(f"{label}: {done}/{total}. {last}".rstrip(), soft_wrap=True)
 
         yield advance
         if not transient:
