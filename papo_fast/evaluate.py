@@ -20,7 +20,7 @@ from papo_fast.data import Prompt, PromptDataset
 from papo_fast.device import pick_device
 from papo_fast.masking import prompt_seed
 from papo_fast.policy import Policy
-from papo_fast.processing import PromptEncoder
+from papo_fast.processing import PLACEHOLDER, PromptEncoder
 from papo_fast.progress import Progress
 from papo_fast.report import print_summary
 from papo_fast.rewards import Scorer
@@ -174,7 +174,7 @@ class Evaluator:
             rows.append(
                 {
                     "when": when,
-                    "problem": prompt.problem,
+                    "problem": prompt.problem.replace(PLACEHOLDER, "").strip(),
                     "kind": prompt.kind,
                     "answer": prompt.answer,
                     "reading": prompt.reading,
