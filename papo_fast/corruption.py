@@ -66,10 +66,7 @@ class PromptCorruptor:
         # the processors' order of patches: groups of m x m neighbours, row by row
         patches = pixels[: t * h * w].reshape(t, h // m, w // m, m, m, 3, frames, p, p)
         image = patches[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p)
-        mean, std = (torch.tensor(x)[:, None, None] for x in _mean_std(processor))
+        mean = torch.tensor(processor.image_mean)[:, None, None]
+        std = torch.tensor(processor.image_std)[:, None, None]
         values = (image * std + mean).clamp(0, 1).mul(255).round()
         return Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8))
-
-
-def _mean_std(processor) -> tuple[list[float], list[float]]:
-    return list(processor.image_mean), list(processor.image_std)

@@ -7,7 +7,6 @@ What is left out here on purpose: sharding, other rollout engines and packing li
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -35,8 +34,6 @@ from papo_fast.report.run_files import is_run
 from papo_fast.rewards import Scorer
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.update import Updater
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config, console: Console) -> Path:
