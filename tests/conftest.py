@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
+import hypothesis
 import pytest
 
 # Set before transformers or datasets is imported anywhere; subprocesses inherit them.
@@ -13,6 +14,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _datasets_cache = tempfile.TemporaryDirectory(prefix="papo_fast_tests_")
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
+
+
+# Fresh examples at a developer's desk; the same ones each time where a red test must mean a change.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("fixed")
 
 
 def pytest_configure() -> None:

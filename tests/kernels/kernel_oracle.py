@@ -102,10 +102,16 @@ def random_upstream(case, outputs=None, seed=1):
 
 
 class Oracle:
-    """Statistics and gradients of `case` in float64."""
+    """Statistics and gradients of `case` in float64.
 
-    def __init__(self, case):
+    With `logit_noise` every raw logit is moved by that standard deviation, relative to the largest:
+    how far the results then move is what logits of finite precision cost anybody.
+    """
+
+    def __init__(self, case, logit_noise=0.0):
         self.case = case
+        self.logit_noise = logit_noise
+        self.noise_source = torch.Generator().manual_seed(0)
         self.kept = case.targets != case.ignore_index
         self.labels = case.targets[self.kept]
         self.z, self.slope = self._logits(case.hidden)
@@ -124,6 +130,9 @@ class Oracle:
         z = x[self.kept].double() @ c.weight.double().T
         if c.bias is not None:
             z = z + c.bias.double()
+        if self.logit_noise and z.numel():
+            noise = torch.randn(z.shape, generator=self.noise_source, dtype=z.dtype)
+            z = z + self.logit_noise * z.abs().max() * noise
         slope = torch.ones_like(z)
         if c.softcap is not None:
             t = torch.tanh(z / c.softcap)
