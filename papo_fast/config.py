@@ -204,8 +204,9 @@ class TrainConfig:
     """Largest global gradient norm."""
     update_prompts: int = 128
     """Global batch of one update, in prompts; a rollout makes rollout.prompts / this updates."""
-    micro_batch: int = 8
-    """Sequences per forward and backward pass; one counts once, whatever its streams."""
+    max_tokens: int = 16_384
+    """Tokens per forward and backward pass: prompts with their pictures, once for the responses
+    they share, and responses, in both streams. A group that is larger is split."""
     epochs: int = 2
     """Passes over the training data."""
     steps: int = 0
@@ -289,7 +290,7 @@ class Config:
             ("rollout.max_new_tokens", rollout.max_new_tokens),
             ("rollout.batch_size", rollout.batch_size),
             ("train.update_prompts", train.update_prompts),
-            ("train.micro_batch", train.micro_batch),
+            ("train.max_tokens", train.max_tokens),
             ("eval.samples", self.eval.samples),
             ("reward.workers", self.reward.workers),
             ("data.max_prompt_length", self.data.max_prompt_length),

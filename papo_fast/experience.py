@@ -6,6 +6,7 @@ passes without gradient found out about each response token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +18,12 @@ from papo_fast.config import Config
 from papo_fast.data import Prompt
 from papo_fast.errors import InputError
 from papo_fast.masking import prompt_seed
+from papo_fast.packing import Group, pack, plan
 from papo_fast.policy import Policy, inference
 from papo_fast.processing import PromptEncoder
 from papo_fast.rewards import Score, Scorer
 from papo_fast.rollout import RolloutEngine
-from papo_fast.sequences import Completion, SequenceBatch, collate
+from papo_fast.sequences import Completion
 
 
 @dataclass
@@ -48,16 +50,20 @@ class Experience:
     def is_right(self, i: int) -> bool:
         return self.scores[i].accuracy >= 1
 
-    def batch(
-        self, indices: Sequence[int], pad_token_id: int, device: torch.device, *, aug: bool = False
-    ) -> SequenceBatch:
-        """Sequences `indices` as one padded batch, over the corrupted pictures if `aug`."""
-        return collate(
-            [self.prompts[i].encoded for i in indices],
-            [self.completions[i].token_ids for i in indices],
-            pad_token_id,
-            [self.aug_pixels[i] for i in indices] if aug else None,
-        ).to(device)
+    def groups(self, sequences: Sequence[int]) -> list[Group]:
+        """The sequences by prompt, in order; those of one prompt stand together."""
+        groups = []
+        for _, members in itertools.groupby(sequences, key=lambda i: id(self.prompts[i])):
+            members = list(members)
+            groups.append(
+                Group(
+                    self.prompts[members[0]].encoded,
+                    [self.completions[i].token_ids for i in members],
+                    members,
+                    self.aug_pixels[members[0]],
+                )
+            )
+        return groups
 
 
 class Collector:
@@ -172,7 +178,6 @@ def score_without_gradient(
     experience: Experience,
     policy: Policy,
     reference: Policy | None,
-    encoder: PromptEncoder,
     config: Config,
     *,
     on_policy: bool,
@@ -184,36 +189,39 @@ def score_without_gradient(
             ones and no pass is needed for them.
     """
     objective = config.objective.resolved()
+    n = len(experience)
     sampler = [torch.tensor(c.logprobs) for c in experience.completions]
-    stored_aug = objective.needs_aug and not needs_aug_forward(config)
-    old: list[Tensor] = []
-    ref: list[Tensor] = []
-    aug: list[Tensor] = []
     recompute = config.rollout.old_logprobs == "recompute" and not on_policy
-    temperature = config.rollout.temperature
     want_ref = reference is not None and objective.kl_estimator == "sampled"
-    with inference(policy):
-        for indices in _chunks(len(experience), config.train.micro_batch):
-            lengths = [experience.lengths[i] for i in indices]
-            full = experience.batch(indices, encoder.pad_token_id, policy.device)
-            if recompute:
-                stats, _ = policy.stats(full, temperature=temperature)
-                old += stats.logprobs.cpu().split(lengths)
-            if want_ref:
-                stats, _ = reference.stats(full, temperature=temperature)
-                ref += stats.logprobs.cpu().split(lengths)
-            if stored_aug:
-                batch = experience.batch(indices, encoder.pad_token_id, policy.device, aug=True)
-                stats, _ = policy.stats(batch, temperature=temperature)
-                aug += stats.logprobs.cpu().split(lengths)
+    want_aug = objective.needs_aug and not needs_aug_forward(config)
+    passes: list[tuple[Policy, bool, list[Tensor]]] = []  # policy, corrupted pictures, results
+    if recompute:
+        passes.append((policy, False, old := [torch.empty(0)] * n))
+    if want_ref:
+        passes.append((reference, False, ref := [torch.empty(0)] * n))
+    if want_aug:
+        passes.append((policy, True, aug := [torch.empty(0)] * n))
+    if passes:
+        # a pass without gradient runs one stream at a time and keeps no activations
+        [batches] = plan(experience.groups(range(n)), config.train.max_tokens, 1, policy.shape)
+        with inference(policy):
+            for groups, (scorer, corrupted, results) in itertools.product(batches, passes):
+                batch = pack(groups, policy.prompt_positions, full=not corrupted, aug=corrupted)
+                batch = batch.to(policy.device)
+                stats, _ = scorer.stats(batch, temperature=config.rollout.temperature)
+                lengths = [experience.lengths[i] for i in batch.sequences]
+                for i, logprobs in zip(
+                    batch.sequences, stats.logprobs.cpu().split(lengths), strict=True
+                ):
+                    results[i] = logprobs
     if recompute:
         experience.old_logprobs = old
         gap = torch.cat(old) - torch.cat(sampler)
         experience.metrics["sampler_mismatch"] = gap.abs().mean().item()
     elif config.rollout.old_logprobs == "sampler":
         experience.old_logprobs = sampler
-    experience.ref_logprobs = ref or None
-    experience.aug_logprobs = aug or None
+    experience.ref_logprobs = ref if want_ref else None
+    experience.aug_logprobs = aug if want_aug else None
 
 
 def needs_aug_forward(config: Config) -> bool:
@@ -227,7 +235,3 @@ def needs_aug_forward(config: Config) -> bool:
         return False
     exact = "exact" in (objective.kl_prcp_estimator, objective.entropy_estimator)
     return bool(objective.aug_gradient) or exact
-
-
-def _chunks(n: int, size: int) -> list[list[int]]:
-    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]

@@ -10,14 +10,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from papo_fast.attention import NAME as TREE_ATTENTION
 from papo_fast.config import ModelConfig
-from papo_fast.sequences import SequenceBatch
+from papo_fast.errors import InputError
+from papo_fast.flops import ModelShape
+from papo_fast.packing import PackedBatch
+from papo_fast.processing import EncodedPrompt
 from papo_kernels import TokenStats, token_stats
 
 # Added to the logits of tokens that are never sampled, so that they are scored as impossible too.
@@ -60,13 +65,26 @@ class Policy(nn.Module):
             config.path,
             dtype=torch.float32,  # master weights, see ModelConfig.dtype
             trust_remote_code=config.trust_remote_code,
-            attn_implementation="sdpa",
+            attn_implementation={"": "sdpa", "text_config": TREE_ATTENTION},
         ).to(device)
+        text = model.config.text_config
+        sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        if sliding or text.attention_dropout:
+            raise InputError(
+                f"model.path = {config.path!r} uses sliding-window attention or attention dropout, "
+                "which packed groups do not support: set use_sliding_window to false and "
+                "attention_dropout to 0 in its config.json"
+            )
         if not config.train_vision:
             model.model.visual.requires_grad_(False)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model, banned_token_ids, getattr(torch, config.dtype))
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What a forward pass costs, for balancing batches."""
+        return ModelShape.of(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -79,36 +97,32 @@ class Policy(nn.Module):
 
     def stats(
         self,
-        batch: SequenceBatch,
+        batch: PackedBatch,
         *,
-        aug: SequenceBatch | None = None,
-        aug_gradient: bool = True,
+        frozen_aug: PackedBatch | None = None,
         kl_to: Policy | None = None,
         temperature: float = 1.0,
     ) -> tuple[TokenStats, Tensor | None]:
         """Statistics of the batch's N response tokens, (N,) float32 each, and the exact KL.
 
         Args:
-            batch: sequences with their real pictures.
-            aug: the same sequences with corrupted pictures, or None for a single stream.
-            aug_gradient: False lets no gradient into the `aug` stream's hidden states.
+            batch: trees of one stream, or of the full and the aug stream in one forward pass.
+            frozen_aug: the aug stream as a batch of its own, whose hidden states get no gradient;
+                `batch` then holds the full stream alone.
             kl_to: a reference policy; the second result is then KL(policy || reference) of each
-                token, exact over the vocabulary, (N,) float32, else None.
+                token, exact over the vocabulary, (N,) float32, else None. Needs `batch` to hold
+                one stream or the full stream first.
             temperature: the sampling temperature; statistics are those of the sampled policy.
         """
-        if aug is None:
-            hidden_ND, aug_hidden_ND = self._hidden([batch]), None
-        elif aug_gradient:
-            hidden_ND, aug_hidden_ND = self._hidden([batch, aug]).chunk(2)
-        else:
-            hidden_ND = self._hidden([batch])
+        hidden_ND, *aug = self._hidden(batch)
+        if frozen_aug is not None:
             with torch.no_grad():
-                aug_hidden_ND = self._hidden([aug])
+                aug = self._hidden(frozen_aug)
         stats = token_stats(
             hidden_ND,
             self._head_weight(),
             batch.targets_N,
-            aug_hidden=aug_hidden_ND,
+            aug_hidden=aug[0] if aug else None,
             bias=self.banned_V,
             temperature=temperature,
         )
@@ -117,12 +131,12 @@ class Policy(nn.Module):
         return stats, self._exact_kl(kl_to, hidden_ND, batch, temperature)
 
     def _exact_kl(
-        self, reference: Policy, hidden_ND: Tensor, batch: SequenceBatch, temperature: float
+        self, reference: Policy, hidden_ND: Tensor, batch: PackedBatch, temperature: float
     ) -> Tensor:
         # The two models have different output embeddings. [h, 0] @ [W, W_ref]^T = h @ W^T and
         # [0, h_ref] @ [W, W_ref]^T = h_ref @ W_ref^T make them two streams over one weight.
         with torch.no_grad():
-            ref_ND = reference._hidden([batch])
+            ref_ND = reference._hidden(batch)[0]
         zeros = torch.zeros_like(hidden_ND)
         return token_stats(
             torch.cat([hidden_ND, zeros], dim=1),
@@ -133,39 +147,43 @@ class Policy(nn.Module):
             temperature=temperature,
         ).kl_prcp
 
-    def _hidden(self, batches: Sequence[SequenceBatch]) -> Tensor:
-        """Hidden states that predict the response tokens, (N, D), of equally shaped batches.
-
-        One forward pass over all of them; each distinct picture goes through the vision tower once.
-        """
-        texts = [b.text_inputs() for b in batches]
-        inputs = {name: torch.cat([text[name] for text in texts]) for name in texts[0]}
-        with self.autocast():
-            inputs |= self._encoded_images([b for b in batches if b.pixel_values is not None])
-            hidden_BSD = self.model.model(**inputs, use_cache=False).last_hidden_state
-        size = batches[0].input_ids_BS.numel()
-        rows = torch.cat([b.rows_N + i * size for i, b in enumerate(batches)])
-        return hidden_BSD.flatten(0, 1)[rows].to(self.dtype)
-
-    def _encoded_images(self, batches: Sequence[SequenceBatch]) -> dict[str, object]:
-        if not batches:
-            return {}
-        grids = torch.cat([b.image_grid_thw for b in batches])
-        features = self.model.model.get_image_features(
-            torch.cat([b.pixel_values for b in batches]), grids, return_dict=True
+    def prompt_positions(self, prompt: EncodedPrompt) -> Tensor:
+        """(3, L) int64 positions of a prompt along M-RoPE's axes, on the CPU."""
+        if prompt.image_grid_thw is None:
+            return torch.arange(len(prompt)).expand(3, -1)
+        positions, _ = self.model.model.get_rope_index(
+            prompt.input_ids[None],
+            image_grid_thw=prompt.image_grid_thw,
+            mm_token_type_ids=prompt.mm_token_type_ids[None],
         )
-        index, n = [], 0
-        for b in batches:
-            index.append(b.image_index + n)
-            n += len(b.image_grid_thw)
-        order = torch.cat(index)
-        picked = order.tolist()
+        return positions[:, 0]
+
+    def _hidden(self, batch: PackedBatch) -> list[Tensor]:
+        """Hidden states that predict the response tokens, (N, D) of each of the batch's streams."""
+        with self.autocast():
+            hidden_TD = self.model.model(
+                input_ids=batch.input_ids_T[None],
+                position_ids=batch.position_ids_3T[:, None],
+                mm_encoder_outputs=self._encoded_images(batch),
+                tree=batch.tree,
+                use_cache=False,
+            ).last_hidden_state[0]
+        return [hidden_TD[rows].to(self.dtype) for rows in batch.rows]
+
+    def _encoded_images(self, batch: PackedBatch) -> dict[str, object]:
+        """Each distinct picture through the vision tower once, put in the order of the trees."""
+        if batch.pixel_values is None:
+            return {}
+        features = self.model.model.get_image_features(
+            batch.pixel_values, batch.image_grid_thw, return_dict=True
+        )
+        picked = batch.image_index.tolist()
         features.pooler_output = tuple(features.pooler_output[i] for i in picked)
         if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL
             features.deepstack_features = [
                 tuple(layer[i] for i in picked) for layer in features.deepstack_features
             ]
-        return {"mm_encoder_outputs": {"image": features}, "image_grid_thw": grids[order]}
+        return {"image": features}
 
     def _head_weight(self) -> Tensor:
         return self.model.lm_head.weight.to(self.dtype)

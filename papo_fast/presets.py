@@ -53,8 +53,7 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_new_tokens=20, batch_size=256),
         objective=objective,
-        # a micro-batch of four groups still fits the cache: larger ones are slower
-        train=TrainConfig(lr=3e-4, weight_decay=0.0, update_prompts=32, micro_batch=32, steps=120),
+        train=TrainConfig(lr=3e-4, weight_decay=0.0, update_prompts=32, max_tokens=4096, steps=120),
         digits=DigitsConfig(enabled=True),
     )
 

@@ -1,7 +1,7 @@
 """The training loop, as a story: evaluate, then sample, score, update; evaluate, report.
 
 What is left out here on purpose: sharding, other rollout engines and packing live behind
-`Policy`, `RolloutEngine` and `SequenceBatch`; nothing below needs to know of them.
+`Policy`, `RolloutEngine` and `papo_fast.packing`; nothing below needs to know of them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Trainer:
         self.reference = reference
         self.steps = config.train.steps or self._steps_of_epochs()
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
-        self.updater = Updater(config, self.policy, reference, self.encoder.pad_token_id, updates)
+        self.updater = Updater(config, self.policy, reference, updates)
         self.engine = HFRollout(
             self.policy,
             self.encoder.eos_token_ids,
@@ -147,7 +147,6 @@ class Trainer:
             experience,
             self.policy,
             self.reference,
-            self.encoder,
             config,
             on_policy=len(slices) == 1,
         )

@@ -13,6 +13,7 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, needs_aug_forward
 from papo_fast.objective import Metrics, annealed, mean_metrics, objective
+from papo_fast.packing import Group, pack, plan
 from papo_fast.policy import Policy
 from papo_fast.token_batch import Denominators, TokenBatch
 
@@ -24,14 +25,12 @@ class Updater:
     Args:
         policy: what is trained.
         reference: frozen policy for the reference KL, or None where its weight is 0.
-        pad_token_id: from the prompt encoder.
         total_updates: of the whole run, for the learning-rate schedule.
     """
 
     config: Config
     policy: Policy
     reference: Policy | None
-    pad_token_id: int
     total_updates: int
 
     def __post_init__(self) -> None:
@@ -70,16 +69,17 @@ class Updater:
         )
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        size = config.train.micro_batch
-        for start in range(0, len(sequences), size):
-            indices = sequences[start : start + size]
-            tokens, mismatch = self._token_batch(experience, indices)
+        streams = 2 if needs_aug_forward(config) and self.objective.aug_gradient else 1
+        groups = experience.groups(sequences)
+        [batches] = plan(groups, config.train.max_tokens, streams, self.policy.shape)
+        for pieces in batches:
+            tokens, mismatch = self._token_batch(experience, pieces)
             loss, metrics = objective(
                 tokens, self.objective, denominators, kl_prcp_coef=kl_prcp_coef
             )
             loss.backward()
             parts.append(metrics | mismatch)
-            advance(len(indices))
+            advance(sum(len(piece.responses) for piece in pieces))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -107,18 +107,20 @@ class Updater:
             )
 
     def _token_batch(
-        self, experience: Experience, indices: Sequence[int]
+        self, experience: Experience, pieces: Sequence[Group]
     ) -> tuple[TokenBatch, Metrics]:
         config, goal, device = self.config, self.objective, self.policy.device
-        full = experience.batch(indices, self.pad_token_id, device)
-        aug = None
-        if needs_aug_forward(config):
-            aug = experience.batch(indices, self.pad_token_id, device, aug=True)
+        want_aug = needs_aug_forward(config)
+        together = want_aug and bool(goal.aug_gradient)
+        positions = self.policy.prompt_positions
+        batch = pack(pieces, positions, aug=together).to(device)
+        frozen_aug = None
+        if want_aug and not together:
+            frozen_aug = pack(pieces, positions, full=False, aug=True).to(device)
         exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
         stats, ref_kl = self.policy.stats(
-            full,
-            aug=aug,
-            aug_gradient=bool(goal.aug_gradient),
+            batch,
+            frozen_aug=frozen_aug,
             kl_to=self.reference if exact_ref else None,
             temperature=config.rollout.temperature,
         )
@@ -126,28 +128,28 @@ class Updater:
         def stored(per_sequence: list[Tensor] | None) -> Tensor | None:
             if per_sequence is None:
                 return None
-            return torch.cat([per_sequence[i] for i in indices]).to(device)
+            return torch.cat([per_sequence[i] for i in batch.sequences]).to(device)
 
         mismatch: Metrics = {}
         old_logprobs = stored(experience.old_logprobs)
         if old_logprobs is None:  # the only update of this rollout: its policy is the old one
             old_logprobs = stats.logprobs.detach()
-            sampler = [torch.tensor(experience.completions[i].logprobs) for i in indices]
+            sampler = [torch.tensor(experience.completions[i].logprobs) for i in batch.sequences]
             gap = (old_logprobs - torch.cat(sampler).to(device)).abs().sum()
-            mismatch = {"sampler_mismatch": (gap, full.n_tokens)}
-        right = torch.tensor([experience.is_right(i) for i in indices], device=device)
-        advantages = experience.advantages_B[list(indices)].to(device)
+            mismatch = {"sampler_mismatch": (gap, batch.n_tokens)}
+        right = torch.tensor([experience.is_right(i) for i in batch.sequences], device=device)
+        advantages = experience.advantages_B[batch.sequences].to(device)
         tokens = TokenBatch(
             logprobs=stats.logprobs,
             old_logprobs=old_logprobs,
-            advantages=advantages[full.sequence_ids_N],
-            sequence_ids=full.sequence_ids_N,
+            advantages=advantages[batch.sequence_ids_N],
+            sequence_ids=batch.sequence_ids_N,
             entropy=stats.entropy,
-            aug_logprobs=stats.aug_logprobs if aug else stored(experience.aug_logprobs),
+            aug_logprobs=stats.aug_logprobs if want_aug else stored(experience.aug_logprobs),
             aug_entropy=stats.aug_entropy,
             kl_prcp=stats.kl_prcp,
             ref_logprobs=stored(experience.ref_logprobs),
             ref_kl=ref_kl,
-            correct=right[full.sequence_ids_N],
+            correct=right[batch.sequence_ids_N],
         )
         return tokens, mismatch

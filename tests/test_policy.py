@@ -10,10 +10,10 @@ from family_checkpoints import FAMILIES, write_checkpoint
 from PIL import Image
 
 from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.packing import Group, pack
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
 from papo_fast.rollout.hf import HFRollout
-from papo_fast.sequences import collate
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
@@ -56,62 +56,20 @@ def plain_logits(policy, prompt, response, pixel_values):
     return logits[start - 1 : start - 1 + len(response)].log_softmax(-1)
 
 
-def test_statistics_of_a_padded_batch_match_one_sequence_at_a_time(loaded):
-    _, encoder, policy = loaded
-    distinct = some_prompts(encoder)
-    noise = {
-        id(p): torch.randn_like(p.pixel_values) for p in distinct if p.pixel_values is not None
-    }
-    # members of a group share a picture, and groups need not stand together
-    prompts = [distinct[i] for i in (0, 1, 2, 0, 2)]
-    responses = [[65, 66, 67], [70], [80, 81, 82, 83, 84, 85], [71, 72], [90]]
-    pixels = [p.pixel_values for p in prompts]
-    aug_pixels = [noise.get(id(p)) for p in prompts]
-    full = collate(prompts, responses, encoder.pad_token_id)
-    aug = collate(prompts, responses, encoder.pad_token_id, aug_pixels)
-    assert len(full.image_grid_thw) == 3 and full.image_index.tolist() == [0, 1, 2, 0, 1, 2]
-    with torch.no_grad():
-        stats, _ = policy.stats(full, aug=aug)
-    expected = []
-    for prompt, response, real, corrupted in zip(
-        prompts, responses, pixels, aug_pixels, strict=True
-    ):
-        log_p = plain_logits(policy, prompt, response, real)
-        log_q = plain_logits(policy, prompt, response, corrupted)
-        index = torch.tensor(response)[:, None]
-        p, q = log_p.exp(), log_q.exp()
-        expected.append(
-            torch.stack(
-                [
-                    log_p.gather(1, index)[:, 0],
-                    -(p * log_p).sum(-1),
-                    log_q.gather(1, index)[:, 0],
-                    -(q * log_q).sum(-1),
-                    (p * (log_p - log_q)).sum(-1),
-                ]
-            )
-        )
-    expected = torch.cat(expected, dim=1)
-    got = torch.stack(list(stats)).double()
-    errors = (got - expected).abs().amax(dim=1)
-    print("max errors:", dict(zip(stats._fields, errors.tolist(), strict=True)))
-    assert errors.max() < 2e-5
-    assert stats.kl_prcp[3].abs() < 1e-6, "a text-only prompt has nothing to corrupt"
-    assert stats.kl_prcp.max() > 1e-4, "corrupting the picture must change the policy"
-
-
 def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):
     _, encoder, policy = loaded
     prompt, response = some_prompts(encoder)[0], [65, 66, 67]
-    full = collate([prompt], [response], encoder.pad_token_id)
     corrupted = torch.randn_like(prompt.pixel_values).requires_grad_()
-    aug = collate([prompt], [response], encoder.pad_token_id, [corrupted])
-    stats, _ = policy.stats(full, aug=aug, aug_gradient=False)
+    groups = [Group(prompt, [response], [0], corrupted)]
+    full = pack(groups, policy.prompt_positions)
+    aug = pack(groups, policy.prompt_positions, full=False, aug=True)
+    stats, _ = policy.stats(full, frozen_aug=aug)
     stats.kl_prcp.sum().backward()
     assert corrupted.grad is None
-    stats, _ = policy.stats(full, aug=aug, aug_gradient=True)
-    stats.kl_prcp.sum().backward()
+    both, _ = policy.stats(pack(groups, policy.prompt_positions, aug=True))
+    both.kl_prcp.sum().backward()
     assert corrupted.grad.abs().max() > 0
+    torch.testing.assert_close(stats.kl_prcp, both.kl_prcp, rtol=1e-4, atol=1e-6)
 
 
 def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
@@ -121,7 +79,7 @@ def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
         for p in reference.parameters():
             p.add_(0.05 * torch.randn_like(p))
     prompt, response = some_prompts(encoder)[0], [65, 66, 67, 68]
-    batch = collate([prompt], [response], encoder.pad_token_id)
+    batch = pack([Group(prompt, [response], [0])], policy.prompt_positions)
     stats, kl = policy.stats(batch, kl_to=reference)
     log_p = plain_logits(policy, prompt, response, prompt.pixel_values)
     log_r = plain_logits(reference, prompt, response, prompt.pixel_values)
@@ -146,11 +104,11 @@ def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded):
         ends = [t in encoder.eos_token_ids for t in c.token_ids]
         assert ends == [False] * (len(ends) - 1) + [c.finished]
         assert c.finished or len(c.token_ids) == 12
-    batch = collate(
-        [p for p in prompts for _ in range(20)],
-        [c.token_ids for c in completions],
-        encoder.pad_token_id,
-    )
+    packed = [
+        Group(p, [c.token_ids for c in group], list(range(20)))
+        for p, group in zip(prompts, groups, strict=True)
+    ]
+    batch = pack(packed, policy.prompt_positions)
     with torch.no_grad():
         stats, _ = policy.stats(batch, temperature=1.3)
     sampled = torch.tensor([x for c in completions for x in c.logprobs])

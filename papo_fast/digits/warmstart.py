@@ -23,12 +23,12 @@ from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate
+from papo_fast.packing import Group, pack
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
 from papo_fast.progress import Progress
 from papo_fast.rewards import Scorer
 from papo_fast.rollout.hf import HFRollout
-from papo_fast.sequences import collate
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ BATCH = 128
 CHECK_EVERY = 10
 CHECK_FROM = 80  # no model is right before
 DEV_QUESTIONS = 256
-VERSION = 9  # raise it when task, model or recipe change: old caches are then left alone
+VERSION = 10  # raise it when task, model or recipe change: old caches are then left alone
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,8 @@ def warm_start(
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1.0, step / 50)
             picked = rng.sample(range(len(train_prompts)), BATCH)
-            batch = collate(
-                [train_prompts[i].encoded for i in picked],
-                [targets[i] for i in picked],
-                encoder.pad_token_id,
-            ).to(device)
+            groups = [Group(train_prompts[i].encoded, [targets[i]], [i]) for i in picked]
+            batch = pack(groups, policy.prompt_positions).to(device)
             stats, _ = policy.stats(batch)
             loss = -stats.logprobs.mean()
             optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from papo_fast.policy import Policy, inference
 from papo_fast.processing import EncodedPrompt
-from papo_fast.sequences import Completion, collate
+from papo_fast.sequences import Completion, pad_left
 
 
 class _Sampler(LogitsProcessor):
@@ -94,9 +94,7 @@ class HFRollout:
     ) -> list[list[Completion]]:
         model = self.policy.model
         model.model.rope_deltas = None  # left over from an earlier batch of other lengths
-        batch = collate(prompts, [[]] * len(prompts), self.pad_token_id, left=True)
-        batch = batch.to(self.policy.device)
-        inputs = batch.text_inputs() | batch.image_inputs()
+        inputs = pad_left(prompts, self.pad_token_id, self.policy.device)
         width = inputs["input_ids"].shape[1]
         sampler = _Sampler(self.policy.banned_V, temperature)
         sequences = model.generate(

@@ -1,0 +1,256 @@
+"""Packed trees against the plain model, one sequence at a time; and how groups are distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_checkpoints import FAMILIES, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from papo_fast.attention import Segment, TreeLayout, tree_attention
+from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.errors import InputError
+from papo_fast.flops import ModelShape
+from papo_fast.packing import Group, pack, plan
+from papo_fast.policy import Policy
+from papo_fast.processing import EncodedPrompt, PromptEncoder
+
+DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
+OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
+property_test = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def policy_and_encoder(request, tmp_path_factory):
+    path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    encoder = PromptEncoder(path, DATA)
+    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
+    return Policy.load(config, encoder.banned_token_ids, torch.device("cpu")), encoder
+
+
+def picture(width, height, seed):
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+@st.composite
+def grouped_responses(draw):
+    """(text, picture sizes, responses) of some groups."""
+    size = st.tuples(st.integers(56, 110), st.integers(56, 110))
+    text = st.text("abc ", min_size=1, max_size=12)
+    response = st.lists(st.integers(60, 120), min_size=1, max_size=9)
+    group = st.tuples(text, st.lists(size, max_size=2), st.lists(response, min_size=1, max_size=5))
+    return draw(st.lists(group, min_size=1, max_size=3))
+
+
+def encoded_groups(encoder, described, seed):
+    groups, n = [], 0
+    for text, sizes, responses in described:
+        prompt = encoder.encode(text, [picture(w, h, seed + i) for i, (w, h) in enumerate(sizes)])
+        pixels = prompt.pixel_values
+        aug = None if pixels is None else torch.randn_like(pixels)
+        groups.append(Group(prompt, responses, list(range(n, n + len(responses))), aug))
+        n += len(responses)
+    return groups
+
+
+def plain_loss(policy, groups, weights):
+    """Statistics and loss of one sequence at a time through the model's own forward, in float64.
+
+    Only the logits come from the model; the statistics are their definitions.
+    """
+    columns, loss = {}, 0.0
+    for group in groups:
+        prompt = group.prompt
+        for i, response in zip(group.sequences, group.responses, strict=True):
+            ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
+            types = torch.zeros_like(ids)
+            types[0, : len(prompt)] = prompt.mm_token_type_ids
+            log = []
+            for pixels in (prompt.pixel_values, group.aug_pixels):
+                inputs = {"input_ids": ids, "mm_token_type_ids": types}
+                if pixels is not None:
+                    inputs |= {"pixel_values": pixels, "image_grid_thw": prompt.image_grid_thw}
+                policy.model.model.rope_deltas = None
+                logits = policy.model(**inputs).logits[0, len(prompt) - 1 : -1]
+                log.append((logits.double() + policy.banned_V.double()).log_softmax(-1))
+            (log_p, log_q), label = log, torch.tensor(response)[:, None]
+            p, q = log_p.exp(), log_q.exp()
+            stats = torch.stack(
+                [
+                    log_p.gather(1, label)[:, 0],
+                    -(p * log_p).sum(-1),
+                    log_q.gather(1, label)[:, 0],
+                    -(q * log_q).sum(-1),
+                    (p * (log_p - log_q)).sum(-1),
+                ]
+            )
+            loss = loss + (stats * weights[i][:, None]).sum()
+            columns[i] = stats.detach()
+    return columns, loss
+
+
+def gradients(policy, loss):
+    policy.zero_grad(set_to_none=True)
+    loss.backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@property_test
+@given(described=grouped_responses(), split=st.booleans(), remat=st.booleans(), data=st.data())
+def test_packed_trees_equal_one_sequence_at_a_time(
+    policy_and_encoder, described, split, remat, data
+):
+    policy, encoder = policy_and_encoder
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    groups = encoded_groups(encoder, described, seed=len(described))
+    weights = torch.randn(sum(len(g.responses) for g in groups), 5, dtype=torch.float64)
+    want, loss = plain_loss(policy, groups, weights)
+    want_gradients = gradients(policy, loss)
+    budget = max(g.tokens for g in groups) * 2 if split else 10**6
+    [batches] = plan(groups, budget, 2, policy.shape)
+    policy.train(remat)
+    if remat:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    got, loss = {}, 0.0
+    for pieces in batches:
+        batch = pack(pieces, policy.prompt_positions, aug=True)
+        stats, _ = policy.stats(batch)
+        stacked = torch.stack([getattr(stats, o) for o in OUTPUTS]).double()
+        loss = loss + (stacked * weights[batch.sequences][batch.sequence_ids_N].T).sum()
+        lengths = [len(r) for piece in pieces for r in piece.responses]
+        got |= dict(zip(batch.sequences, stacked.detach().split(lengths, 1), strict=True))
+    # the gradient budget is a knob of the kernels, with tests of its own
+    got_gradients = gradients(policy, loss)
+    if remat:
+        policy.model.gradient_checkpointing_disable()
+    policy.eval()
+    assert got.keys() == want.keys()
+    worst = max(((got[i] - want[i]).abs() / want[i].abs().clamp_min(1)).max().item() for i in want)
+    size = torch.stack([g.norm() for g in want_gradients.values()]).norm()
+    assert got_gradients.keys() == want_gradients.keys()
+    errors = {
+        n: ((got_gradients[n] - g).norm() / torch.maximum(g.norm(), 1e-3 * size)).item()
+        for n, g in want_gradients.items()
+    }
+    print(f"statistics {worst:.1e}, gradients {max(errors.values()):.1e}")
+    assert worst < 1e-5
+    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
+
+
+@pytest.mark.parametrize("changed", [1, 2])
+def test_a_branch_sees_its_prompt_and_itself_and_nothing_else(changed):
+    # prompt 0-3 with branches 4-6 and 7-8, prompt 9-10 with branch 11-12
+    tree = TreeLayout(
+        [
+            Segment(0, 4),
+            Segment(4, 3, 0, 4),
+            Segment(7, 2, 0, 4),
+            Segment(9, 2),
+            Segment(11, 2, 9, 2),
+        ]
+    )
+    visible = {1: {4, 5, 6}, 2: {7, 8}}[changed]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 13, 8) for heads in (4, 2, 2))
+    before, _ = tree_attention(torch.nn.Module(), q, k, v, None, tree=tree)
+    segment = tree.segments[changed]
+    k, v = k.clone(), v.clone()
+    k[:, :, segment.start] += 1
+    v[:, :, segment.start] += 1
+    after, _ = tree_attention(torch.nn.Module(), q, k, v, None, tree=tree)
+    moved = (after - before).abs().amax((0, 2, 3)).nonzero().flatten().tolist()
+    assert set(moved) == visible
+    k[:, :, 10] += 1  # the second prompt's last token
+    again, _ = tree_attention(torch.nn.Module(), q, k, v, None, tree=tree)
+    moved = (again - after).abs().amax((0, 2, 3)).nonzero().flatten().tolist()
+    assert set(moved) == {10, 11, 12}
+
+
+def test_sliding_windows_and_dropout_are_refused():
+    tree = TreeLayout([Segment(0, 2)])
+    x = torch.randn(1, 1, 2, 8)
+    for options in ({"sliding_window": 4}, {"dropout": 0.1}):
+        with pytest.raises(ValueError, match="sliding window"):
+            tree_attention(torch.nn.Module(), x, x, x, None, tree=tree, **options)
+
+
+SHAPE = ModelShape(10_000, 256, 5_000, 3_000, 4)
+
+
+def text_group(prompt, lengths, first=0):
+    encoded = EncodedPrompt(
+        torch.arange(prompt), torch.zeros(prompt, dtype=torch.int64), None, None
+    )
+    responses = [list(range(n)) for n in lengths]
+    return Group(encoded, responses, list(range(first, first + len(lengths))))
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 50), lengths), min_size=1, max_size=12),
+    budget=st.integers(40, 600),
+    streams=st.integers(1, 2),
+    ranks=st.integers(1, 4),
+)
+def test_every_response_is_planned_once_and_ranks_get_equal_counts(sizes, budget, streams, ranks):
+    groups, n = [], 0
+    for prompt, group in sizes:
+        groups.append(text_group(prompt, group, n))
+        n += len(group)
+    if n < ranks:
+        with pytest.raises(InputError, match="ranks"):
+            plan(groups, budget, streams, SHAPE, ranks)
+        return
+    planned = plan(groups, budget, streams, SHAPE, ranks)
+    assert len({len(batches) for batches in planned}) == 1 and len(planned) == ranks
+    pieces = [piece for batches in planned for batch in batches for piece in batch]
+    assert sorted(i for piece in pieces for i in piece.sequences) == list(range(n))
+    whole = {i: r for g in groups for i, r in zip(g.sequences, g.responses, strict=True)}
+    for piece in pieces:
+        for i, response in zip(piece.sequences, piece.responses, strict=True):
+            assert whole[i] == response
+    largest = max(p + r for p, group in sizes for r in group)
+    if largest * streams <= budget and n % ranks == 0:
+        for batches in planned:
+            for batch in batches:
+                assert batch and sum(g.tokens for g in batch) * streams <= budget
+
+
+def test_ranks_carry_about_equal_work():
+    torch.manual_seed(0)
+    groups = [
+        text_group(int(p), r.tolist(), 5 * i)
+        for i, (p, r) in enumerate(
+            zip(torch.randint(50, 800, (64,)), torch.randint(1, 400, (64, 5)), strict=True)
+        )
+    ]
+    planned = plan(groups, 12_000, 2, SHAPE, ranks=4)
+    work = [sum(g.flops(SHAPE) for batch in rank for g in batch) for rank in planned]
+    print("FLOPs by rank over their mean:", [w * 4 / sum(work) for w in work])
+    assert max(work) < 1.05 * min(work)
+
+
+def test_flops_are_those_that_torch_counts(policy_and_encoder):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    policy, encoder = policy_and_encoder
+    groups = encoded_groups(encoder, [("some text", [(90, 90)], [[65] * 9, [66] * 5])], seed=1)
+    batch = pack(groups, policy.prompt_positions)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        policy._hidden(batch)
+    shape = policy.shape
+    images = int(groups[0].prompt.mm_token_type_ids.sum())
+    ours = shape.language(batch.tree.segments[-1].start + 5, batch.tree.pairs)
+    ours += shape.vision(images)
+    counts = counter.get_flop_counts()["Global"]
+    matmuls = sum(n for op, n in counts.items() if "attention" not in str(op))
+    pairs = shape.language(0, batch.tree.pairs)
+    print("FLOPs counted", matmuls, "estimated", ours - pairs)
+    assert abs(ours - pairs - matmuls) < 0.02 * matmuls
