@@ -37,6 +37,8 @@ class Policy(nn.Module):
         model: the HuggingFace model, an `...ForConditionalGeneration` of `processing.FAMILIES`.
         banned_token_ids: ids that are excluded from sampling and from every statistic.
         dtype: of the forward pass; the model's weights stay in theirs.
+        always_run_vision: run the vision tower, with weight zero, for batches without pictures
+            too: ranks that share its parameters must all run it.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class Policy(nn.Module):
         model: nn.Module,
         banned_token_ids: Sequence[int],
         dtype: torch.dtype = torch.float32,
+        always_run_vision: bool = False,
     ):
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.always_run_vision = always_run_vision
         # `generate` fills every option left unset from the checkpoint's own (Qwen ships a
         # repetition penalty and a near-zero temperature), which is not the policy that is scored.
         self._shipped_generation_config = model.generation_config
@@ -168,6 +172,8 @@ class Policy(nn.Module):
                 tree=batch.tree,
                 use_cache=False,
             ).last_hidden_state[0]
+            if batch.pixel_values is None and self.always_run_vision:
+                hidden_TD = hidden_TD + self._vision_of_nothing()
         return [hidden_TD[rows].to(self.dtype) for rows in batch.rows]
 
     def _encoded_images(self, batch: PackedBatch) -> dict[str, object]:
@@ -184,6 +190,19 @@ class Policy(nn.Module):
                 tuple(layer[i] for i in picked) for layer in features.deepstack_features
             ]
         return {"image": features}
+
+    def _vision_of_nothing(self) -> Tensor:
+        """Zero, with a gradient of zero to every parameter of the vision tower."""
+        vision = self.model.config.vision_config
+        merge, channels = vision.spatial_merge_size, vision.in_channels
+        pixels = channels * vision.temporal_patch_size * vision.patch_size**2
+        features = self.model.model.get_image_features(
+            torch.zeros(merge**2, pixels, device=self.device),
+            torch.tensor([[1, merge, merge]], device=self.device),
+            return_dict=True,
+        )
+        layers = [features.pooler_output, *(getattr(features, "deepstack_features", None) or ())]
+        return 0.0 * sum(x.sum() for layer in layers for x in layer)
 
     def _head_weight(self) -> Tensor:
         return self.model.lm_head.weight.to(self.dtype)

@@ -140,6 +140,23 @@ def test_packed_trees_equal_one_sequence_at_a_time(
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda e: e[1])
 
 
+def test_text_only_batches_can_run_the_vision_tower_without_changing_anything(policy_and_encoder):
+    policy, encoder = policy_and_encoder
+    groups = encoded_groups(encoder, [("only text", [], [[65, 66], [67]])], seed=0)
+    batch = pack(groups, policy.prompt_positions, aug=True)
+    results = []
+    for policy.always_run_vision in (False, True):
+        stats, _ = policy.stats(batch)
+        results.append((stats.logprobs, gradients(policy, stats.logprobs.sum())))
+    policy.always_run_vision = False
+    (before, without), (after, including) = results
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    for name, gradient in including.items():
+        torch.testing.assert_close(gradient, without.get(name, torch.zeros_like(gradient)))
+    tower = {n for n, _ in policy.named_parameters() if ".visual." in n}
+    assert tower and tower <= including.keys() and not tower & without.keys()
+
+
 @pytest.mark.parametrize("changed", [1, 2])
 def test_a_branch_sees_its_prompt_and_itself_and_nothing_else(changed):
     # prompt 0-3 with branches 4-6 and 7-8, prompt 9-10 with branch 11-12
