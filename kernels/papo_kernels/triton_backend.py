@@ -8,10 +8,11 @@ import torch
 import triton
 
 from papo_kernels import triton_kernels as kernels
+from papo_kernels import triton_launch
 from papo_kernels.sparse_backward import RESERVE
 from papo_kernels.torch_backend import saved_rows
 from papo_kernels.triton_backward import Backward
-from papo_kernels.triton_launch import BLOCKS, TILE, Operands, kept_first
+from papo_kernels.triton_launch import Operands, kept_first
 
 
 def _splits(tiles, vocab, blocks, device):
@@ -26,13 +27,13 @@ def _splits(tiles, vocab, blocks, device):
 
 def levels_shape(n, vocab, dtype, sparse):
     del dtype  # The same height for all, so that the shape needs no more than the sizes.
-    return (-(-n // TILE) if sparse else 0), vocab
+    return (-(-n // triton_launch.TILE) if sparse else 0), vocab
 
 
 def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard, sparse):
     """As `torch_backend.forward`; `gap` and `ratio` hold E_p|z - z_aug| and E_q|z - z_aug|."""
     o, targets = Operands(hidden, aug_hidden, weight, bias), targets.contiguous()
-    blocks = BLOCKS[o.size]
+    blocks, block_n = o.launch.forward, triton_launch.TILE
     fields = saved_rows(o.two)
     levels = torch.zeros(
         levels_shape(o.n, o.v, o.dtype, sparse), dtype=torch.uint8, device=hidden.device
@@ -42,7 +43,7 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
     if o.n == 0:
         return [saved[i].clone() for i in outputs], saved, levels
     rows, count = kept_first(targets, ignore_index)
-    tiles = triton.cdiv(o.n, blocks.n)
+    tiles = triton.cdiv(o.n, block_n)
     splits = _splits(tiles, o.v, blocks, hidden.device)
     per_split = triton.cdiv(triton.cdiv(o.v, splits), blocks.v) * blocks.v
     splits = triton.cdiv(o.v, per_split)
@@ -51,7 +52,7 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
         o.x, o.xa, o.w, o.b, targets, rows, count, part, levels,
         o.n, o.v, o.d, per_split, *o.strides(), head.temperature, head.softcap or 1.0,
         TWO=o.two, HAS_BIAS=o.has_bias, CAP=head.softcap is not None, LEVELS=sparse,
-        UPCAST=o.upcast, BLOCK_N=blocks.n, BLOCK_V=blocks.v, BLOCK_D=blocks.d,
+        UPCAST=o.upcast, BLOCK_N=block_n, BLOCK_V=blocks.v, BLOCK_D=blocks.d,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     stats = combine(part, targets[rows], o.v, o.two)

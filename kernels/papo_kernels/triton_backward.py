@@ -3,13 +3,13 @@
 import torch
 import triton
 
-from papo_kernels import columns
+from papo_kernels import columns, triton_launch
 from papo_kernels import triton_gradients as kernels
 from papo_kernels.columns import LEVELS_PER_NAT, ROUNDING
 from papo_kernels.row_math import RowStats, Upstream
 from papo_kernels.sparse_backward import DENSE_SHARE
 from papo_kernels.torch_backend import CHUNK_ELEMENTS
-from papo_kernels.triton_launch import D_HIDDEN, D_WEIGHT, DZ, TILE, Operands, kept_first
+from papo_kernels.triton_launch import Operands, kept_first
 
 # Tiles whose gathered gradients exist at once.
 GROUP_TILES = 64
@@ -35,7 +35,7 @@ class Backward:
         self.kl, self.net = kl, self.full and self.aug and kl and shared
         self.rows, count = kept_first(targets, ignore_index)
         self.count = int(count)
-        self.block_n = TILE
+        self.block_n = triton_launch.TILE
         self.tiles = triton.cdiv(self.count, self.block_n)
         device = targets.device
         self.d_states = [
@@ -54,7 +54,7 @@ class Backward:
 
     def _dz(self, grid, rows, count, first_tile, table, dz, dza, sums, stride_entry, stride_tile):
         """table: each block's tile, first and last entry, each entry's word; None for all words."""
-        o, g, blocks = self.o, self.g, DZ[self.o.size]
+        o, g, blocks = self.o, self.g, self.o.launch.dz
         tile, first, last, col = (rows,) * 4 if table is None else table
         kernels.dz_kernel[grid](
             o.x, o.xa, o.w, o.b, self.targets, rows, self.saved, self.up, tile, first, last, col,
@@ -65,7 +65,7 @@ class Backward:
             LOGPROB_AUG=g.aug_logprobs is not None, ENTROPY_AUG=g.aug_entropy is not None,
             KL=self.kl, GATHER=table is not None, NET=self.net and table is not None,
             HAS_BIAS=o.has_bias,
-            CAP=self.head.softcap is not None, UPCAST=o.upcast, BLOCK_N=blocks.n,
+            CAP=self.head.softcap is not None, UPCAST=o.upcast, BLOCK_N=self.block_n,
             BLOCK_V=blocks.v, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ class Backward:
         positions = (tiles[:, None] * block + within).flatten()
         rows = self.rows[positions[positions < self.count]]
         size = max(1, CHUNK_ELEMENTS // o.v // block) * block
-        vocab_blocks = triton.cdiv(o.v, DZ[o.size].v)
+        vocab_blocks = triton.cdiv(o.v, o.launch.dz.v)
         for n in range(0, len(rows), size):
             chunk = rows[n : n + size]
             count = triton.cdiv(len(chunk), block)
@@ -181,7 +181,7 @@ class Backward:
         mask.scatter_(1, labels, True)
         local, col = mask.nonzero(as_tuple=True)
         kept = mask.sum(1)
-        size = DZ[o.size].v
+        size = o.launch.dz.v
         per_tile = (kept + size - 1) // size
         offset = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
         owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), per_tile)
@@ -217,7 +217,7 @@ class Backward:
         """Adds dH and dW of some tiles' entries."""
         o = self.o
         streams = ((self.full, dz, o.x, self.d_states[0]), (self.aug, dza, o.xa, self.d_states[1]))
-        hidden, weight = D_HIDDEN[o.size], D_WEIGHT[o.size]
+        hidden, weight = o.launch.d_hidden, o.launch.d_weight
         shared = self.d_weight is not None or self.d_bias is not None
         # Atomic sums have no order of their own; one launch per tile gives them one.
         ordered = torch.are_deterministic_algorithms_enabled()
@@ -244,7 +244,7 @@ class Backward:
                     grad, x, self.rows, *table, self._or(self.d_weight), self._or(self.d_bias),
                     o.d, self.count, start, *x.stride(), o.d, 1,
                     WEIGHT=self.d_weight is not None, BIAS=self.d_bias is not None,
-                    UPCAST=o.upcast, BLOCK_N=self.block_n, BLOCK_V=DZ[o.size].v,
+                    UPCAST=o.upcast, BLOCK_N=self.block_n, BLOCK_V=o.launch.dz.v,
                     BLOCK_D=weight.d, num_warps=weight.warps, num_stages=weight.stages,
                 )  # fmt: skip
 

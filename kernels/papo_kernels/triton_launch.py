@@ -1,5 +1,6 @@
 """Launch sizes of the Triton kernels, and operands as the kernels want them."""
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -8,26 +9,63 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Rows of a tile, which shares its choice of columns; BLOCK_N of every kernel.
+TILE = 64
+# D from which on a weight counts as wide.
+WIDE = 3072
+
+
 @dataclass(frozen=True)
 class Blocks:
-    """Launch sizes: rows, words and features of a block, warps, and stages of the load pipeline."""
+    """Launch sizes: words and features of a block, warps, and stages of the load pipeline."""
 
-    n: int
     v: int
     d: int
     warps: int
     stages: int
 
 
-# By bytes of an operand. float32 products run on plain units, and want smaller blocks.
-BLOCKS = {2: Blocks(64, 128, 64, 8, 3), 4: Blocks(64, 64, 32, 8, 2)}
-DZ = {2: Blocks(64, 64, 64, 8, 3), 4: Blocks(64, 32, 32, 8, 2)}
-D_HIDDEN = {2: Blocks(64, 64, 128, 8, 3), 4: Blocks(64, 32, 64, 8, 2)}
-D_WEIGHT = {2: Blocks(64, 64, 128, 8, 3), 4: Blocks(64, 32, 64, 8, 2)}
+@dataclass(frozen=True)
+class Launch:
+    """Blocks of each kernel. A block of `d_weight` is one of `dz`: it has its `v`."""
+
+    forward: Blocks
+    dz: Blocks
+    d_hidden: Blocks
+    d_weight: Blocks
+
+
+# By architecture, bytes of an operand and whether the weight is wide; "any" and None stand for what
+# has no line of its own. `bench/gpu.sh` measures lines to paste here.
+# float32 products run on plain units, and want smaller blocks.
+LAUNCHES = {
+    ("any", 2, None): Launch(
+        Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 3)
+    ),
+    ("any", 4, None): Launch(
+        Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)
+    ),
+}
 if INTERPRETED:
-    BLOCKS = DZ = D_HIDDEN = D_WEIGHT = dict.fromkeys((2, 4), Blocks(64, 512, 32, 4, 1))
-# Rows of a tile, which shares its choice of columns.
-TILE = BLOCKS[2].n
+    LAUNCHES = {("any", size, None): Launch(*[Blocks(512, 32, 4, 1)] * 4) for size in (2, 4)}
+
+
+@functools.cache
+def architecture(device):
+    """As in LAUNCHES: "sm_90", "gfx942"; "any" for what is no GPU."""
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def launch_of(device, size, d):
+    """The line of LAUNCHES for operands of `size` bytes an element and `d` features."""
+    for key in ((architecture(device), size, d >= WIDE), (architecture(device), size, None)):
+        if key in LAUNCHES:
+            return LAUNCHES[key]
+    return LAUNCHES["any", size, None]
 
 
 class Operands:
@@ -49,6 +87,7 @@ class Operands:
         # The interpreter truncates where it should round to 16 bits.
         self.stored = torch.float32 if self.upcast else dtype
         self.n, self.d, self.v = len(hidden), hidden.shape[1], len(weight)
+        self.launch = launch_of(hidden.device, self.size, self.d)
 
     def strides(self):
         return (*self.x.stride(), *self.xa.stride(), *self.w.stride())

@@ -20,63 +20,40 @@ TARGETS = {
 
 
 def variants():
-    """(name, kernel, dtype, constants, warps, stages) of every shape that is launched."""
-    from papo_kernels import triton_gradients, triton_kernels
+    """(name, kernel, dtype, constants, warps, stages, targets) of every shape that is launched."""
     from papo_kernels import triton_launch as host
 
-    for size, dtype in ((2, "bf16"), (4, "fp32")):
-        rows, hidden, weight = host.BLOCKS[size], host.D_HIDDEN[size], host.D_WEIGHT[size]
-        block = dict(BLOCK_N=rows.n, BLOCK_V=rows.v, BLOCK_D=rows.d, UPCAST=False)
-        head = dict(HAS_BIAS=False, CAP=False)
-        for two in (False, True):
-            yield (
-                f"forward {dtype} {'two streams' if two else 'one stream'}",
-                triton_kernels.forward_kernel,
-                dtype,
-                dict(TWO=two, LEVELS=True, **head, **block),
-                rows.warps,
-                rows.stages,
-            )
-        dz = host.DZ[size]
-        block = dict(BLOCK_N=dz.n, BLOCK_V=dz.v, BLOCK_D=dz.d, UPCAST=False)
-        for gather in (False, True):
-            outputs = dict.fromkeys(
-                ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"),
-                True,
-            )
-            yield (
-                f"dz {dtype} {'gathered' if gather else 'dense'}",
-                triton_gradients.dz_kernel,
-                dtype,
-                dict(GATHER=gather, NET=gather, **outputs, **head, **block),
-                dz.warps,
-                dz.stages,
-            )
-        block = dict(BLOCK_N=host.TILE, BLOCK_V=hidden.v, BLOCK_D=hidden.d, UPCAST=False)
-        yield (
-            f"d_hidden {dtype}",
-            triton_gradients.d_hidden_kernel,
-            dtype,
-            block,
-            hidden.warps,
-            hidden.stages,
+    for (architecture, size, wide), launch in host.LAUNCHES.items():
+        dtype = {2: "bf16", 4: "fp32"}[size]
+        own = "" if architecture == "any" else {None: " all", True: " wide", False: " narrow"}[wide]
+        targets = list(TARGETS) if architecture == "any" else [architecture]
+        for name, kernel, constants, blocks in _kernels(launch):
+            sizes = dict(BLOCK_N=host.TILE, BLOCK_V=blocks.v, BLOCK_D=blocks.d, UPCAST=False)
+            if name == "d_weight":
+                sizes["BLOCK_V"] = launch.dz.v
+            kind, _, rest = name.partition(" ")
+            name = f"{kind} {dtype} {rest}".rstrip() + own
+            yield name, kernel, dtype, sizes | constants, blocks.warps, blocks.stages, targets
+
+
+def _kernels(launch):
+    from papo_kernels import triton_gradients, triton_kernels
+
+    head = dict(HAS_BIAS=False, CAP=False)
+    for two in (False, True):
+        name = f"forward {'two streams' if two else 'one stream'}"
+        constants = dict(TWO=two, LEVELS=True, **head)
+        yield name, triton_kernels.forward_kernel, constants, launch.forward
+    for gather in (False, True):
+        outputs = dict.fromkeys(
+            ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
         )
-        block = dict(
-            BLOCK_N=host.TILE,
-            BLOCK_V=dz.v,
-            BLOCK_D=weight.d,
-            UPCAST=False,
-            WEIGHT=True,
-            BIAS=True,
-        )
-        yield (
-            f"d_weight {dtype}",
-            triton_gradients.d_weight_kernel,
-            dtype,
-            block,
-            weight.warps,
-            weight.stages,
-        )
+        name = f"dz {'gathered' if gather else 'dense'}"
+        constants = dict(GATHER=gather, NET=gather, **outputs, **head)
+        yield name, triton_gradients.dz_kernel, constants, launch.dz
+    yield "d_hidden", triton_gradients.d_hidden_kernel, {}, launch.d_hidden
+    constants = dict(WEIGHT=True, BIAS=True)
+    yield "d_weight", triton_gradients.d_weight_kernel, constants, launch.d_weight
 
 
 FIXED = {
@@ -149,8 +126,8 @@ def resources(compiled, target):
 
 def measure():
     table = {}
-    for name, kernel, dtype, constants, warps, stages in variants():
-        for target in TARGETS:
+    for name, kernel, dtype, constants, warps, stages, targets in variants():
+        for target in targets:
             compiled = compile_one(kernel, dtype, constants, target, warps, stages)
             table[f"{name} {target}"] = resources(compiled, target)
     return table
