@@ -1,0 +1,283 @@
+"""What `train_step.py` trains: a small Qwen2.5-VL, prompts with pictures, sampled responses."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from papo_fast.advantages import group_advantages
+from papo_fast.config import ModelConfig
+from papo_fast.data import Prompt
+from papo_fast.experience import Experience
+from papo_fast.policy import Policy
+from papo_fast.processing import EncodedPrompt
+from papo_fast.rewards import Score
+from papo_fast.sequences import Completion, pad_left
+
+EMB = float(__import__("os").environ["EMB"])
+EOS, VISION_START, VISION_END, IMAGE, VIDEO = range(5)
+CORRUPTED_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of model and data.
+
+    `patches` are the picture's height and width in patches of 14 pixels; four patches make one
+    image token. `micro_tokens` are the tokens of one micro-batch, padding included, the same for
+    every way. `sharpness` multiplies the output embedding so that the policy has the entropy of a
+    trained one (about .6 nats), which decides how much the sparse backward may leave out.
+    """
+
+    hidden: int
+    layers: int
+    vision_layers: int
+    vocab: int
+    patches: tuple[int, int]
+    text: int
+    response: int
+    micro_tokens: int
+    sharpness: float
+
+    @property
+    def image(self):
+        return self.patches[0] * self.patches[1] // 4
+
+
+# image : text : response = 640 : 120 : 350 in both. Width of the vision tower, of the MLPs and of
+# the heads are in the 3B model's proportions, depth and vocabulary chosen so that the FLOPs are.
+SIZES = {
+    "quick": Size(128, 4, 3, 1088, (16, 20), 15, 44, 1800, 1.25),
+    "full": Size(256, 8, 6, 4224, (20, 32), 30, 88, 3600, 1.25),
+}
+# G: prompts of one update
+PROMPTS = {5: 2, 16: 1}
+# Qwen2.5-VL-3B's configuration, for the shares that the small models are to have.
+QWEN_3B = {
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "out_hidden_size": 2048,
+        "num_heads": 16,
+    },
+}
+
+
+def model_config(size):
+    width = size.hidden * 5 // 8
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": size.vocab,
+            "hidden_size": size.hidden,
+            "intermediate_size": size.hidden * 43 // 8,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.hidden // 32,
+            "num_key_value_heads": max(1, size.hidden // 256),
+            "max_position_embeddings": 4096,
+            "bos_token_id": None,
+            "eos_token_id": EOS,
+            "pad_token_id": EOS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [4, 6, 6],
+            },
+        },
+        vision_config={
+            "depth": size.vision_layers,
+            "hidden_size": width,
+            "intermediate_size": width * 171 // 64,
+            "out_hidden_size": size.hidden,
+            "num_heads": width // 16,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [size.vision_layers - 1],
+        },
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+def write_checkpoint(size, path):
+    """The model with random weights, and a tokenizer of its vocabulary, as HuggingFace has them."""
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(model_config(size))
+    for name, p in model.named_parameters():
+        if p.ndim > 1:  # each layer keeps the scale of what it is given
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        if "lm_head" in name:
+            torch.nn.init.normal_(p, std=size.sharpness)
+        if "embed_tokens" in name:  # a response depends on itself more than on the picture
+            torch.nn.init.normal_(p, std=EMB)
+    model.save_pretrained(path)
+    vocab = {f"<{i}>": i for i in range(size.vocab)}
+    words = Tokenizer(models.WordLevel(vocab, unk_token=f"<{size.vocab - 1}>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token=f"<{EOS}>", pad_token=f"<{EOS}>"
+    )
+    tokenizer.save_pretrained(path)
+    about = {"eos_token_id": EOS, "pad_token_id": EOS}
+    (Path(path) / "generation_config.json").write_text(json.dumps(about))
+
+
+@dataclass
+class Case:
+    """One update: the policy, a reference that differs from it, and scored responses.
+
+    `optimizer` is shared by all ways of papo_fast; its learning rate is 0, so that weights stay.
+    """
+
+    size: Size
+    group_size: int
+    path: Path
+    policy: Policy
+    reference: Policy
+    optimizer: torch.optim.Optimizer
+    experience: Experience
+
+    @property
+    def tokens(self):
+        return sum(self.experience.lengths)
+
+    def sharing(self, what):
+        """The experience with `what` of a group shared: "nothing", "pictures", "prompts" (both).
+
+        Papo_fast shares what is the same object, so copies are not shared.
+        """
+        e = self.experience
+        if what == "prompts":
+            return e
+        prompts, aug = [], []
+        for prompt, pixels in zip(e.prompts, e.aug_pixels, strict=True):
+            encoded = prompt.encoded
+            if what == "nothing":
+                encoded = replace(encoded, pixel_values=encoded.pixel_values.clone())
+                pixels = pixels.clone()
+            prompts.append(replace(prompt, encoded=encoded))
+            aug.append(pixels)
+        return replace(e, prompts=prompts, aug_pixels=aug, metrics={})
+
+
+def make_case(size, group_size, path):
+    """`path` holds the checkpoint of `write_checkpoint`."""
+    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
+    policy = Policy.load(config, [], torch.device("cpu"))
+    reference = policy.frozen_copy()
+    torch.manual_seed(1)
+    with torch.no_grad():  # KL of 0 would hide a wrong reference term
+        for p in reference.parameters():
+            p.mul_(1 + 0.01 * torch.randn_like(p))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.01)
+    prompts = [_prompt(size, i) for i in range(PROMPTS[group_size])]
+    lengths = response_lengths(size.response, group_size * len(prompts))
+    completions = _sample(policy, prompts, group_size, lengths)
+    right = [i % 2 for i in range(len(lengths))]
+    scores = [Score(float(r), float(r), 1.0, False) for r in right]
+    rewards = torch.tensor([s.reward for s in scores])
+    groups = torch.arange(len(prompts)).repeat_interleave(group_size)
+    aug = [_corrupted(p.encoded.pixel_values) for p in prompts]
+    experience = Experience(
+        prompts=[p for p in prompts for _ in range(group_size)],
+        completions=completions,
+        scores=scores,
+        advantages_B=group_advantages(rewards, groups, "grpo"),
+        aug_pixels=[x for x in aug for _ in range(group_size)],
+    )
+    return Case(size, group_size, Path(path), policy, reference, optimizer, experience)
+
+
+def response_lengths(mean, count):
+    """Evenly from half of `mean` to one and a half, in an order without rule; `mean` on average."""
+    spread = torch.linspace(-0.5, 0.5, count)[torch.randperm(count)]
+    return [round(mean * (1 + x)) for x in spread.tolist()]
+
+
+def _prompt(size, index):
+    before = size.text // 2
+    after = size.text - 2 - before
+    ids = torch.randint(5, size.vocab, (size.text - 2,))
+    mark = torch.tensor
+    ids = torch.cat(
+        [ids[:before], mark([VISION_START]), mark([IMAGE]).expand(size.image), mark([VISION_END])]
+        + [ids[before : before + after]]
+    )
+    h, w = size.patches
+    pixels = torch.randn(h * w, 3 * 2 * 14 * 14)
+    encoded = EncodedPrompt(ids, (ids == IMAGE).long(), pixels, torch.tensor([[1, h, w]]))
+    return Prompt(index, "", "", "", [], encoded)
+
+
+def _corrupted(pixels):
+    black = torch.rand(len(pixels)).argsort() < CORRUPTED_SHARE * len(pixels)
+    return torch.where(black[:, None], torch.tensor(-1.8), pixels)
+
+
+@torch.no_grad()
+def _sample(policy, prompts, group_size, lengths):
+    """Responses of the given lengths, sampled from the policy; vision marks are never sampled."""
+    inputs = pad_left([p.encoded for p in prompts], EOS, policy.device)
+    ids = policy.model.generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=group_size,
+            max_new_tokens=max(lengths),
+            min_new_tokens=max(lengths),
+            suppress_tokens=[EOS, VISION_START, VISION_END, IMAGE, VIDEO],
+            pad_token_id=EOS,
+        ),
+    )[:, inputs["input_ids"].shape[1] :].tolist()
+    # the sampler's log-probs serve a metric only
+    return [
+        Completion(row[:n], [0.0] * n, True) for row, n in zip(ids, lengths, strict=True)
+    ]  # fmt: skip
+
+
+def shares(config, size):
+    """{part: share} of a plain sequence's forward FLOPs, for the lm_head on response rows."""
+    from papo_fast.flops import ModelShape
+
+    shape, length = ModelShape.of(config), size.image + size.text + size.response
+    flops = {
+        "vision": shape.vision(size.image),
+        "language": shape.language(length, length * (length + 1) // 2),
+        "lm_head": shape.head(size.response),
+    }
+    return {part: n / sum(flops.values()) for part, n in flops.items()}
+
+
+def shares_of_3b():
+    """The same of Qwen2.5-VL-3B at 640 image tokens, 120 of text and 350 of response."""
+    size = replace(copy.copy(SIZES["full"]), patches=(40, 64), text=120, response=350)
+    return shares(Qwen2_5_VLConfig(**QWEN_3B), size)
+
+
+def relative_error(got, want):
+    """Largest over parameters of |got - want| / |want|; small gradients count by the whole's."""
+    whole = math.sqrt(sum(x.norm().item() ** 2 for x in want.values()))
+    return max(
+        (got[n] - x).norm().item() / max(x.norm().item(), 1e-3 * whole) for n, x in want.items()
+    )
