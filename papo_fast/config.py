@@ -212,7 +212,10 @@ class TrainConfig:
     steps: int = 0
     """Rollouts to train for; 0: what `epochs` gives."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only the final model."""
+    """Steps between checkpoints, from which --resume continues; 0: one only when asked to stop
+    (SIGTERM)."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that stay; the one with the best reward stays besides."""
     max_bad_updates: int = 3
     """Updates in a row with a gradient that is not finite (skipped, counted) that end the run."""
 
@@ -239,9 +242,9 @@ class DigitsConfig:
     """Where the data and the warm-started model are kept between runs."""
     train_questions: int = 8192
     """Training questions written to parquet."""
-    test_questions: int = 256
+    test_questions: int = 512
     """Held-out questions written to parquet, half of each kind."""
-    warm_accuracy: float = 0.27
+    warm_accuracy: float = 0.28
     """Accuracy on vision-dependent questions at which the supervised warm start stops."""
     warm_max_steps: int = 1500
     """Supervised steps after which the warm start stops with an error."""
@@ -263,6 +266,8 @@ class Config:
     """CPU threads for torch; 0: leave as it is."""
     overwrite: bool = False
     """Replace the run of the same name if there is one."""
+    resume: bool = False
+    """Continue the run of the same name from its last checkpoint, or start it if it has none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -291,6 +296,7 @@ class Config:
             ("rollout.batch_size", rollout.batch_size),
             ("train.update_prompts", train.update_prompts),
             ("train.max_tokens", train.max_tokens),
+            ("train.keep_checkpoints", train.keep_checkpoints),
             ("eval.samples", self.eval.samples),
             ("reward.workers", self.reward.workers),
             ("data.max_prompt_length", self.data.max_prompt_length),
@@ -310,6 +316,10 @@ class Config:
             raise InputError(
                 f"rollout.prompts ({rollout.prompts}) must be a multiple of train.update_prompts "
                 f"({train.update_prompts}): every update takes the same number of prompts"
+            )
+        if self.resume and self.overwrite:
+            raise InputError(
+                "--resume continues a run and --overwrite deletes it: pass one of them"
             )
         if not 0 <= self.mask.ratio <= 1:
             raise InputError(f"mask.ratio is {self.mask.ratio}: it must be between 0 and 1")

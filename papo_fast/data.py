@@ -74,7 +74,7 @@ class PromptDataset(Dataset):
         self.source = str(source)
         self.config = config
         self.encoder = encoder
-        self._bad: dict[int, str] = {}
+        self.bad_rows: dict[int, str] = {}
         columns, self._rows, self._base = read_rows(self.source, split)
         if not len(self._rows):
             raise InputError(f"{self.source} has no rows")
@@ -107,9 +107,9 @@ class PromptDataset(Dataset):
                 raise InputError(
                     f"{message}. Fix the row, or pass --data.on-bad-sample skip"
                 ) from bad
-            if bad.cause not in self._bad.values():
+            if bad.cause not in self.bad_rows.values():
                 _log.warning("skipped: %s (more of this cause are only counted)", message)
-            self._bad[index] = bad.cause
+            self.bad_rows[index] = bad.cause
             return None
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -122,7 +122,7 @@ class PromptDataset(Dataset):
     @property
     def skipped(self) -> Counter[str]:
         """Rows skipped so far, by cause; a row counts once however often it is drawn."""
-        return Counter(self._bad.values())
+        return Counter(self.bad_rows.values())
 
     @property
     def kinds(self) -> list[str]:

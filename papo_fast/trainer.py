@@ -7,9 +7,7 @@ What is left out here on purpose: sharding, other rollout engines and packing li
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from papo_fast.checkpoint import CheckpointStore, StopRequest, stop_on_sigterm
 from papo_fast.config import Config
 from papo_fast.corruption import PromptCorruptor
 from papo_fast.data import PromptDataset, PromptStream
@@ -25,21 +24,22 @@ from papo_fast.device import pick_device
 from papo_fast.errors import InputError
 from papo_fast.evaluate import Evaluation, Evaluator
 from papo_fast.experience import Collector, Experience, score_without_gradient
-from papo_fast.metrics import CollapseMonitor, MetricsLog
+from papo_fast.metrics import CollapseMonitor, MetricsLog, json_line, read_metrics
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
 from papo_fast.progress import Progress
 from papo_fast.report import print_summary, save_examples, write_report
-from papo_fast.report.run_files import is_run
+from papo_fast.report.run_files import METRICS
 from papo_fast.rewards import Scorer
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.run_dir import claim_run_dir, find_run_dir, git_commit, write_json
 from papo_fast.update import Updater
 
 
 def train(config: Config, console: Console) -> Path:
     """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
     config.validate()
-    run_dir = claim_run_dir(config)
+    run_dir = find_run_dir(config) if config.resume else claim_run_dir(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     # the clock starts before the warm start: `seconds` is what the user waited
@@ -53,7 +53,8 @@ def train(config: Config, console: Console) -> Path:
         trainer = Trainer(config, run_dir, scorer, progress, started)
         # not before everything is loaded: a folder with a config counts as a run
         write_json(run_dir / "config.json", asdict(config))
-        return trainer.run()
+        with stop_on_sigterm() as stop:
+            return trainer.run(stop)
 
 
 class Trainer:
@@ -97,29 +98,90 @@ class Trainer:
         self.evaluator = Evaluator(
             config, self.engine, self.encoder, scorer, self.corrupt, progress
         )
-        self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.monitor = CollapseMonitor()
+        self.store = CheckpointStore(run_dir / "checkpoints", config.train.keep_checkpoints)
+        self.rewards_since: list[float] = []
+        self.done = self._restore() if config.resume else 0
+        self.metrics = MetricsLog(run_dir / METRICS, resume=config.resume)
 
-    def run(self) -> Path:
-        before = self.evaluator.run("evaluating before")
-        steps = self.steps
+    def run(self, stop: StopRequest) -> Path:
+        before = self._evaluate_before()
+        steps, every = self.steps, self.config.train.checkpoint_every
         with self.progress.task("training", total=steps) as advance:
-            for step in range(1, steps + 1):
+            advance(self.done)
+            for step in range(self.done + 1, steps + 1):
                 row = self.step(step)
                 self.metrics.append(row)
+                self.rewards_since.append(row["reward"])
                 self.console.print(step_line(row, steps), soft_wrap=True)
                 for alarm in row["alarms"]:
                     self.console.print(f"[yellow]warning:[/yellow] {alarm}", soft_wrap=True)
-                every = self.config.train.checkpoint_every
-                if every and step % every == 0 and step < steps:
-                    self._save(self.run_dir / "checkpoints" / f"step-{step}")
+                if stop.requested or (every and step % every == 0):
+                    self._checkpoint(step)
                 advance(1)
+                if stop.requested:
+                    self.console.print(
+                        f"stopped after step {step}; the same command with --resume goes on"
+                    )
+                    return self.run_dir
         self._save(self.run_dir / "model")
         after = self.evaluator.run("evaluating after")
         corrupted = None
         if self.config.eval.corrupted and after is not None:
             corrupted = self.evaluator.run("with corrupted images", corrupted=True)
         return self._finish(steps, before, after, corrupted)
+
+    def _evaluate_before(self) -> dict:
+        """Entries of the summary; kept in a file, since a resumed run has another model by now."""
+        path = self.run_dir / "before.json"
+        if self.done and path.is_file():
+            return json.loads(path.read_text())
+        before = self.evaluator.run("evaluating before")
+        summary = {} if before is None else before.summary("before")
+        if before is not None:
+            save_examples(self.run_dir, self.evaluator.examples("before", before))
+        write_json(path, summary)
+        return summary
+
+    def _checkpoint(self, step: int) -> None:
+        rewards = self.rewards_since
+        self.store.save(
+            step,
+            self.policy,
+            self.updater.optimizer,
+            {
+                "step": step,
+                "score": sum(rewards) / len(rewards),
+                "seconds": time.perf_counter() - self.started,
+                "updater": self.updater.counters(),
+                "stream": self.stream.state_dict(),
+                "bad_rows": dict(self.train_data.bad_rows),
+                "reward_timeouts": self.scorer.timeouts,
+                "rng": torch.get_rng_state(),
+            },
+        )
+        self.rewards_since = []
+
+    def _restore(self) -> int:
+        """Continue from the last checkpoint; the number of steps done."""
+        saved = self.store.load(self.policy, self.updater.optimizer)
+        path = self.run_dir / METRICS
+        rows = read_metrics(path)[0] if path.is_file() else []
+        done = saved["step"] if saved else 0
+        # steps after the checkpoint will be made again
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json_line(row) + "\n" for row in rows[:done]))
+        partial.replace(path)
+        if saved:
+            self.updater.restore(saved["updater"])
+            self.stream.load_state_dict(saved["stream"])
+            self.train_data.bad_rows.update(saved["bad_rows"])
+            self.scorer.timeouts = saved["reward_timeouts"]
+            self.started -= saved["seconds"]
+            torch.set_rng_state(saved["rng"])
+        for row in rows[:done]:
+            self.monitor.update(row)
+        return done
 
     def step(self, step: int) -> dict:
         """One rollout and its updates; returns the metrics row."""
@@ -189,13 +251,17 @@ class Trainer:
         return steps
 
     def _save(self, path: Path) -> None:
-        self.policy.save(path)
-        self.encoder.save_pretrained(path)
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.policy.save(partial)
+        self.encoder.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
 
     def _finish(
         self,
         steps: int,
-        before: Evaluation | None,
+        before: dict,
         after: Evaluation | None,
         corrupted: Evaluation | None,
     ) -> Path:
@@ -210,16 +276,13 @@ class Trainer:
             "bad_updates": self.updater.bad_updates,
             "reward_timeouts": self.scorer.timeouts,
         }
-        for when, result in (("before", before), ("after", after)):
-            if result is not None:
-                summary |= result.summary(when)
+        summary |= before
+        if after is not None:
+            summary |= after.summary("after")
         if corrupted is not None:
             summary["accuracy_after_corrupted"] = corrupted.accuracy
         write_json(self.run_dir / "summary.json", summary)
-        examples: list[dict] = []
-        for when, result in (("before", before), ("after", after)):
-            if result is not None:
-                examples += self.evaluator.examples(when, result)
+        examples = [] if after is None else self.evaluator.examples("after", after)
         save_examples(self.run_dir, examples)
         picture = write_report(self.run_dir)
         print_summary(summary, self.console)
@@ -245,45 +308,3 @@ def step_line(row: dict, steps: int) -> str:
             parts.append(f"{label} {row[name]:{form}}")
     seconds = sum(row.get(f"{k}_seconds", 0) for k in ("rollout", "experience", "update"))
     return "  ".join([*parts, f"{seconds:.1f} s"])
-
-
-def claim_run_dir(config: Config) -> Path:
-    """The run's folder, made now.
-
-    A run that was given a name is never replaced without `overwrite`; one that was not takes the
-    next free name (`tiny-seed0`, `tiny-seed0-2`, ...), so that a command can simply be repeated.
-    """
-    path = Path(config.out) / config.run_name
-    if config.overwrite and path.exists():
-        if any(path.iterdir()) and not is_run(path):
-            raise InputError(f"{path} is not a run (no config.json): it will not be replaced")
-        shutil.rmtree(path)
-    taken = 1
-    while path.exists() and any(path.iterdir()):
-        if config.name:
-            raise InputError(
-                f"{path} already holds a run: choose another --name, or pass --overwrite to "
-                "replace it"
-            )
-        taken += 1
-        path = Path(config.out) / f"{config.run_name}-{taken}"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def write_json(path: Path, value: object) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, or None for an installed package."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None

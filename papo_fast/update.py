@@ -89,6 +89,19 @@ class Updater:
         self.updates += 1
         return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
 
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint keeps besides the optimizer."""
+        return {
+            "updates": self.updates,
+            "bad_updates": self.bad_updates,
+            "bad_in_a_row": self._bad_in_a_row,
+        }
+
+    def restore(self, counters: dict[str, int]) -> None:
+        self.updates = counters["updates"]
+        self.bad_updates = counters["bad_updates"]
+        self._bad_in_a_row = counters["bad_in_a_row"]
+
     def _lr(self) -> float:
         train = self.config.train
         lr = train.lr * min(1.0, (self.updates + 1) / max(1, train.warmup_steps))

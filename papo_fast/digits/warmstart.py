@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 LR = 2e-3
 BATCH = 128
-CHECK_EVERY = 10
-CHECK_FROM = 80  # no model is right before
-DEV_QUESTIONS = 256
-VERSION = 10  # raise it when task, model or recipe change: old caches are then left alone
+CHECK_EVERY = 5
+CHECK_FROM = 90  # before, no model is right often enough
+DEV_QUESTIONS = 640
+VERSION = 11  # raise it when task, model or recipe change: old caches are then left alone
 
 
 @dataclass(frozen=True)
