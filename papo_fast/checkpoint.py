@@ -97,7 +97,6 @@ class CheckpointStore:
             dcp.save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=partial / "shards",
-                no_dist=_alone(),
             )
             torch.save(progress, partial / "progress.pt")
             (partial / "step.json").write_text(json.dumps({"step": step}))
@@ -128,7 +127,6 @@ class CheckpointStore:
         dcp.load(
             {"model": weights, "optimizer": moments},
             checkpoint_id=latest.path / "shards",
-            no_dist=_alone(),
         )
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         _log.info("resumed from %s", latest.path)
