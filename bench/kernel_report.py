@@ -1,132 +1,80 @@
-"""Errors and times of `token_stats` on states with a stated entropy, beside the bare matmuls.
+"""Errors of `token_stats` for each output alone, and its time beside the bare matmuls.
 
-    PYTHONPATH=kernels python bench/kernel_report.py errors [--states FILE]
-    PYTHONPATH=kernels python bench/kernel_report.py times --rows 2048 --dtype bfloat16
+    PYTHONPATH=kernels python bench/kernel_report.py errors
+    PYTHONPATH=kernels python bench/kernel_report.py times --states smollm2-own --rows 2048
 
-Without `--states` the policy is synthetic: word frequencies by Zipf, a few candidates per row.
-FILE is a torch file of {"weight" (V, D), "hidden", "aug_hidden" (N, D), "targets" (N,)}; `--width`
-takes states and weight through one orthonormal map to another D, which leaves the logits alone.
+Needs no peer and no pytest; `make bench` compares with the peers. Without the packages that the
+real states are made from, `--states synthetic-0.6` serves.
 """
 
 import argparse
-import resource
 import time
 
+import states
 import torch
+from measure import GRADIENTS, PeakMemory, gradient_error, size, statistic_error
+from ways import ENTROPY_COEF, KL_PRCP_COEF, OUTPUTS, Case, ours, six_matmuls
 
 from papo_kernels import record_certificates, token_stats
 
-OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
-# The coefficients of the 7B preset, and a standard normal advantage.
-MIX = {"logprobs": None, "entropy": 0.05, "aug_entropy": 0.05, "kl_prcp": -0.02}
 
-
-def synthetic(rows, vocab, width, sharpness, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab, width, generator=g)
-    # One feature carries the log frequencies, as a bias would.
-    rank = torch.randperm(vocab, generator=g) + 1
-    weight[:, 0] = -1.8 * rank.log()
-    words = torch.randint(0, vocab, (rows, 4), generator=g)
-    lead = sharpness * torch.tensor([1.0, 0.8, 0.6, 0.5])
-    body = weight[:, 1:]
-    scaled = body / body.square().sum(-1, keepdim=True)
-    hidden = torch.randn(rows, width, generator=g) * 0.5 / width**0.5
-    hidden[:, 1:] += (scaled[words] * lead[:, None]).sum(1)
-    hidden[:, 0] = 1
-    noise = torch.randn(rows, width, generator=g) * hidden[:, 1:].std()
-    noise[:, 0] = 0
-    targets = torch.cat(
-        [
-            torch.multinomial((h @ weight.T).softmax(-1), 1, generator=g).squeeze(1)
-            for h in hidden.split(64)
-        ]
-    )
-    return {
-        "weight": weight, "hidden": hidden, "aug_hidden": hidden + 0.15 * noise, "targets": targets
-    }  # fmt: skip
-
-
-def load(args):
-    if args.states:
-        states = torch.load(args.states)
-        states = {k: x if k == "weight" else x[: args.rows] for k, x in states.items()}
-    else:
-        states = synthetic(args.rows, args.vocab, args.width or 576, args.sharpness)
-    have = states["weight"].shape[1]
-    if args.width and args.width != have:
-        g = torch.Generator().manual_seed(1)
-        turn = torch.linalg.qr(torch.randn(args.width, have, generator=g))[0]
-        for name in ("weight", "hidden", "aug_hidden"):
-            states[name] = states[name] @ turn.T
-    dtype = getattr(torch, args.dtype)
-    return {
-        k: (x if k == "targets" else x.to(dtype)).to(args.device).contiguous()
-        for k, x in states.items()
-    }
-
-
-def run(states, upstream, **options):
-    """Statistics and gradients by name; upstream: (N,) by output."""
-    leaves = {k: x.detach().requires_grad_(k != "targets") for k, x in states.items()}
-    stats = token_stats(
-        leaves["hidden"], leaves["weight"], leaves["targets"], aug_hidden=leaves["aug_hidden"],
-        **options,
-    )  # fmt: skip
-    used = {o: getattr(stats, o) for o in upstream}
-    torch.autograd.backward(list(used.values()), [upstream[o].to(x) for o, x in used.items()])
-    names = ("hidden", "aug_hidden", "weight")
-    return stats, {n: x.grad for n, x in leaves.items() if n in names and x.grad is not None}
-
-
-def errors(args):
-    states = load(args)
-    rows = len(states["targets"])
+def mixes(rows):
+    """{name: {output: (rows,) upstream}}: each output alone, all, and PAPO's objective."""
     g = torch.Generator().manual_seed(2)
-    normal = {o: torch.randn(rows, generator=g).to(args.device) for o in OUTPUTS}
-    papo = {o: normal[o] if c is None else torch.full_like(normal[o], c) for o, c in MIX.items()}
-    mixes = {o: {o: normal[o]} for o in OUTPUTS} | {"all, random": normal, "papo-g-7b": papo}
-    double = {k: x if k == "targets" else x.double() for k, x in states.items()}
-    for name, upstream in mixes.items():
-        want, exact = run(double, upstream, backend="reference")
+    normal = {o: torch.randn(rows, generator=g) for o in OUTPUTS}
+    constant = {"entropy": ENTROPY_COEF, "aug_entropy": ENTROPY_COEF, "kl_prcp": -KL_PRCP_COEF}
+    papo = {o: torch.full((rows,), c) for o, c in constant.items()}
+    alone = {o: {o: normal[o]} for o in OUTPUTS}
+    return alone | {"all five": normal, "papo-g-7b": {"logprobs": normal["logprobs"]} | papo}
+
+
+def gradients(leaves, targets, upstream, **options):
+    """(TokenStats, gradients of hidden, aug_hidden, weight; None where there is none)."""
+    hidden, aug_hidden, weight = leaves
+    stats = token_stats(hidden, weight, targets, aug_hidden=aug_hidden, **options)
+    used = [getattr(stats, o) for o in upstream]
+    upstream = [u.to(x) for u, x in zip(upstream.values(), used, strict=True)]
+    return stats, torch.autograd.grad(used, leaves, upstream, allow_unused=True)
+
+
+def errors(args, inputs):
+    case = Case(inputs)
+    double = [x.detach().double().requires_grad_() for x in case.leaves]
+    print("| upstream of | kept | dense rows | dH | dH_aug | dW |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, upstream in mixes(len(case.targets)).items():
+        want, exact = gradients(double, case.targets, upstream, backend="reference")
         with record_certificates() as c:
-            got, found = run(states, upstream, grad_budget=args.budget, backend=args.backend)
-        if name == OUTPUTS[0]:
-            print("  ".join(f"{o} mean {x.mean():.3g}" for o, x in zip(OUTPUTS, want, strict=True)))
-            worst = [(a - b).abs().max().item() for a, b in zip(got, want, strict=True)]
-            print("  ".join(f"{o} error {e:.1e}" for o, e in zip(OUTPUTS, worst, strict=True)))
-        parts = []
-        for n, x in found.items():
-            if n in exact and exact[n].any():
-                parts.append(f"{n} {((x - exact[n]).norm() / exact[n].norm()).item():.1e}")
-        print(f"{name:14s} kept {c.kept:.3f} dense {c.dense_rows:4d}  " + "  ".join(parts))
+            got, found = gradients(
+                case.leaves, case.targets, upstream, grad_budget=args.budget, backend=args.backend
+            )
+        shown = []
+        for x, y in zip(found, exact, strict=True):
+            none = y is None or not y.any()
+            shown.append("–" if none else f"{gradient_error(x, y):.1e}")
+        print(f"| {name} | {c.kept:.1%} | {c.dense_rows} | {' | '.join(shown)} |")
+    worst = (f"{o} {statistic_error(a, b):.1e}" for o, a, b in zip(OUTPUTS, got, want, strict=True))
+    print("statistics, largest error relative to max(1, |value|):", ", ".join(worst))
+    print(f"gradients {', '.join(GRADIENTS)}: norm of the error over that of the gradient; float64")
 
 
-def times(args):
-    states = load(args)
-    upstream = {o: torch.randn(len(states["targets"]), device=args.device) for o in OUTPUTS}
-    matmuls = time_of(lambda: bare_matmuls(states), args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def times(args, inputs):
+    case = Case(inputs)
+    options = {"grad_budget": args.budget, "backend": args.backend}
+    floor = time_of(lambda: six_matmuls(case), args)
     with record_certificates() as c:
-        ours = time_of(
-            lambda: run(states, upstream, grad_budget=args.budget, backend=args.backend), args
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        ours(case, **options)
+    seconds = time_of(lambda: ours(case, **options), args)
+    probe = PeakMemory(args.device)
+    probe.start()
+    kept = ours(case, **options)
+    extra = probe.read() - size(case.leaves)
+    del kept
     print(
-        f"{len(states['targets'])} rows, weight {tuple(states['weight'].shape)} {args.dtype}: "
-        f"six matmuls {matmuls:.3f} s, token_stats {ours:.3f} s, ratio {ours / matmuls:.2f}, "
-        f"kept {c.kept:.3f}, dense rows {c.dense_rows / c.rows:.2f}, "
-        f"peak grew {peak / 1024:.0f} MiB"
+        f"six matmuls {floor:.3f} s, token_stats {seconds:.3f} s, ratio {seconds / floor:.2f}, "
+        f"kept {c.kept:.1%}, dense rows {c.dense_rows / c.rows:.0%}, "
+        f"peak extra {extra / 2**20:.0f} MiB"
     )
-
-
-def bare_matmuls(states):
-    w = states["weight"]
-    for name in ("hidden", "aug_hidden"):
-        for x in states[name].split(512):
-            z = x @ w.T
-            z @ w
-            z.T @ x
 
 
 def time_of(function, args):
@@ -145,11 +93,13 @@ def time_of(function, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["errors", "times"])
-    parser.add_argument("--states", help="torch file; else synthetic")
+    known = ", ".join(states.SHARPNESS)
+    parser.add_argument(
+        "--states", default="smollm2-0.6", help=f"{known}, or synthetic-ENTROPY (of --vocab)"
+    )
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--sharpness", type=float, default=36.0)
+    parser.add_argument("--width", type=int, default=576, help="D, by an orthonormal map")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--budget", type=float, default=5e-3)
     parser.add_argument("--backend", default="auto")
@@ -158,7 +108,13 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"errors": errors, "times": times}[args.what](args)
+    if args.states in states.SHARPNESS and states.missing():
+        raise SystemExit(f"error: {args.states} cannot be made; {states.missing()}")
+    inputs = states.load(
+        args.states, args.rows, args.width, getattr(torch, args.dtype), args.device, args.vocab
+    )
+    print(f"{inputs.describe()}, {args.dtype}")
+    {"errors": errors, "times": times}[args.what](args, inputs)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from measure import Exact, PeakMemory, machine
-from states import load
+from states import load, take
 from ways import DENSE, ESSENTIAL, FLOOR, OURS, WAYS, WHOLE, Case
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -44,7 +44,7 @@ def make_plan(size_name):
         low = [Spec("smollm2-0.6", 512, 576, d) for d in ("float32", "bfloat16")]
         # Two minutes of compiling for one row of the table.
         peers = [w for w in PEERS if w != "Liger JSD"]
-        higher = [Spec(s, 512, 576, "float32") for s in ("smollm2-1.1", "smollm2-2.0")]
+        higher = [Spec(s, 512, 576, "float32") for s in ("smollm2-1.1", "smollm2-own")]
         fewer = [Spec("smollm2-0.6", n, 576, "float32") for n in (128, 256)]
         large = [Spec("synthetic-0.6", 128, 576, "float32", 152_064)]
     else:
@@ -54,11 +54,11 @@ def make_plan(size_name):
             for dtype in ("float32", "bfloat16")
         ]
         peers = PEERS
-        higher = [Spec("smollm2-2.0", 2048, 3584, "float32")]
+        higher = [Spec("smollm2-own", 2048, 3584, "float32")]
         higher += [
             Spec(s, 2048, 576, d)
             for d in ("float32", "bfloat16")
-            for s in ("smollm2-1.1", "smollm2-2.0")
+            for s in ("smollm2-1.1", "smollm2-own")
         ]
         fewer = [Spec("smollm2-0.6", n, 576, "float32") for n in (256, 512, 1024)]
         large = [Spec("synthetic-0.6", 512, 576, "float32", 152_064)]
@@ -105,7 +105,7 @@ class Book:
         self.spec = self.case = self.few = self.exact = None
         states = spec.load()
         self.case, self.spec = Case(states), spec
-        self.few = Case(states.rows(min(ERROR_ROWS, spec.rows)))
+        self.few = Case(take(states, min(ERROR_ROWS, spec.rows)))
 
     def errors(self, way):
         """Of the case's first rows: what `Exact.errors` says."""

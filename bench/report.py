@@ -216,8 +216,8 @@ def section(content, images):
     parts = [
         "## Kernels, measured",
         "Statistics and gradients of both streams, forward and backward, on hidden states of "
-        f"SmolLM2-135M-Instruct. {about(content)}. Made by `make bench SIZE={content['size']}`; all "
-        "cases, and what each way computes: `python bench/report.py "
+        f"SmolLM2-135M-Instruct. {about(content)}. Made by `make bench SIZE={content['size']}`; "
+        "all cases, and what each way computes: `python bench/report.py "
         f"bench/results/cpu/{content['size']}.json`.",
     ]
     parts += [f"{title(found[k])}\n\n{table(found[k])}" for k in chosen]

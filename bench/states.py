@@ -19,7 +19,7 @@ import torch
 
 CACHE = Path(__file__).parents[1] / ".benchmarks" / "states"
 # Mean entropy in nats that a name promises, about; and what the states are multiplied by for it.
-SHARPNESS = {"smollm2-0.6": 1.7, "smollm2-1.1": 1.27, "smollm2-2.0": 1.08}
+SHARPNESS = {"smollm2-0.6": 1.7, "smollm2-1.1": 1.27, "smollm2-own": 1.0}
 RESPONSE_TOKENS = 64
 CORRUPTED_SHARE = 0.6
 SAMPLED_ROWS = 2048
@@ -43,18 +43,20 @@ class States:
         names = ("hidden", "aug_hidden", "weight")
         return replace(self, **{n: function(getattr(self, n)) for n in names})
 
-    def rows(self, count):
-        if count > len(self.targets):
-            raise ValueError(f"{self.name} has {len(self.targets)} rows; {count} were asked for")
-        cut = {n: getattr(self, n)[:count] for n in ("hidden", "aug_hidden", "targets")}
-        return measured(replace(self, **cut))
-
     def describe(self):
         n, d = self.hidden.shape
         return (
             f"{self.name}: N = {n}, D = {d}, V = {len(self.weight)}, entropy {self.entropy:.2f} "
             f"(corrupted {self.aug_entropy:.2f}), KL {self.kl_prcp:.2g} nats"
         )
+
+
+def take(states, count):
+    """The first rows, and their mean entropies and KL."""
+    if count > len(states.targets):
+        raise ValueError(f"{states.name} has {len(states.targets)} rows; {count} were asked for")
+    cut = {n: getattr(states, n)[:count] for n in ("hidden", "aug_hidden", "targets")}
+    return measured(replace(states, **cut))
 
 
 def load(name, rows, width=None, dtype=torch.float32, device="cpu", vocab=152_064):
@@ -64,7 +66,7 @@ def load(name, rows, width=None, dtype=torch.float32, device="cpu", vocab=152_06
     leaves the logits as they are. vocab: of the synthetic ones.
     """
     if name in SHARPNESS:
-        states = widen(smollm2(name).rows(rows), width)
+        states = widen(take(smollm2(name), rows), width)
     elif name.startswith("synthetic-"):
         states = synthetic(
             rows, vocab, width or 576, float(name.removeprefix("synthetic-")), device
@@ -151,8 +153,7 @@ def synthetic(rows, vocab, width, entropy=0.6, device="cpu", seed=0):
         ]
     )
     states = States(f"synthetic-{entropy:g}", hidden, hidden + blur, weight, targets)
-    few = {n: getattr(states, n)[:256] for n in ("hidden", "aug_hidden", "targets")}
-    known = measured(replace(states, **few))
+    known = take(states, few)
     names = ("entropy", "aug_entropy", "kl_prcp")
     return replace(states, **{n: getattr(known, n) for n in names})
 
@@ -310,7 +311,7 @@ def main():
     if missing():
         raise SystemExit(f"error: the states of SmolLM2 cannot be made; {missing()}")
     for name in SHARPNESS:
-        print(smollm2(name).rows(SAMPLED_ROWS).describe(), flush=True)
+        print(take(smollm2(name), SAMPLED_ROWS).describe(), flush=True)
 
 
 if __name__ == "__main__":

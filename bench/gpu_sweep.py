@@ -1,0 +1,191 @@
+"""Block sizes of the Triton kernels, tried on the machine; the winners as lines to paste."""
+
+from dataclasses import astuple, replace
+
+import torch
+from gpu_check import CASES, errors_of
+from states import synthetic
+from ways import Case
+
+from papo_kernels import token_stats, triton_launch
+from papo_kernels.triton_launch import Blocks, Launch
+
+# Which time a kernel's blocks are judged by.
+JUDGED_BY = {"forward": "forward", "dz": "sparse", "d_hidden": "sparse", "d_weight": "sparse"}
+CANDIDATES = {
+    "forward": [
+        Blocks(128, 64, 8, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 4), Blocks(128, 128, 8, 2),
+        Blocks(256, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 128, 4, 3), Blocks(256, 32, 8, 4),
+        Blocks(128, 32, 8, 4), Blocks(64, 64, 4, 4),
+    ],
+    "dz": [
+        Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2), Blocks(32, 64, 4, 3),
+        Blocks(64, 64, 8, 4), Blocks(128, 64, 4, 3),
+    ],
+    "d_hidden": [
+        Blocks(64, 128, 4, 3), Blocks(64, 256, 8, 3), Blocks(32, 128, 4, 3), Blocks(64, 64, 4, 3),
+        Blocks(32, 256, 8, 4),
+    ],
+    "d_weight": [
+        Blocks(64, 128, 4, 3), Blocks(64, 256, 8, 3), Blocks(64, 64, 4, 3), Blocks(64, 256, 8, 2),
+    ],
+}  # fmt: skip
+TILES = (32, 128)
+
+
+def sweep(run, seconds_of):
+    """Tries candidates one kernel after the other, each on top of the winners so far."""
+    shapes = [(torch.bfloat16, 3584), (torch.bfloat16, 2048), (torch.float32, 3584)]
+    rows, vocab = 4096, 152_064
+    if run.quick:
+        shapes = shapes[:1]
+    if run.tiny:
+        shapes, rows, vocab = [(torch.float32, 64)], 64, 1024
+    for dtype, width in shapes:
+        if run.over():
+            run.leave_out(f"sweep: {dtype}, D = {width}")
+            continue
+        states = synthetic(rows, vocab, width, 0.6, run.device).map(lambda x, t=dtype: x.to(t))
+        _one_shape(run, Case(states), seconds_of)
+
+
+def _one_shape(run, case, seconds_of):
+    device, size = case.weight.device, case.weight.element_size()
+    width = case.weight.shape[1]
+    key = (triton_launch.architecture(device), size, width >= triton_launch.WIDE)
+    shown = f"{key[0]}, {str(case.weight.dtype).removeprefix('torch.')}, D = {width}"
+    best = triton_launch.launch_of(device, size, width)
+    for kernel, what in JUDGED_BY.items():
+        # The interpreter knows one size of block; two show that the program works.
+        candidates = CANDIDATES[kernel][: 3 if run.quick else None]
+        if run.tiny:
+            candidates = [Blocks(1024, 64, 4, 1)] if kernel in ("forward", "dz") else []
+        found = [(getattr(best, kernel), *_try(key, best, case, what, seconds_of))]
+        for blocks in candidates:
+            if run.over():
+                run.leave_out(f"sweep: {shown}, {kernel} {astuple(blocks)}")
+                continue
+            launch = _with(best, kernel, blocks)
+            found.append((blocks, *_try(key, launch, case, what, seconds_of)))
+        for blocks, seconds, failure in found:
+            print(
+                f"  {shown}: {kernel:9s} v {blocks.v:4d} d {blocks.d:4d} warps {blocks.warps} "
+                f"stages {blocks.stages}: {failure or f'{1e3 * seconds:9.2f} ms'}"
+            )
+            run.add(
+                "sweep",
+                {"key": list(key), "kernel": kernel, "blocks": astuple(blocks),
+                 "seconds": None if failure else seconds, "failure": failure},
+            )  # fmt: skip
+        best = _with(best, kernel, min(found, key=lambda f: f[1])[0])
+    _tiles(run, key, best, case, shown, seconds_of)
+    _keep_if_right(run, key, best, shown, case.weight.dtype, device)
+
+
+def _with(launch, kernel, blocks):
+    """`launch` with one kernel's blocks; those of d_weight have the `v` of dz."""
+    launch = replace(launch, **{kernel: blocks})
+    return replace(launch, d_weight=replace(launch.d_weight, v=launch.dz.v))
+
+
+def _try(key, launch, case, what, seconds_of):
+    """(seconds, why it failed): of the forward, or of the sparse backward."""
+    before = triton_launch.LAUNCHES.get(key)
+    triton_launch.LAUNCHES[key] = launch
+    try:
+        return _seconds(case, what, seconds_of), ""
+    except Exception as error:
+        # A block that does not fit is a result; the types differ from one triton to the next.
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        return float("inf"), f"{type(error).__name__}: {error}".split("\n")[0][:120]
+    finally:
+        triton_launch.LAUNCHES.pop(key)
+        if before is not None:
+            triton_launch.LAUNCHES[key] = before
+
+
+def _seconds(case, what, seconds_of):
+    def forward():
+        return token_stats(
+            case.hidden, case.weight, case.targets, aug_hidden=case.aug_hidden, backend="triton"
+        )
+
+    if what == "forward":
+        return seconds_of(forward, case.weight.device, least=0.1, most=5)
+    upstream = case.upstream("papo")
+    stats = forward()._asdict()
+    outputs = [stats[o] for o in upstream]
+
+    def backward():
+        torch.autograd.grad(outputs, case.leaves, list(upstream.values()), retain_graph=True)
+
+    return seconds_of(backward, case.weight.device, least=0.1, most=5)
+
+
+def _tiles(run, key, best, case, shown, seconds_of):
+    """What other heights of a tile would give: one number for all lines of the table."""
+    usual = triton_launch.TILE
+    for tile in (usual, *TILES):
+        if run.over() or (run.tiny and tile != usual):
+            run.leave_out(f"sweep: {shown}, TILE = {tile}", "out of time or interpreted")
+            continue
+        triton_launch.TILE = tile
+        try:
+            parts = [_try(key, best, case, what, seconds_of) for what in ("forward", "sparse")]
+        finally:
+            triton_launch.TILE = usual
+        failure = parts[0][1] or parts[1][1]
+        times = None if failure else [s for s, _ in parts]
+        run.add("sweep", {"key": list(key), "tile": tile, "seconds": times, "failure": failure})
+        said = failure or "forward {:.2f} ms, sparse backward {:.2f} ms".format(
+            *(1e3 * s for s in times)
+        )
+        print(f"  {shown}: TILE = {tile}: {said}")
+
+
+def _keep_if_right(run, key, best, shown, dtype, device):
+    """Winners count only if the kernels are right with them."""
+    name = "odd sizes, ignored rows"
+    before = triton_launch.LAUNCHES.get(key)
+    triton_launch.LAUNCHES[key] = best
+    small = {"n": 70, "d": 72, "v": 1003} if run.tiny else {"d": 3592 if key[2] else 136, "v": 3001}
+    errors = errors_of(CASES[name] | small, dtype, device)
+    bad = {n: e for n, (e, bound) in errors.items() if not e <= bound}
+    if bad:
+        triton_launch.LAUNCHES.pop(key)
+        if before is not None:
+            triton_launch.LAUNCHES[key] = before
+        run.leave_out(f"winners of {shown}", f"wrong with them: {bad}")
+        return
+    blocks = [astuple(getattr(best, k)) for k in JUDGED_BY]
+    run.add("winners", {"key": list(key), "blocks": blocks})
+
+
+def with_winners(run, time_case):
+    """The main shape again, with the winners in the table."""
+    if not run.content["winners"]:
+        run.leave_out("times with the winners", "the sweep has none")
+        return
+    if run.over():
+        run.leave_out("times with the winners")
+        return
+    width, vocab, rows = (64, 1500, 64) if run.tiny else (3584, 152_064, 16_384)
+    states = synthetic(rows, vocab, width, 0.6, run.device).map(lambda x: x.to(torch.bfloat16))
+    states.name += " with the winners"
+    time_case(run, states, main=False)
+
+
+def lines(content):
+    """The winners, to paste into LAUNCHES of papo_kernels/triton_launch.py."""
+    if not content["winners"]:
+        return "No winners: the sweep did not run to an end."
+    found = ["Winners, for LAUNCHES in kernels/papo_kernels/triton_launch.py:"]
+    for winner in content["winners"]:
+        architecture, size, wide = winner["key"]
+        launch = Launch(*(Blocks(*b) for b in winner["blocks"]))
+        blocks = ", ".join(
+            "Blocks({}, {}, {}, {})".format(*astuple(getattr(launch, k))) for k in JUDGED_BY
+        )
+        found.append(f'    ("{architecture}", {size}, {wide}): Launch(\n        {blocks}\n    ),')
+    return "\n".join(found)
