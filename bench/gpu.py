@@ -192,7 +192,7 @@ def time_shapes(run):
     run.section("times")
     shapes, rows = (SHAPES[:1], ROWS[:2]) if run.quick else (SHAPES, ROWS)
     if run.tiny:
-        shapes, rows = [(64, 1500)], [128]
+        shapes, rows = [(64, 1000)], [64]
     order = [(shape, n) for n in rows for shape in shapes]
     for i, ((d, v), n) in enumerate(order):
         if run.over():

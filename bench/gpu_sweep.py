@@ -170,7 +170,7 @@ def with_winners(run, time_case):
     if run.over():
         run.leave_out("times with the winners")
         return
-    width, vocab, rows = (64, 1500, 64) if run.tiny else (3584, 152_064, 16_384)
+    width, vocab, rows = (64, 1000, 64) if run.tiny else (3584, 152_064, 16_384)
     states = synthetic(rows, vocab, width, 0.6, run.device).map(lambda x: x.to(torch.bfloat16))
     states.name += " with the winners"
     time_case(run, states, main=False)

@@ -163,9 +163,8 @@ def _against_rows(found, plt):
         if way != FLOOR:
             extra = [r["extra_bytes"] / 2**20 for _, r in series]
             right.plot(rows, extra, "o-", color=COLOURS[way], label=way)
-    for axes, label in ((left, "seconds"), (right, "peak extra memory, MiB")):
-        axes.set(xlabel="response tokens N", ylabel=label, xlim=0, ylim=0)
-    right.set(yscale="log", ylim=None)
+    left.set(xlabel="response tokens N", ylabel="seconds", xlim=0, ylim=0)
+    right.set(xlabel="response tokens N", ylabel="peak extra memory, MiB", xlim=0, yscale="log")
     left.legend(frameon=False)
     figure.suptitle("Both streams, forward and backward: SmolLM2 at 0.6 nats, float32, D = 576")
     return _save(figure, "kernels_rows.png", plt)
