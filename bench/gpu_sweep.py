@@ -3,7 +3,7 @@
 from dataclasses import astuple, replace
 
 import torch
-from gpu_check import CASES, errors_of
+from gpu_check import CASES, TINY, errors_of
 from states import synthetic
 from ways import Case
 
@@ -146,11 +146,11 @@ def _tiles(run, key, best, case, shown, seconds_of):
 
 def _keep_if_right(run, key, best, shown, dtype, device):
     """Winners count only if the kernels are right with them."""
-    name = "odd sizes, ignored rows"
     before = triton_launch.LAUNCHES.get(key)
     triton_launch.LAUNCHES[key] = best
-    small = {"n": 70, "d": 72, "v": 1003} if run.tiny else {"d": 3592 if key[2] else 136, "v": 3001}
-    errors = errors_of(CASES[name] | small, dtype, device)
+    wide = {"d": 3592} if key[2] else {}
+    case = (TINY if run.tiny else CASES["odd sizes, ignored rows"])(dtype=dtype, **wide)
+    errors = errors_of(case, device)
     bad = {n: e for n, (e, bound) in errors.items() if not e <= bound}
     if bad:
         triton_launch.LAUNCHES.pop(key)

@@ -26,7 +26,6 @@ import gpu_sweep  # noqa: E402
 @pytest.fixture
 def run(tmp_path):
     made = gpu.Run(SimpleNamespace(out=tmp_path, device="cpu", quick=True, seconds=1e-6))
-    made.tiny = False
     made.section("correctness")
     return made
 
@@ -56,6 +55,9 @@ def test_wrong_kernels_fail_it(run, monkeypatch):
 
 def test_what_the_time_does_not_suffice_for_is_said_and_kept(run, monkeypatch):
     monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
+    small = {name: gpu_check.TINY for name in ("first", "second")}
+    monkeypatch.setattr(gpu_check, "CASES", small)
+    run.tiny = False
     gpu_check.check_kernels(run)
     saved = json.loads((run.out / "gpu.json").read_text())
     dtypes = {c["case"].split(", ")[-1] for c in saved["correctness"]}
