@@ -6,7 +6,6 @@ Weights and optimizer are torch's distributed format, which loads on another num
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from papo_fast.errors import InputError
+from papo_fast.parallel import is_main, wait_for_all
 
 _log = logging.getLogger(__name__)
 
@@ -92,32 +92,36 @@ class CheckpointStore:
         partial = self.folder / f"step-{step}{PARTIAL}"
         weights, moments = get_state_dict(model, optimizer)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            wait_for_all()
             dcp.save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=partial / "shards",
             )
-            torch.save(progress, partial / "progress.pt")
-            (partial / "step.json").write_text(json.dumps({"step": step}))
-            _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _flush_folder(self.folder)
+            if is_main():
+                torch.save(progress, partial / "progress.pt")
+                _flush(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                _flush_folder(self.folder)
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
             whole = self.saved()
             last = f"the last complete one is {whole[-1].path}" if whole else "there is none yet"
             raise InputError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {error}; "
                 f"{last}. Make room there and run the same command with --resume"
             ) from error
-        self._drop_old()
+        if is_main():
+            self._drop_old()
         return final
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore the latest one in place; its progress, or None where there is none."""
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
+        for leftover in self.folder.glob(f"*{PARTIAL}") if is_main() else ():
             _log.info("removing %s, which an interrupted run left unfinished", leftover)
             shutil.rmtree(leftover)
         if not (whole := self.saved()):

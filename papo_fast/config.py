@@ -119,6 +119,16 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How torchrun's processes share the model; a single process holds all of it."""
+
+    replicas: int = 1
+    """Groups of processes that each hold the whole model (HSDP); 1 shards over all of them."""
+    offload: bool = False
+    """Keep weights, gradients and optimizer in the CPU's memory, a layer at a time on the GPU."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     parity: Literal["ours", "official", "paper"] = "ours"
     """`ours`: exact terms; `official`: the authors' code; `paper`: the paper's printed equations.
@@ -275,6 +285,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     digits: DigitsConfig = field(default_factory=DigitsConfig)
 
@@ -297,6 +308,7 @@ class Config:
             ("train.update_prompts", train.update_prompts),
             ("train.max_tokens", train.max_tokens),
             ("train.keep_checkpoints", train.keep_checkpoints),
+            ("parallel.replicas", self.parallel.replicas),
             ("eval.samples", self.eval.samples),
             ("reward.workers", self.reward.workers),
             ("data.max_prompt_length", self.data.max_prompt_length),

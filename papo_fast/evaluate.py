@@ -19,6 +19,7 @@ from papo_fast.corruption import PromptCorruptor
 from papo_fast.data import Prompt, PromptDataset
 from papo_fast.device import pick_device
 from papo_fast.masking import prompt_seed
+from papo_fast.parallel import gather_in_order, rank, share_of
 from papo_fast.policy import Policy
 from papo_fast.processing import PLACEHOLDER, PromptEncoder
 from papo_fast.progress import Progress
@@ -75,22 +76,28 @@ def evaluate(
         pixel_values: pictures that stand in for the prompts' own, one per prompt (corrupted ones).
     """
     k = samples or config.eval.samples
-    encoded = [p.encoded for p in prompts]
+    mine = share_of(prompts)
+    encoded = [prompts[i].encoded for i in mine]
     if pixel_values is not None:
-        encoded = [replace(e, pixel_values=p) for e, p in zip(encoded, pixel_values, strict=True)]
+        encoded = [
+            replace(e, pixel_values=pixel_values[i]) for e, i in zip(encoded, mine, strict=True)
+        ]
     groups = engine.generate(
         encoded,
         k,
         temperature=config.eval.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
-        seed=config.seed + 1,
+        seed=config.seed + 1 + 1_000_003 * rank(),
     )
-    owners = [p for p in prompts for _ in range(k)]
     responses = [encoder.decode(c.token_ids) for group in groups for c in group]
-    scores = scorer.score(responses, [p.answer for p in owners])
+    scores = scorer.score(responses, [prompts[i].answer for i in mine for _ in range(k)])
+    pairs = list(zip(responses, scores, strict=True))
+    my_prompts = [pairs[i * k : (i + 1) * k] for i in range(len(mine))]
+    by_prompt = gather_in_order(my_prompts, len(prompts))
     sampled = [
         Sampled(p, r, s.reward, s.accuracy)
-        for p, r, s in zip(owners, responses, scores, strict=True)
+        for p, pairs in zip(prompts, by_prompt, strict=True)
+        for r, s in pairs
     ]
     by_kind: dict[str, list[float]] = defaultdict(list)
     for s in sampled:

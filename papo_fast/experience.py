@@ -19,6 +19,7 @@ from papo_fast.data import Prompt
 from papo_fast.errors import InputError
 from papo_fast.masking import prompt_seed
 from papo_fast.packing import Group, pack, plan
+from papo_fast.parallel import gather, gather_in_order, rank, share_of, world_size
 from papo_fast.policy import Policy, inference
 from papo_fast.processing import PromptEncoder
 from papo_fast.rewards import Score, Scorer
@@ -121,19 +122,21 @@ class Collector:
     def _sample(
         self, prompts: list[Prompt], step: int, round_: int
     ) -> tuple[list[list[Completion]], list[list[Score]]]:
-        rollout = self.config.rollout
+        """All groups of the round; each rank samples and scores its share of the prompts."""
+        rollout, n = self.config.rollout, self.config.rollout.group_size
+        mine = [prompts[i] for i in share_of(prompts)]
         groups = self.engine.generate(
-            [p.encoded for p in prompts],
-            rollout.group_size,
+            [p.encoded for p in mine],
+            n,
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
-            seed=prompt_seed(self.config.seed, step, -1 - round_),
+            seed=prompt_seed(self.config.seed, step, -1 - round_ * world_size() - rank()),
         )
         responses = [self.encoder.decode(c.token_ids) for group in groups for c in group]
-        answers = [p.answer for p in prompts for _ in range(rollout.group_size)]
-        flat = self.scorer.score(responses, answers)
-        n = rollout.group_size
-        return groups, [flat[i : i + n] for i in range(0, len(flat), n)]
+        flat = self.scorer.score(responses, [p.answer for p in mine for _ in range(n)])
+        scored = [(group, flat[i * n : (i + 1) * n]) for i, group in enumerate(groups)]
+        pairs = gather_in_order(scored, len(prompts))
+        return [group for group, _ in pairs], [scores for _, scores in pairs]
 
     def _kept(self, scores: list[list[Score]]) -> list[int]:
         rollout = self.config.rollout
@@ -203,7 +206,8 @@ def score_without_gradient(
         passes.append((policy, True, aug := [torch.empty(0)] * n))
     if passes:
         # a pass without gradient runs one stream at a time and keeps no activations
-        [batches] = plan(experience.groups(range(n)), config.train.max_tokens, 1, policy.shape)
+        groups = experience.groups(range(n))
+        batches = plan(groups, config.train.max_tokens, 1, policy.shape, world_size())[rank()]
         with inference(policy):
             for groups, (scorer, corrupted, results) in itertools.product(batches, passes):
                 batch = pack(groups, policy.prompt_positions, full=not corrupted, aug=corrupted)
@@ -214,6 +218,11 @@ def score_without_gradient(
                     batch.sequences, stats.logprobs.cpu().split(lengths), strict=True
                 ):
                     results[i] = logprobs
+        for _, _, results in passes:
+            mine = {i: x for i, x in enumerate(results) if len(x)}
+            for of_rank in gather(mine):
+                for i, x in of_rank.items():
+                    results[i] = x
     if recompute:
         experience.old_logprobs = old
         gap = torch.cat(old) - torch.cat(sampler)

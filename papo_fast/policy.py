@@ -7,7 +7,6 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,13 +14,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
 
-from papo_fast.attention import NAME as TREE_ATTENTION
-from papo_fast.config import ModelConfig
-from papo_fast.errors import InputError
+from papo_fast.config import ModelConfig, ParallelConfig
 from papo_fast.flops import ModelShape
+from papo_fast.loading import load_model
 from papo_fast.packing import PackedBatch
+from papo_fast.parallel import device_mesh, is_main, shard
 from papo_fast.processing import EncodedPrompt
 from papo_kernels import TokenStats, token_stats
 
@@ -56,34 +57,38 @@ class Policy(nn.Module):
         # repetition penalty and a near-zero temperature), which is not the policy that is scored.
         self._shipped_generation_config = model.generation_config
         model.generation_config = GenerationConfig()
-        weight = model.lm_head.weight
-        ban = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+        ban = torch.zeros(model.config.text_config.vocab_size)
         ban[[i for i in banned_token_ids if i < len(ban)]] = BANNED_LOGIT
         self.register_buffer("banned_V", ban, persistent=False)
 
     @classmethod
     def load(
-        cls, config: ModelConfig, banned_token_ids: Sequence[int], device: torch.device
+        cls,
+        config: ModelConfig,
+        banned_token_ids: Sequence[int],
+        device: torch.device,
+        parallel: ParallelConfig | None = None,
     ) -> Policy:
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.path,
-            dtype=torch.float32,  # master weights, see ModelConfig.dtype
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation={"": "sdpa", "text_config": TREE_ATTENTION},
-        ).to(device)
-        text = model.config.text_config
-        sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-        if sliding or text.attention_dropout:
-            raise InputError(
-                f"model.path = {config.path!r} uses sliding-window attention or attention dropout, "
-                "which packed groups do not support: set use_sliding_window to false and "
-                "attention_dropout to 0 in its config.json"
-            )
-        if not config.train_vision:
-            model.model.visual.requires_grad_(False)
+        """The checkpoint `config.path`; sharded over all processes with `parallel`."""
+        mesh = None if parallel is None else device_mesh(device, parallel.replicas)
+        model = load_model(config, empty=mesh is not None and not is_main())
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(model, banned_token_ids, getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
+        if not config.train_vision:
+            model.model.visual.requires_grad_(False)
+        if mesh is None:
+            return policy.to(device)
+        units = [*model.model.visual.blocks, *model.model.language_model.layers]
+        return shard(
+            policy,
+            units,
+            mesh,
+            dtype=dtype,
+            offload=parallel.offload,
+            forwards=("stats", "hidden_and_head"),
+        )
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -140,11 +145,11 @@ class Policy(nn.Module):
         # The two models have different output embeddings. [h, 0] @ [W, W_ref]^T = h @ W^T and
         # [0, h_ref] @ [W, W_ref]^T = h_ref @ W_ref^T make them two streams over one weight.
         with torch.no_grad():
-            ref_ND = reference._hidden(batch)[0]
+            ref_ND, ref_weight = reference.hidden_and_head(batch)
         zeros = torch.zeros_like(hidden_ND)
         return token_stats(
             torch.cat([hidden_ND, zeros], dim=1),
-            torch.cat([self._head_weight(), reference._head_weight()], dim=1),
+            torch.cat([self._head_weight(), ref_weight], dim=1),
             batch.targets_N,
             aug_hidden=torch.cat([zeros, ref_ND], dim=1),
             bias=self.banned_V,
@@ -162,18 +167,27 @@ class Policy(nn.Module):
         )
         return positions[:, 0]
 
+    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states of the batch's first stream, (N, D), and the output embedding, (V, D)."""
+        return self._hidden(batch)[0], self._head_weight()
+
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:
         """Hidden states that predict the response tokens, (N, D) of each of the batch's streams."""
         with self.autocast():
+            if batch.pixel_values is None and self.always_run_vision:
+                # in front, as with pictures: ranks gather weights in one order, both ways
+                nothing = self._vision_of_nothing()
+                words_TD = self.model.model.get_input_embeddings()(batch.input_ids_T)
+                inputs = {"inputs_embeds": (words_TD + nothing)[None]}
+            else:
+                images = self._encoded_images(batch)
+                inputs = {"input_ids": batch.input_ids_T[None], "mm_encoder_outputs": images}
             hidden_TD = self.model.model(
-                input_ids=batch.input_ids_T[None],
+                **inputs,
                 position_ids=batch.position_ids_3T[:, None],
-                mm_encoder_outputs=self._encoded_images(batch),
                 tree=batch.tree,
                 use_cache=False,
             ).last_hidden_state[0]
-            if batch.pixel_values is None and self.always_run_vision:
-                hidden_TD = hidden_TD + self._vision_of_nothing()
         return [hidden_TD[rows].to(self.dtype) for rows in batch.rows]
 
     def _encoded_images(self, batch: PackedBatch) -> dict[str, object]:
@@ -207,20 +221,28 @@ class Policy(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.model.lm_head.weight.to(self.dtype)
 
-    def frozen_copy(self) -> Policy:
-        """The reference policy: the same weights, without gradients, from now on unchanged."""
-        reference = copy.deepcopy(self)
-        reference.requires_grad_(False)
-        return reference.eval()
-
     def save(self, path: Path) -> None:
-        """Write config and weights (safetensors) as a HuggingFace checkpoint under `path`."""
+        """Write config and weights (safetensors) as a HuggingFace checkpoint under `path`.
+
+        Every rank of a sharded policy takes part; the main one writes.
+        """
+        whole = get_model_state_dict(
+            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if not is_main():
+            return
         path.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(path)
+        self.model.save_pretrained(path, state_dict=whole)
         # the checkpoint's own sampling options, written as they came: transformers refuses to
         # save some that published checkpoints carry
         shipped = self._shipped_generation_config.to_json_string(use_diff=True)
         (path / "generation_config.json").write_text(shipped)
+
+    def copy_weights_from(self, other: Policy) -> None:
+        """Take over the weights of a policy of the same model, sharded or not."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+                mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
 
 @contextmanager

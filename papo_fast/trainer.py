@@ -25,6 +25,14 @@ from papo_fast.errors import InputError
 from papo_fast.evaluate import Evaluation, Evaluator
 from papo_fast.experience import Collector, Experience, score_without_gradient
 from papo_fast.metrics import CollapseMonitor, MetricsLog, json_line, read_metrics
+from papo_fast.parallel import (
+    gather,
+    is_main,
+    main_first,
+    process_group,
+    wait_for_all,
+    world_size,
+)
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
 from papo_fast.progress import Progress
@@ -39,20 +47,30 @@ from papo_fast.update import Updater
 def train(config: Config, console: Console) -> Path:
     """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
     config.validate()
-    run_dir = find_run_dir(config) if config.resume else claim_run_dir(config)
     if config.threads:
         torch.set_num_threads(config.threads)
+    with process_group(pick_device(config.device)):
+        return _train(config, console if is_main() else Console(quiet=True))
+
+
+def _train(config: Config, console: Console) -> Path:
+    run_dir = None
+    if is_main():
+        run_dir = find_run_dir(config) if config.resume else claim_run_dir(config)
+    run_dir = gather(run_dir)[0]
     # the clock starts before the warm start: `seconds` is what the user waited
     started = time.perf_counter()
     progress = Progress(console)
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
 
-        config = prepare(config, progress)
+        with main_first():  # the others then find what it made
+            config = prepare(config, progress)
     with Scorer(config.reward) as scorer:
         trainer = Trainer(config, run_dir, scorer, progress, started)
         # not before everything is loaded: a folder with a config counts as a run
-        write_json(run_dir / "config.json", asdict(config))
+        if is_main():
+            write_json(run_dir / "config.json", asdict(config))
         with stop_on_sigterm() as stop:
             return trainer.run(stop)
 
@@ -73,14 +91,22 @@ class Trainer:
             config.model.path, config.data, trust_remote_code=config.model.trust_remote_code
         )
         self.train_data = PromptDataset(config.data.train, config.data, self.encoder)
-        self.policy = Policy.load(config.model, self.encoder.banned_token_ids, device)
-        reference = self.policy.frozen_copy() if config.objective.needs_reference else None
+        bans = self.encoder.banned_token_ids
+        self.policy = Policy.load(config.model, bans, device, config.parallel)
+        reference = None
+        if config.objective.needs_reference:
+            reference = Policy.load(config.model, bans, device, config.parallel)
+            reference.requires_grad_(False).eval()
         self.reference = reference
+        # transformers' generate needs whole weights
+        self.sampler = self.policy
+        if world_size() > 1:
+            self.sampler = Policy.load(config.model, bans, device).requires_grad_(False)
         self.steps = config.train.steps or self._steps_of_epochs()
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
         self.updater = Updater(config, self.policy, reference, updates)
         self.engine = HFRollout(
-            self.policy,
+            self.sampler,
             self.encoder.eos_token_ids,
             self.encoder.pad_token_id,
             config.rollout.batch_size,
@@ -102,7 +128,8 @@ class Trainer:
         self.store = CheckpointStore(run_dir / "checkpoints", config.train.keep_checkpoints)
         self.rewards_since: list[float] = []
         self.done = self._restore() if config.resume else 0
-        self.metrics = MetricsLog(run_dir / METRICS, resume=config.resume)
+        self.metrics = MetricsLog(run_dir / METRICS, resume=config.resume) if is_main() else None
+        self._sync_sampler()
 
     def run(self, stop: StopRequest) -> Path:
         before = self._evaluate_before()
@@ -111,15 +138,17 @@ class Trainer:
             advance(self.done)
             for step in range(self.done + 1, steps + 1):
                 row = self.step(step)
-                self.metrics.append(row)
+                if self.metrics is not None:
+                    self.metrics.append(row)
                 self.rewards_since.append(row["reward"])
                 self.console.print(step_line(row, steps), soft_wrap=True)
                 for alarm in row["alarms"]:
                     self.console.print(f"[yellow]warning:[/yellow] {alarm}", soft_wrap=True)
-                if stop.requested or (every and step % every == 0):
+                stopping = any(gather(stop.requested))
+                if stopping or (every and step % every == 0):
                     self._checkpoint(step)
                 advance(1)
-                if stop.requested:
+                if stopping:
                     self.console.print(
                         f"stopped after step {step}; the same command with --resume goes on"
                     )
@@ -138,6 +167,8 @@ class Trainer:
             return json.loads(path.read_text())
         before = self.evaluator.run("evaluating before")
         summary = {} if before is None else before.summary("before")
+        if not is_main():
+            return summary
         if before is not None:
             save_examples(self.run_dir, self.evaluator.examples("before", before))
         write_json(path, summary)
@@ -168,10 +199,11 @@ class Trainer:
         path = self.run_dir / METRICS
         rows = read_metrics(path)[0] if path.is_file() else []
         done = saved["step"] if saved else 0
-        # steps after the checkpoint will be made again
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json_line(row) + "\n" for row in rows[:done]))
-        partial.replace(path)
+        wait_for_all()  # everybody has read the rows
+        if is_main():  # steps after the checkpoint will be made again
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json_line(row) + "\n" for row in rows[:done]))
+            partial.replace(path)
         if saved:
             self.updater.restore(saved["updater"])
             self.stream.load_state_dict(saved["stream"])
@@ -217,8 +249,13 @@ class Trainer:
         with self.progress.task("update", total=len(experience), transient=True) as advance:
             for sequences in slices:
                 updates.append(self.updater.update(experience, sequences, advance))
+        self._sync_sampler()
         lap("update")
         return self._row(experience, updates, step, times)
+
+    def _sync_sampler(self) -> None:
+        if self.sampler is not self.policy:
+            self.sampler.copy_weights_from(self.policy)
 
     def _row(
         self, experience: Experience, updates: list[dict], step: int, times: dict[str, float]
@@ -252,11 +289,13 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
         self.policy.save(partial)
-        self.encoder.save_pretrained(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        if is_main():
+            self.encoder.save_pretrained(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
 
     def _finish(
         self,
@@ -265,6 +304,8 @@ class Trainer:
         after: Evaluation | None,
         corrupted: Evaluation | None,
     ) -> Path:
+        if not is_main():
+            return self.run_dir
         config = self.config
         summary = {
             "preset": config.preset,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, needs_aug_forward
 from papo_fast.objective import Metrics, annealed, mean_metrics, objective
 from papo_fast.packing import Group, pack, plan
+from papo_fast.parallel import gather, rank, world_size
 from papo_fast.policy import Policy
 from papo_fast.token_batch import Denominators, TokenBatch
 
@@ -71,22 +73,27 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         streams = 2 if needs_aug_forward(config) and self.objective.aug_gradient else 1
         groups = experience.groups(sequences)
-        [batches] = plan(groups, config.train.max_tokens, streams, self.policy.shape)
+        ranks = world_size()
+        batches = plan(groups, config.train.max_tokens, streams, self.policy.shape, ranks)[rank()]
         for pieces in batches:
             tokens, mismatch = self._token_batch(experience, pieces)
             loss, metrics = objective(
                 tokens, self.objective, denominators, kl_prcp_coef=kl_prcp_coef
             )
-            loss.backward()
+            # the denominators are of all ranks together, and gradients are averaged over ranks
+            (loss * ranks).backward()
             parts.append(metrics | mismatch)
             advance(sum(len(piece.responses) for piece in pieces))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if math.isfinite(norm):
             self.optimizer.step()
             self._bad_in_a_row = 0
         else:
             self._skip(norm)
         self.updates += 1
+        numbers = [{n: (float(a), float(b)) for n, (a, b) in part.items()} for part in parts]
+        parts = [part for of_rank in gather(numbers) for part in of_rank]
         return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
 
     def counters(self) -> dict[str, int]:

@@ -73,8 +73,10 @@ def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):
 
 
 def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
-    _, encoder, policy = loaded
-    reference = policy.frozen_copy()
+    path, encoder, policy = loaded
+    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
+    reference = Policy.load(config, encoder.banned_token_ids, torch.device("cpu"))
+    reference.requires_grad_(False)
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(0.05 * torch.randn_like(p))

@@ -1,0 +1,169 @@
+"""The processes of one run: who they are, what they tell each other, how weights are sharded.
+
+One SPMD program: `torchrun` starts as many processes as there are devices, on one machine or on
+many; a plain `python` run is a world of one, in which everything here does nothing. Weights,
+gradients and optimizer are sharded by FSDP2 (`fully_shard`), each decoder layer and vision block a
+unit of its own. With replicas (HSDP) the shards stay within a group of ranks and gradients are
+averaged over groups.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from papo_fast.errors import InputError
+
+# How long a rank waits for the others: a rollout or a checkpoint of the slowest one.
+TIMEOUT = timedelta(minutes=30)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share_of(items: Sequence[Any]) -> list[int]:
+    """Positions in `items` that are this rank's: equal numbers, up to one."""
+    return list(range(rank(), len(items), world_size()))
+
+
+def gather_in_order(mine: Sequence[Any], count: int) -> list[Any]:
+    """All ranks' results by the positions of `share_of`, `count` in all, on every rank."""
+    if world_size() == 1:
+        return list(mine)
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, list(mine))
+    everything: list[Any] = [None] * count
+    for r, part in enumerate(parts):
+        everything[r :: world_size()] = part
+    return everything
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block, then the others do."""
+    if not is_main():
+        dist.barrier()
+    yield
+    if is_main() and world_size() > 1:
+        dist.barrier()
+
+
+def device_mesh(device: torch.device, replicas: int) -> DeviceMesh | None:
+    """One axis of shards, or replicas x shards; None for a world of one.
+
+    Raises `InputError` where `replicas` does not divide the number of processes.
+    """
+    world = world_size()
+    if world % replicas:
+        raise InputError(
+            f"parallel.replicas is {replicas}, but there are {world} processes: it must divide them"
+        )
+    if world == 1:
+        return None
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    shape = (replicas, world // replicas)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    policy: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype,
+    offload: bool,
+    forwards: Sequence[str],
+) -> nn.Module:
+    """Shard `policy` over `mesh`, `units` each on their own, with the main process's values.
+
+    The main process holds the values, on the CPU; the others may hold an empty (meta) policy.
+
+    Args:
+        dtype: of the gathered weights; gradients are reduced in float32.
+        offload: keep weights, gradients and optimizer in the CPU's memory.
+        forwards: names of the methods that run the model; inside them all weights are whole.
+    """
+    whole = policy.state_dict() if is_main() else {}
+    buffers = {name: b.clone() for name, b in policy.named_buffers()} if is_main() else {}
+    policy.to("meta")
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    cuda = mesh.device_type == "cuda"
+    offloading = CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()
+    for unit in (*units, policy):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offloading)
+    for name in forwards:
+        register_fsdp_forward_method(policy, name)
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if cuda else None)
+    policy.to_empty(device="cpu" if offload else device)
+    set_model_state_dict(
+        policy,
+        whole,
+        options=StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload
+        ),
+    )
+    # not in the state dict: rotary frequencies, the bans
+    for name, buffer in policy.named_buffers():
+        value = buffers[name].to(device) if is_main() else torch.empty_like(buffer, device=device)
+        dist.broadcast(value, src=0)
+        owner, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(owner), leaf, value)
+    return policy

@@ -1,0 +1,134 @@
+"""Several gloo processes against one: the same parameters from the same global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from family_checkpoints import write_checkpoint
+from PIL import Image
+from safetensors.torch import load_file
+
+from papo_fast.config import DataConfig, ParallelConfig
+from papo_fast.data import Prompt
+from papo_fast.presets import get_preset
+from papo_fast.processing import PromptEncoder
+from papo_fast.rewards import Score
+from papo_fast.sequences import Completion
+
+TESTS = Path(__file__).parent
+DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
+
+
+def launch(ranks: int, arguments: list[str], timeout: float = 180) -> None:
+    """Run parallel_worker.py on so many ranks; fails with the output of the first that failed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "parallel_worker.py"), *arguments],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, output in zip(processes, outputs, strict=True):
+        assert p.returncode == 0, output[-4000:]
+
+
+def picture(seed, size):
+    pixels = torch.randint(0, 256, (*size, 3), generator=torch.manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def fixed_experience(encoder):
+    """Six groups of three of 2, 1 and 0 pictures in turn, so that ranks differ in all there is."""
+    g = torch.Generator().manual_seed(0)
+    prompts, completions, aug = [], [], []
+    for i in range(6):
+        images = [picture(10 * i + j, (60 + 10 * j, 80)) for j in range((2, 1, 0)[i % 3])]
+        encoded = encoder.encode("question " * (i + 1), images)
+        pixels = encoded.pixel_values
+        noise = None if pixels is None else torch.randn(pixels.shape, generator=g)
+        prompt = Prompt(i, "", "", "", images, encoded)
+        for _ in range(3):
+            n = int(torch.randint(1, 12, (), generator=g))
+            tokens = torch.randint(60, 120, (n,), generator=g).tolist()
+            completions.append(Completion(tokens, [-1.0] * n, True))
+            prompts.append(prompt)
+            aug.append(noise)
+    right = [i % 2 for i in range(len(prompts))]
+    return {
+        "prompts": prompts,
+        "completions": completions,
+        "scores": [Score(r, r, 1.0, False) for r in right],
+        "advantages_B": torch.randn(len(prompts), generator=g),
+        "aug_pixels": aug,
+    }
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    path = write_checkpoint(folder / "model", "qwen3_vl")
+    encoder = PromptEncoder(path, DATA)
+    preset = get_preset("papo-g-7b")
+    config = dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, path=str(path), dtype="float32"),
+        train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300),
+    )
+
+    def run(ranks, name, **parallel):
+        job = {
+            "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
+            "bans": encoder.banned_token_ids,
+            "experience": fixed_experience(encoder),
+        }
+        torch.save(job, folder / f"{name}.pt")
+        launch(ranks, [str(folder / f"{name}.pt"), str(folder / name)])
+        rows = torch.load(folder / name / "rows.pt", weights_only=True)
+        return load_file(folder / name / "model.safetensors"), rows
+
+    start = load_file(path / "model.safetensors")
+    return start, run(1, "one"), run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(2, {}), (2, {"offload": True}), (4, {"replicas": 2})],
+    ids=["two ranks", "offloaded", "HSDP on four"],
+)
+def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
+    start, (one, rows_of_one), run = job
+    several, rows = run(ranks, f"{ranks}-{'-'.join(parallel)}", **parallel)
+    assert several.keys() == one.keys() == start.keys()
+    moved = max((one[n] - start[n]).abs().max().item() for n in one)
+    worst = max((several[n] - one[n]).abs().max().item() for n in one)
+    print(f"parameters moved by up to {moved:.1e}; {ranks} ranks differ by up to {worst:.1e}")
+    assert moved > 5e-4
+    assert worst < 1e-5
+    for a, b in zip(rows, rows_of_one, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
