@@ -188,7 +188,7 @@ def in_place(function, z, z_aug, s, g, *options):
 
 
 def _compiles(elements, device):
-    return elements >= COMPILE_ELEMENTS and device.type == "cpu" and bool(_compiler())
+    return elements >= COMPILE_ELEMENTS and device.type == "cpu" and bool(compiler())
 
 
 @functools.cache
@@ -197,9 +197,12 @@ def _compiled(function):
 
 
 @functools.cache
-def _compiler():
-    # The one that torch.compile looks for.
+def compiler():
+    """Path of the C++ compiler that torch.compile looks for; None, and a warning, without one."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if not found:
-        log.warning("token_stats: no C++ compiler found, row statistics run uncompiled and slower")
+        log.warning(
+            "token_stats: no C++ compiler found: row statistics run uncompiled, and bfloat16 "
+            "products on the CPU as float32; both are slower"
+        )
     return found

@@ -260,16 +260,15 @@ class Backward:
 
     def _gathered_logits(self, at, cols):
         """(R, K) logits of the two streams on some columns; None for a stream not needed."""
-        head, out = self.head, []
+        head, streams = self.head, []
         for states, needed in ((self.hidden, self.needs_z), (self.aug_hidden, self.needs_z_aug)):
-            x = states[at].to(head.dtype) if needed else None
-            out.append(None if x is None else (x, x.new_empty(len(x), len(cols))))
-        for block, weight in head.blocks(self.weight, cols):
-            for stream in out:
-                if stream is not None:
-                    torch.mm(stream[0], weight.T, out=stream[1][:, block])
+            x = states[at] if needed else None
+            streams.append(None if x is None else (x, head.empty(x, len(cols))))
+        for block, weight in head.blocks(self.weight, cols, self.weight.dtype):
+            for x, z in filter(None, streams):
+                head.multiply(x, weight, z[:, block])
         bias = None if self.bias is None else self.bias[cols]
-        return [None if stream is None else head.finish(stream[1], bias) for stream in out]
+        return [None if s is None else head.finish(s[1], bias) for s in streams]
 
     def _add(self, at, dz, cols=None):
         """Adds gradients dz (R, K) of x @ weight.T + bias, one per stream or None, for rows `at`.

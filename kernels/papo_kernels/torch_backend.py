@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from papo_kernels import bf16_product
 from papo_kernels.columns import TILE_ROWS, find_levels
 from papo_kernels.reference import LOG_ZERO, compute_dtype
 from papo_kernels.row_math import RowStats, by_rows, one_stream, two_streams
@@ -26,11 +27,20 @@ class Head:
 
     def logits(self, x, weight, bias, out=None):
         """(R, D) states to (R, V) logits."""
-        x = x.to(self.dtype)
-        z = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out[: x.shape[0]]
-        for block, w in self.blocks(weight):
-            torch.mm(x, w.T, out=z[:, block])
+        z = out[: len(x)] if out is not None else self.empty(x, len(weight))
+        self.multiply(x, weight, z)
         return self.finish(z, bias)
+
+    def empty(self, x, words):
+        return x.new_empty(len(x), words, dtype=self.dtype)
+
+    def multiply(self, x, weight, out):
+        """Writes the products x @ weight.T into (R, V) `out`."""
+        if bf16_product.product(x, weight, out):
+            return
+        x = x.to(self.dtype)
+        for block, w in self.blocks(weight):
+            torch.mm(x, w.T, out=out[:, block])
 
     def finish(self, z, bias):
         """In place: products x @ weight.T to logits."""
@@ -42,15 +52,19 @@ class Head:
             z /= self.temperature
         return z
 
-    def blocks(self, weight, cols=None):
-        """(slice, weight[slice] or weight[cols[slice]] in `dtype`): copies of a bounded size."""
-        if cols is None and weight.dtype == self.dtype:
+    def blocks(self, weight, cols=None, dtype=None):
+        """(slice, weight[slice] or weight[cols[slice]]): copies of a bounded size in `dtype`.
+
+        dtype: None for that of the arithmetic.
+        """
+        dtype = dtype or self.dtype
+        if cols is None and weight.dtype == dtype:
             yield slice(None), weight
             return
         size = max(1, COPY_ELEMENTS // max(1, weight.shape[1]))
         for v in range(0, weight.shape[0] if cols is None else len(cols), size):
             block = slice(v, v + size)
-            yield block, (weight[block] if cols is None else weight[cols[block]]).to(self.dtype)
+            yield block, (weight[block] if cols is None else weight[cols[block]]).to(dtype)
 
 
 @dataclass(frozen=True)
