@@ -1,6 +1,6 @@
 """Products of bfloat16 matrices in float32 on the CPU, which torch can only round to bfloat16.
 
-One C++ file, compiled once per process in about a second, for x86 with AVX512_BF16 (twice the
+One C++ file, compiled once per process in a second or two, for x86 with AVX512_BF16 (twice the
 speed of float32 products there). Elsewhere `product` says no, and its caller upcasts.
 """
 
@@ -19,7 +19,8 @@ from papo_kernels.row_math import compiler
 
 log = logging.getLogger("papo_kernels")
 
-FLAGS = "-O3 -funroll-loops -std=c++17 -shared -fPIC -mavx512f -mavx512bw -mavx512vl -mavx512bf16".split()
+FLAGS = "-O3 -funroll-loops -std=c++17 -shared -fPIC".split()
+FLAGS += "-mavx512f -mavx512bw -mavx512vl -mavx512bf16".split()
 # Multiply-adds below which starting threads costs more than it saves.
 THREAD_WORK = 1 << 27
 
