@@ -24,9 +24,11 @@ from papo_fast.processing import EncodedPrompt
 from papo_fast.rewards import Score
 from papo_fast.sequences import Completion, pad_left
 
-EMB = float(__import__("os").environ["EMB"])
 EOS, VISION_START, VISION_END, IMAGE, VIDEO = range(5)
 CORRUPTED_SHARE = 0.6
+# Of the random input embedding: a token then depends on itself more than on the picture, and the
+# perception KL is some tenths of a nat, as in trained models, instead of tens.
+EMBEDDING_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Size:
 # image : text : response = 640 : 120 : 350 in both. Width of the vision tower, of the MLPs and of
 # the heads are in the 3B model's proportions, depth and vocabulary chosen so that the FLOPs are.
 SIZES = {
-    "quick": Size(128, 4, 3, 1088, (16, 20), 15, 44, 1800, 1.25),
-    "full": Size(256, 8, 6, 4224, (20, 32), 30, 88, 3600, 1.25),
+    "quick": Size(128, 4, 3, 1088, (16, 20), 15, 44, 1800, 0.9),
+    "full": Size(256, 6, 4, 3168, (16, 32), 24, 70, 2900, 0.8),
 }
 # G: prompts of one update
 PROMPTS = {5: 2, 16: 1}
@@ -129,8 +131,8 @@ def write_checkpoint(size, path):
             torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
         if "lm_head" in name:
             torch.nn.init.normal_(p, std=size.sharpness)
-        if "embed_tokens" in name:  # a response depends on itself more than on the picture
-            torch.nn.init.normal_(p, std=EMB)
+        if "embed_tokens" in name:
+            torch.nn.init.normal_(p, std=EMBEDDING_SCALE)
     model.save_pretrained(path)
     vocab = {f"<{i}>": i for i in range(size.vocab)}
     words = Tokenizer(models.WordLevel(vocab, unk_token=f"<{size.vocab - 1}>"))
@@ -184,7 +186,7 @@ def make_case(size, group_size, path):
     """`path` holds the checkpoint of `write_checkpoint`."""
     config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
     policy = Policy.load(config, [], torch.device("cpu"))
-    reference = policy.frozen_copy()
+    reference = Policy.load(config, [], torch.device("cpu")).requires_grad_(False).eval()
     torch.manual_seed(1)
     with torch.no_grad():  # KL of 0 would hide a wrong reference term
         for p in reference.parameters():

@@ -1,0 +1,256 @@
+"""Ways to make one policy update, from the authors' schedule to papo_fast's own.
+
+A way is called on a `Case`, leaves the update's gradients in `.grad` and returns its loss. All ways
+of one objective compute the same loss. Each includes the passes without gradient that its schedule
+needs, gradient clipping (at infinity) and the optimizer's step (at learning rate 0), and leaves out
+sampling and rewards.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from papo_fast.config import Config, RolloutConfig, TrainConfig
+from papo_fast.experience import score_without_gradient
+from papo_fast.objective import objective
+from papo_fast.packing import pack, plan
+from papo_fast.policy import inference
+from papo_fast.presets import get_preset
+from papo_fast.token_batch import Denominators, TokenBatch
+from papo_fast.update import Updater
+
+# papo-g-7b has all the terms: γ = .02, η = .05, β = .01. Averages are over the global batch in the
+# official objective too (the authors' are over micro-batches), so that the loss does not depend on
+# what a way puts into one micro-batch.
+PAPO = get_preset("papo-g-7b").objective
+OBJECTIVES = {
+    "both": PAPO,
+    "official": replace(PAPO, parity="official", average_over="global"),
+    "grpo": get_preset("grpo").objective,
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One schedule.
+
+    Attributes:
+        objective: a key of `OBJECTIVES`.
+        layout: "padded" micro-batches through the model's own forward, "packed" without padding,
+            both with whole logits of all positions; or "trainer", papo_fast as it is: response
+            rows only, into `token_stats`.
+        share: what of a group is computed once per micro-batch and stream: "nothing", "pictures",
+            or "prompts", which includes their pictures.
+        one_pass: both streams of an objective with gradient in both go through together.
+        old_pass: a pass without gradient for the old log-probs.
+    """
+
+    name: str
+    objective: str
+    layout: str
+    share: str = "nothing"
+    one_pass: bool = False
+    old_pass: bool = True
+
+    def __call__(self, case):
+        run = {"padded": _whole_logits, "packed": _whole_logits, "trainer": _trainer}[self.layout]
+        return run(case, self)
+
+
+PADDED = {
+    "both": "one by one, padded, both streams",
+    "official": "the authors' schedule",
+}
+OURS = {
+    "both": "papo_fast",
+    "official": "papo_fast, official parity",
+    "grpo": "papo_fast, GRPO",
+}
+UNSHARED = "papo_fast, nothing shared"
+# Several updates per rollout, as in the paper: the old log-probs need their pass.
+OFF_POLICY = ", old pass"
+WAYS = (
+    Way(PADDED["both"], "both", "padded"),
+    Way("+ packed, no padding", "both", "packed"),
+    Way("+ pictures once", "both", "packed", "pictures"),
+    Way("+ prompts once", "both", "packed", "prompts"),
+    Way("+ both streams in one pass", "both", "packed", "prompts", one_pass=True),
+    Way("+ no old-log-prob pass", "both", "packed", "prompts", one_pass=True, old_pass=False),
+    Way(OURS["both"], "both", "trainer", "prompts", one_pass=True, old_pass=False),
+    Way(UNSHARED, "both", "trainer", "nothing", one_pass=True, old_pass=False),
+    Way(PADDED["official"], "official", "padded"),
+    Way("+ packed, no padding", "official", "packed"),
+    Way("+ pictures once", "official", "packed", "pictures"),
+    Way("+ prompts once", "official", "packed", "prompts"),
+    Way("+ no old-log-prob pass", "official", "packed", "prompts", old_pass=False),
+    Way(OURS["official"], "official", "trainer", "prompts", old_pass=False),
+    Way(OURS["grpo"], "grpo", "trainer", "prompts", old_pass=False),
+    *[Way(OURS[o] + OFF_POLICY, o, "trainer", "prompts", o == "both") for o in OURS],
+)
+
+
+def config_of(case, name):
+    prompts = len(case.experience) // case.group_size
+    return Config(
+        objective=OBJECTIVES[name],
+        rollout=RolloutConfig(
+            prompts=prompts,
+            group_size=case.group_size,
+            max_new_tokens=max(case.experience.lengths),
+        ),
+        train=TrainConfig(
+            lr=0.0,
+            grad_clip=float("inf"),
+            update_prompts=prompts,
+            max_tokens=case.size.micro_tokens,
+        ),
+    )
+
+
+# papo_fast's own
+
+
+def _trainer(case, way):
+    config, experience = config_of(case, way.objective), case.sharing(way.share)
+    on_policy = not way.old_pass
+    score_without_gradient(experience, case.policy, case.reference, config, on_policy=on_policy)
+    updater = Updater(config, case.policy, case.reference, 1)
+    updater.optimizer = case.optimizer
+    metrics = updater.update(experience, range(len(experience)), lambda n: None)
+    return metrics["loss"]
+
+
+# What it is compared with
+
+
+def _whole_logits(case, way):
+    """Log-probs of every position from logits that exist as a whole; streams one by one."""
+    forward = _padded if way.layout == "padded" else _packed
+    goal = OBJECTIVES[way.objective].resolved()
+    experience, everything = case.sharing(way.share), range(len(case.experience))
+    stored = {}
+    passes = [("old_logprobs", case.policy, "full")] * way.old_pass
+    passes += [("ref_logprobs", case.reference, "full")]
+    if goal.needs_aug and not goal.aug_gradient:
+        passes += [("aug_logprobs", case.policy, "aug")]
+    with inference(case.policy):
+        for (name, policy, stream), batch in itertools.product(
+            passes, _batches(case, way, experience, everything, 1)
+        ):
+            rows = stored.setdefault(name, {})
+            [log_p], members = forward(policy, experience, batch, (stream,))
+            labels, lengths = _labels(experience, members)
+            rows |= dict(zip(members, _of_labels(log_p, labels).split(lengths), strict=True))
+
+    denominators = Denominators(
+        tokens=float(case.tokens), sequences=float(len(experience)), constant=None
+    )
+    both = goal.needs_aug and goal.aug_gradient
+    case.policy.train()
+    case.optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    streams = ("full", "aug") if both else ("full",)
+    for batch in _batches(case, way, experience, everything, len(streams) if way.one_pass else 1):
+        if way.one_pass:
+            log_probs, members = forward(case.policy, experience, batch, streams)
+        else:
+            log_probs = []
+            for stream in streams:
+                one, members = forward(case.policy, experience, batch, (stream,))
+                log_probs += one
+        labels, lengths = _labels(experience, members)
+        values = {k: torch.cat([v[i] for i in members]) for k, v in stored.items()}
+        index = torch.arange(len(members)).repeat_interleave(torch.tensor(lengths))
+        tokens = _token_batch(log_probs, labels, values, index, experience.advantages_B[members])
+        loss, _ = objective(tokens, goal, denominators)
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(case.policy.parameters(), float("inf"))
+    case.optimizer.step()
+    return total
+
+
+def _batches(case, way, experience, sequences, streams):
+    """Micro-batches of `micro_tokens`: groups to pack, or sequences to pad."""
+    budget = case.size.micro_tokens
+    if way.layout == "packed":
+        [batches] = plan(experience.groups(sequences), budget, streams, case.policy.shape)
+        return batches
+    longest = max(len(experience.prompts[i].encoded) + experience.lengths[i] for i in sequences)
+    count = -(-len(sequences) // (budget // longest))
+    # micro-batches of equal size
+    return [
+        [i for i in sequences if i * count // len(sequences) == b] for b in range(count)
+    ]  # fmt: skip
+
+
+def _packed(policy, experience, groups, streams):
+    """([(N, V) log-probs of each stream], sequences); logits of all T positions are computed."""
+    packed = pack(groups, policy.prompt_positions, full="full" in streams, aug="aug" in streams)
+    everywhere = torch.arange(len(packed.input_ids_T))
+    [hidden_TD] = policy._hidden(replace(packed, rows=(everywhere,)))
+    logits_TV = policy.model.lm_head(hidden_TD)
+    return [logits_TV[rows].log_softmax(-1) for rows in packed.rows], packed.sequences
+
+
+def _padded(policy, experience, members, streams):
+    """The same of sequences padded on the right, through the model's own forward."""
+    width = max(len(experience.prompts[i].encoded) + experience.lengths[i] for i in members)
+    ids = torch.zeros(len(members), width, dtype=torch.int64)
+    mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+    rows = torch.zeros_like(ids, dtype=torch.bool)
+    for b, i in enumerate(members):
+        prompt, response = experience.prompts[i].encoded, experience.completions[i].token_ids
+        p, n = len(prompt), len(prompt) + len(response)
+        ids[b, :n] = torch.cat([prompt.input_ids, torch.tensor(response)])
+        mask[b, :n] = 1
+        types[b, :p] = prompt.mm_token_type_ids
+        rows[b, p - 1 : n - 1] = True
+    log_probs = []
+    for stream in streams:
+        pixels = [
+            experience.prompts[i].encoded.pixel_values
+            if stream == "full"
+            else experience.aug_pixels[i]
+            for i in members
+        ]
+        policy.model.model.rope_deltas = None
+        logits_BTV = policy.model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=types,
+            pixel_values=torch.cat(pixels),
+            image_grid_thw=torch.cat(
+                [experience.prompts[i].encoded.image_grid_thw for i in members]
+            ),
+            use_cache=False,
+        ).logits
+        log_probs.append(logits_BTV[rows].log_softmax(-1))
+    return log_probs, members
+
+
+def _labels(experience, members):
+    ids = [experience.completions[i].token_ids for i in members]
+    return torch.tensor([t for row in ids for t in row]), [len(row) for row in ids]
+
+
+def _of_labels(log_p, labels):
+    return log_p.gather(1, labels[:, None])[:, 0]
+
+
+def _token_batch(log_probs, labels, values, index, advantages):
+    log_p = log_probs[0]
+    logprobs = _of_labels(log_p, labels)
+    if len(log_probs) == 2:
+        p, log_q = log_p.exp(), log_probs[1]
+        values = values | {
+            "entropy": -(p * log_p).sum(-1),
+            "aug_logprobs": _of_labels(log_q, labels),
+            "aug_entropy": -(log_q.exp() * log_q).sum(-1),
+            "kl_prcp": (p * (log_p - log_q)).sum(-1),
+        }
+    values = {"old_logprobs": logprobs.detach()} | values
+    return TokenBatch(
+        logprobs=logprobs, advantages=advantages[index], sequence_ids=index, **values
+    )  # fmt: skip
