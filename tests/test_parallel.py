@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from family_checkpoints import write_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
+from test_training import png
 
 from papo_fast.config import DataConfig, ParallelConfig
 from papo_fast.data import Prompt
@@ -26,8 +31,8 @@ TESTS = Path(__file__).parent
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
 
-def launch(ranks: int, arguments: list[str], timeout: float = 180) -> None:
-    """Run parallel_worker.py on so many ranks; fails with the output of the first that failed."""
+def launch(ranks: int, command: list[str], timeout: float = 180) -> None:
+    """Run a Python command on so many ranks; fails with the output of the first that failed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -39,7 +44,7 @@ def launch(ranks: int, arguments: list[str], timeout: float = 180) -> None:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "parallel_worker.py"), *arguments],
+            [sys.executable, *command],
             env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,7 +111,8 @@ def job(tmp_path_factory):
             "experience": fixed_experience(encoder),
         }
         torch.save(job, folder / f"{name}.pt")
-        launch(ranks, [str(folder / f"{name}.pt"), str(folder / name)])
+        worker = str(TESTS / "parallel_worker.py")
+        launch(ranks, [worker, str(folder / f"{name}.pt"), str(folder / name)])
         rows = torch.load(folder / name / "rows.pt", weights_only=True)
         return load_file(folder / name / "model.safetensors"), rows
 
@@ -132,3 +138,53 @@ def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_the_same_loss(tmp_path):
+    rows = [
+        {"problem": "What?", "answer": str(i), "images": [png(i)] if i % 2 else []}
+        for i in range(8)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    model = write_checkpoint(tmp_path / "model", "qwen2_5_vl")
+
+    def command(out, steps, every=1):
+        options = {
+            "model.path": model,
+            "model.dtype": "float32",
+            "data.train": tmp_path / "data.parquet",
+            "data.test": tmp_path / "data.parquet",
+            "data.min-pixels": 56 * 56,
+            "data.max-pixels": 112 * 112,
+            "rollout.prompts": 4,
+            "rollout.group-size": 2,
+            "rollout.max-new-tokens": 5,
+            "train.update-prompts": 2,
+            "train.steps": steps,
+            "train.lr": 1e-4,
+            "train.checkpoint-every": every,
+            "eval.samples": 1,
+            "reward.workers": 1,
+            "device": "cpu",
+            "out": out,
+        }
+        flat = [text for k, v in options.items() for text in (f"--{k}", str(v))]
+        return ["-m", "papo_fast", "train", "papo-g-7b", *flat, "--resume"]
+
+    def metrics(out):
+        path = tmp_path / out / "papo-g-7b-seed0" / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    launch(2, command(tmp_path / "a", 2))
+    assert [r["step"] for r in metrics("a")] == [1, 2]
+    assert (tmp_path / "a" / "papo-g-7b-seed0" / "model" / "model.safetensors").stat().st_size
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    saved = {}
+    for out, ranks in (("a", 2), ("b", 1)):
+        launch(ranks, command(tmp_path / out, 2))  # nothing left to do but to load and to save
+        path = tmp_path / out / "papo-g-7b-seed0" / "model" / "model.safetensors"
+        saved[out] = load_file(path)
+    for name, value in saved["a"].items():
+        torch.testing.assert_close(saved["b"][name], value, rtol=0, atol=0, msg=name)
+    launch(1, command(tmp_path / "b", 3))
+    assert [r["step"] for r in metrics("b")] == [1, 2, 3]
