@@ -165,10 +165,11 @@ gradients are those of one sequence at a time.
 
 {ratios}
 
-Measured on {threads} CPU threads in float32, without sampling and rewards, on a Qwen2.5-VL with
+Measured in float32 with {threads} CPU thread(s), without sampling and rewards, on a Qwen2.5-VL with
 random weights, image : text : response = {lengths} tokens. Shares of a sequence's FLOPs, in
 brackets those of the 3B model: {shares}.
-Each line that begins with + adds to the one before. Memory is what the process held beyond weights,
+Each line that begins with + adds to the one before; papo_fast itself adds that response rows alone
+go through the lm_head, with its sparse backward. Memory is what the process held beyond weights,
 optimizer state and data. All ways of one objective gave the same loss, and the same gradients to
 {same:.0e}, before they were timed; what the sparse backward leaves out moves them by {sparse:.1e}.
 `PYTHONPATH=.:kernels python bench/train_step.py --size full --threads {threads}`
