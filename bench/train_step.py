@@ -12,6 +12,7 @@ timed, all ways of one objective must give the same loss and gradients.
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -221,6 +222,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if args.threads < 0 or (args.rounds is not None and args.rounds < 1):
         parser.error("--threads must be at least 0 and --rounds at least 1")
+    if importlib.util.find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install -c constraints/cpu.txt -e '.[peers]'")
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -1,6 +1,5 @@
 """What `train_step.py` trains: a small Qwen2.5-VL, prompts with pictures, sampled responses."""
 
-import copy
 import json
 import math
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from papo_fast.advantages import group_advantages
 from papo_fast.config import ModelConfig
 from papo_fast.data import Prompt
 from papo_fast.experience import Experience
+from papo_fast.flops import ModelShape
 from papo_fast.policy import Policy
 from papo_fast.processing import EncodedPrompt
 from papo_fast.rewards import Score
@@ -260,8 +260,6 @@ def _sample(policy, prompts, group_size, lengths):
 
 def shares(config, size):
     """{part: share} of a plain sequence's forward FLOPs, for the lm_head on response rows."""
-    from papo_fast.flops import ModelShape
-
     shape, length = ModelShape.of(config), size.image + size.text + size.response
     flops = {
         "vision": shape.vision(size.image),
@@ -273,7 +271,7 @@ def shares(config, size):
 
 def shares_of_3b():
     """The same of Qwen2.5-VL-3B at 640 image tokens, 120 of text and 350 of response."""
-    size = replace(copy.copy(SIZES["full"]), patches=(40, 64), text=120, response=350)
+    size = replace(SIZES["full"], patches=(40, 64), text=120, response=350)
     return shares(Qwen2_5_VLConfig(**QWEN_3B), size)
 
 

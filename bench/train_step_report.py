@@ -224,8 +224,8 @@ def picture(content, path):
     import matplotlib.pyplot as plt
 
     sizes = group_sizes(content)
-    figure, axes = plt.subplots(1, len(sizes), figsize=(13, 6.6), sharey=True)
-    for ax, g in zip(axes, sizes, strict=True):
+    figure, axes = plt.subplots(1, len(sizes), figsize=(13, 6.6), sharey=True, squeeze=False)
+    for ax, g in zip(axes[0], sizes, strict=True):
         y, ticks, names = 0.0, [], []
         for objective, title in TITLES.items():
             rows = ladder(content, g, objective)
@@ -256,7 +256,7 @@ def picture(content, path):
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.grid(axis="x", alpha=0.25)
         ax.set_axisbelow(True)
-    axes[0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in PARTS]
     figure.legend(
         handles,

@@ -102,6 +102,7 @@ def test_small_models_have_the_shares_of_the_large_one():
         assert all(abs(got[part] - want[part]) < 0.06 for part in want)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_tables_a_picture_and_a_readme_section(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="pip install -e '.[peers]'")
     monkeypatch.setitem(train_step_case.SIZES, "quick", SMALL)
