@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--width", type=int, default=576, help="D, by an orthonormal map")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--budget", type=float, default=5e-3)
+    parser.add_argument("--budget", type=float, default=3e-3)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=3)

@@ -40,7 +40,7 @@ def token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    grad_budget: float = 5e-3,
+    grad_budget: float = 3e-3,
     backend: str = "auto",
     validate: bool | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,

@@ -72,7 +72,7 @@ def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
             rounded = oracle.gradients(upstream, rounded=dtype)
             bound = {g: 4e-3 + gradient_error(rounded[g], exact[g]) for g in GRADS}
         check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
-        assert certificate.rows == 130 and certificate.largest_share <= 5e-3
+        assert certificate.rows == 130 and certificate.largest_share <= 3e-3
         if sharpness > 30 and FAST == "torch":
             assert certificate.dense_rows == 0 and certificate.kept < 0.2
 
@@ -191,7 +191,7 @@ def test_compiled_statistics_and_gradients_match_float64(monkeypatch):
     stats = case.call(token_stats)
     for name in OUTPUTS:
         torch.testing.assert_close(getattr(stats, name).double(), want[name], rtol=1e-5, atol=1e-5)
-    for budget, bound in ((0.0, 1e-5), (5e-3, 4e-3)):
+    for budget, bound in ((0.0, 1e-5), (3e-3, 4e-3)):
         got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=budget)
         check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
     case.hidden[70, 0] = torch.nan
