@@ -48,7 +48,7 @@ from papo_fast.rollout.hf import HFRollout
 RESULT = Path(__file__).parent / "results" / "cpu" / "train_step.json"
 # Makes the optimizer's state, which is in no way's memory.
 WARM_UP = next(w for w in WAYS if w.name == OURS["grpo"])
-ROUNDS = {"quick": 2, "full": 3}
+ROUNDS = 2
 SAME = 1e-4
 # What the gradient budget of token_stats may leave out, 5e-3 of each token's gradient.
 SPARSE = 5e-3
@@ -157,6 +157,7 @@ def run(size_name, rounds, console):
         write_checkpoint(size, folder)
         for group_size in PROMPTS:
             case = make_case(size, group_size, folder)
+            gc.freeze()  # collecting before each way then takes milliseconds
             content["policies"][str(group_size)] = describe_policy(case)
             records, sampling = _one_case(case, rounds, progress)
             content["records"] += records
@@ -212,7 +213,7 @@ def main(arguments=None):
         "idle cores (default: quick)",
     )
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: quick 2, full 3)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 2)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -229,7 +230,7 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console = Console(width=max(128, Console().width))
-    content = run(args.size, args.rounds or ROUNDS[args.size], console)
+    content = run(args.size, args.rounds or ROUNDS, console)
     show(content, console)
     out = args.out or (RESULT if args.size == "full" else None)
     if out is not None:
