@@ -53,7 +53,9 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_new_tokens=20, batch_size=256),
         objective=objective,
-        train=TrainConfig(lr=3e-4, weight_decay=0.0, update_prompts=32, max_tokens=4096, steps=120),
+        train=TrainConfig(
+            lr=4e-4, lr_schedule="linear", weight_decay=0.0, update_prompts=32, steps=160
+        ),
         digits=DigitsConfig(enabled=True),
     )
 
@@ -64,7 +66,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         (
             "tiny",
             "The default job: PAPO on handwritten-digit arithmetic, model and data made here.",
-            _tiny("tiny", replace(_papo(0.005, 0.002, beta=0.0), kl_prcp_clip=2.0)),
+            _tiny("tiny", replace(_papo(0.005, 0.001, beta=0.0), kl_prcp_clip=2.0)),
         ),
         (
             "tiny-grpo",

@@ -1,7 +1,7 @@
 """Questions about pictures of handwritten digits, written once in the schema of real data.
 
 The handwriting is the UCI digits set that scikit-learn ships (1797 images of 8x8, 16 grey levels).
-Test questions are drawn from handwriting that no training question uses. A picture is a row of
+Test questions are drawn from images of digits that no training question uses. A picture is a row of
 28x28 cells, which is one vision token each in Qwen2.5-VL's layout (14-pixel patches merged 2x2).
 
 Kinds of question, as in the paper:
