@@ -50,7 +50,7 @@ RESULT = Path(__file__).parent / "results" / "cpu" / "train_step.json"
 WARM_UP = next(w for w in WAYS if w.name == OURS["grpo"])
 ROUNDS = 2
 SAME = 1e-4
-# What the gradient budget of token_stats may leave out, 5e-3 of each token's gradient.
+# How far what token_stats leaves out of the gradients by default may move them.
 SPARSE = 5e-3
 
 
