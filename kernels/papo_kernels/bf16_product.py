@@ -148,7 +148,10 @@ def product(x, weight, out):
 def _library():
     """The compiled function, or None where it cannot be had or cannot run."""
     flags = Path("/proc/cpuinfo")
-    if not flags.exists() or "avx512_bf16" not in flags.read_text() or not compiler():
+    if not flags.exists() or "avx512_bf16" not in flags.read_text():
+        log.info("token_stats: bfloat16 products run as float32: this CPU has no AVX512_BF16")
+        return None
+    if not compiler():  # which has said so
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "product.cpp"), Path(folder, "product.so")
