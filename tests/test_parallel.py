@@ -140,7 +140,7 @@ def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
-def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_the_same_loss(tmp_path):
+def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_their_weights(tmp_path):
     rows = [
         {"problem": "What?", "answer": str(i), "images": [png(i)] if i % 2 else []}
         for i in range(8)
@@ -179,12 +179,11 @@ def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_the_same_loss(tmp_pat
     assert [r["step"] for r in metrics("a")] == [1, 2]
     assert (tmp_path / "a" / "papo-g-7b-seed0" / "model" / "model.safetensors").stat().st_size
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    saved = {}
-    for out, ranks in (("a", 2), ("b", 1)):
-        launch(ranks, command(tmp_path / out, 2))  # nothing left to do but to load and to save
-        path = tmp_path / out / "papo-g-7b-seed0" / "model" / "model.safetensors"
-        saved[out] = load_file(path)
-    for name, value in saved["a"].items():
-        torch.testing.assert_close(saved["b"][name], value, rtol=0, atol=0, msg=name)
-    launch(1, command(tmp_path / "b", 3))
-    assert [r["step"] for r in metrics("b")] == [1, 2, 3]
+    launch(1, command(tmp_path / "b", 2))  # nothing left to do but to load and to save
+    two, one = (
+        load_file(tmp_path / out / "papo-g-7b-seed0" / "model" / "model.safetensors")
+        for out in ("a", "b")
+    )
+    for name, value in two.items():
+        torch.testing.assert_close(one[name], value, rtol=0, atol=0, msg=name)
+    assert metrics("b") == metrics("a")
