@@ -74,31 +74,27 @@ def record(rows, kept, vocab, share):
             c.shares.append(share)
 
 
-def find_levels(logits, normalisers, elements, tile):
+def find_levels(logits, order, normalisers, elements, tile):
     """Levels (ceil(R / tile), V) uint8 of one or two (R, V) `logits`; 0 where a row holds NaN.
 
-    normalisers: peak and log_sum of each stream, (R, 1) each. elements: as for `by_rows`.
+    order: (R,) rows in the order in which tiles are cut. normalisers: peak and log_sum of each
+    stream, (R, 1) each. elements: as for `by_rows`.
     """
     function = highest_of_two if len(logits) == 2 else highest_of_one
-    blocks = len(logits[0]) // tile
-    parts = []
-    if blocks:
-        whole = slice(0, blocks * tile)
-        tiled = [x[whole].view(blocks, tile, -1) for x in (*logits, *normalisers)]
-        parts.append(by_tiles(function, elements, *tiled))
-    if blocks * tile < len(logits[0]):
-        rest = [x[None, blocks * tile :] for x in (*logits, *normalisers)]
-        parts.append(by_tiles(function, elements, *rest))
-    return torch.cat(parts)
+    whole = len(order) // tile * tile
+    parts = [order[:whole].view(-1, tile), order[None, whole:]]
+    rows = (*logits, *normalisers)
+    return torch.cat([by_tiles(function, elements, p, *rows) for p in parts if p.numel()])
 
 
-def highest_of_one(z, peak, log_sum):
-    """(T, R, V) logits of T tiles to (T, V) levels."""
-    return _level(((z - peak) - log_sum).amax(1))
+def highest_of_one(order, z, peak, log_sum):
+    """(R, V) logits and the (T, rows) positions of T tiles to (T, V) levels."""
+    return _level(((z[order] - peak[order]) - log_sum[order]).amax(1))
 
 
-def highest_of_two(z, z_aug, peak, log_sum, aug_peak, aug_log_sum):
-    log_p, log_q = (z - peak) - log_sum, (z_aug - aug_peak) - aug_log_sum
+def highest_of_two(order, z, z_aug, peak, log_sum, aug_peak, aug_log_sum):
+    log_p = (z[order] - peak[order]) - log_sum[order]
+    log_q = (z_aug[order] - aug_peak[order]) - aug_log_sum[order]
     return _level(torch.maximum(log_p, log_q).amax(1))
 
 

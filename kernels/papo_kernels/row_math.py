@@ -169,11 +169,11 @@ def by_rows(function, elements, *tensors):
     return torch.cat(parts, dim=-1)
 
 
-def by_tiles(function, elements, *tensors):
-    """`function` over (T, R, V) `tensors`, tile by tile where it is not compiled."""
-    if _compiles(elements, tensors[0].device):
-        return _compiled(function)(*tensors)
-    return torch.cat([function(*(t[i : i + 1] for t in tensors)) for i in range(len(tensors[0]))])
+def by_tiles(function, elements, order, *tensors):
+    """`function` over the (T, rows) tiles of `order`, tile by tile where it is not compiled."""
+    if _compiles(elements, order.device):
+        return _compiled(function)(order, *tensors)
+    return torch.cat([function(tile[None], *tensors) for tile in order])
 
 
 def in_place(function, z, z_aug, s, g, *options):

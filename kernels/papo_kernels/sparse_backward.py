@@ -189,7 +189,7 @@ class Backward:
         for i, logits in ((0, z), (1, z_aug)):
             if dz[i] is not None:
                 dz[i].mul_(slope(logits, head.temperature, head.softcap))
-        self._add(at, dz, cols)
+        self._add_columns(at, dz, cols)
         return lost, True
 
     @staticmethod
@@ -256,53 +256,57 @@ class Backward:
             if p is not None:
                 x.scatter_add_(1, place, p)
         record(len(labels), len(self.weight), len(self.weight), None)
-        self._add(at, (z if self.full else None, z_aug if self.aug else None))
+        self._add_all(at, (z if self.full else None, z_aug if self.aug else None))
 
     def _gathered_logits(self, at, cols):
         """(R, K) logits of the two streams on some columns; None for a stream not needed."""
-        head, streams = self.head, []
-        for states, needed in ((self.hidden, self.needs_z), (self.aug_hidden, self.needs_z_aug)):
-            x = states[at] if needed else None
-            streams.append(None if x is None else (x, head.empty(x, len(cols))))
-        for block, weight in head.blocks(self.weight, cols, self.weight.dtype):
-            for x, z in filter(None, streams):
-                head.multiply(x, weight, z[:, block])
-        bias = None if self.bias is None else self.bias[cols]
-        return [None if s is None else head.finish(s[1], bias) for s in streams]
-
-    def _add(self, at, dz, cols=None):
-        """Adds gradients dz (R, K) of x @ weight.T + bias, one per stream or None, for rows `at`.
-
-        cols: (K,) the columns that they are of; None for all.
-        """
         head = self.head
-        streams = [
-            (grad, states[at].to(head.dtype), d_states)
-            for grad, states, d_states in (
-                (dz[0], self.hidden, self.d_hidden),
-                (dz[1], self.aug_hidden, self.d_aug),
-            )
-            if grad is not None
-        ]
-        sums = [None if d is None else torch.zeros_like(x) for _, x, d in streams]
-        for block, weight in head.blocks(self.weight, cols):
-            for (grad, _, _), total in zip(streams, sums, strict=True):
-                if total is not None:
+        needed = (self.needs_z, self.needs_z_aug)
+        states = zip((self.hidden, self.aug_hidden), needed, strict=True)
+        # one product for both streams: a tile alone is too thin to keep the arithmetic busy
+        x = torch.cat([h[at] for h, wanted in states if wanted])
+        z = head.empty(x, len(cols))
+        for block, weight in head.blocks(self.weight, cols, self.weight.dtype):
+            head.multiply(x, weight, z[:, block])
+        head.finish(z, None if self.bias is None else self.bias[cols])
+        parts = iter(z.split(len(self.labels[at])))
+        return [next(parts) if wanted else None for wanted in needed]
+
+    def _streams(self, at, dz):
+        """(gradient of the logits, states, gradient of the states) where there is the first."""
+        states = ((dz[0], self.hidden, self.d_hidden), (dz[1], self.aug_hidden, self.d_aug))
+        return [(g, x[at].to(self.head.dtype), d) for g, x, d in states if g is not None]
+
+    def _add_columns(self, at, dz, cols):
+        """Adds gradients dz (R, K), one per stream or None, of rows `at` and columns `cols`."""
+        streams = self._streams(at, dz)
+        grads, states = torch.cat([g for g, _, _ in streams]), torch.cat([x for _, x, _ in streams])
+        total = torch.zeros_like(states)
+        asked = any(d is not None for _, _, d in streams)
+        for block, weight in self.head.blocks(self.weight, cols):
+            if asked:
+                total.addmm_(grads[:, block], weight)
+            if self.d_weight is not None:
+                self.d_weight.index_add_(0, cols[block], grads[:, block].T @ states)
+        parts = total.split(len(self.labels[at]))
+        for (_, _, d_states), part in zip(streams, parts, strict=True):
+            if d_states is not None:
+                d_states[at] = part.to(d_states.dtype)
+        if self.d_bias is not None:
+            self.d_bias.index_add_(0, cols, grads.sum(0))
+
+    def _add_all(self, at, dz):
+        """Adds gradients dz (R, V), one per stream or None, of rows `at`."""
+        for grad, x, d_states in self._streams(at, dz):
+            if d_states is not None:
+                total = torch.zeros_like(x)
+                for block, weight in self.head.blocks(self.weight):
                     total.addmm_(grad[:, block], weight)
-            if self.d_weight is not None and cols is not None:
-                update = sum(grad[:, block].T @ x for grad, x, _ in streams)
-                self.d_weight.index_add_(0, cols[block], update)
-        for (_, _, d_states), total in zip(streams, sums, strict=True):
-            if total is not None:
                 d_states[at] = total.to(d_states.dtype)
-        for grad, x, _ in streams:
-            if self.d_weight is not None and cols is None:
+            if self.d_weight is not None:
                 self.d_weight.addmm_(grad.T, x)
             if self.d_bias is not None:
-                if cols is None:
-                    self.d_bias += grad.sum(0)
-                else:
-                    self.d_bias.index_add_(0, cols, grad.sum(0))
+                self.d_bias += grad.sum(0)
 
 
 def _left(whole, terms):

@@ -118,6 +118,15 @@ def row_chunks(targets, kept, size):
     return tuple(slice(n, n + size) for n in range(0, len(targets), size))
 
 
+def flat_rows_together(s):
+    """(R,) order of a chunk's rows in which tiles are cut: by the flatter stream's entropy.
+
+    A tile keeps what its flattest row needs, so one such row should not decide for 31 others.
+    """
+    entropy = s.entropy if s.aug_entropy is None else torch.maximum(s.entropy, s.aug_entropy)
+    return entropy.flatten().argsort(stable=True)
+
+
 def label_logprobs(z, peak, log_sum, labels, shard):
     """(R,) log-probs of (R,) labels: -inf on ranks without the word, NaN outside the vocabulary."""
     valid, owned, place = shard.place(labels, z.shape[1])
@@ -163,7 +172,8 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
             rows[-1, at] = label_logprobs(logits[1], s.aug_peak, s.aug_log_sum, labels, shard)
         if sparse:
             normalisers = statistics[[0, 1, 3, 4]] if two else statistics[:2]
-            found = find_levels(logits, normalisers[:, :, None], n * vocab, tile)
+            order = flat_rows_together(s)
+            found = find_levels(logits, order, normalisers[:, :, None], n * vocab, tile)
             levels[first // tile : first // tile + len(found)] = found
     if shard.group is not None:
         rows = combine_shards(rows, two, shard.group)
@@ -212,7 +222,14 @@ def backward(upstream, operands, needs, targets, rows, levels, ignore_index, hea
     """Gradients of the four operands, or None where `needs` is False."""
     run = Backward(operands, needs, upstream, rows, targets, head, shard)
     size = chunk_rows(len(run.weight))
-    kept = kept_rows(targets, ignore_index)
-    tiles = row_chunks(targets, kept, min(TILE_ROWS, size))
+    tiles = []
+    if levels is not None:  # as the forward made them
+        everything = torch.arange(len(targets), device=targets.device)
+        for at in row_chunks(targets, kept_rows(targets, ignore_index), size):
+            at = everything[at]
+            s = RowStats(*(None if x is None else x[at] for x in run.stats))
+            tiles += at[flat_rows_together(s)].split(min(TILE_ROWS, size))
+    else:
+        tiles = row_chunks(targets, kept_rows(targets, ignore_index), size)
     run.run(tiles, None if levels is None else levels[: len(tiles)], budget, size)
     return run.gradients()
