@@ -220,6 +220,11 @@ def section(content, images):
         "all cases, and what each way computes: `python bench/report.py "
         f"bench/results/cpu/{content['size']}.json`.",
     ]
+    timed = {way for k in chosen for way in found[k]} - {FLOOR}
+    parts += [
+        "Not all of them do the same work:\n\n"
+        + "\n".join(f"- {n}: {w['computes']}" for n, w in content["ways"].items() if n in timed)
+    ]
     parts += [f"{title(found[k])}\n\n{table(found[k])}" for k in chosen]
     parts += [f"![{p.stem.replace('_', ' ')}]({p.relative_to(ROOT).as_posix()})" for p in images]
     return "\n\n".join(parts)
