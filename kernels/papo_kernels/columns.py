@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from papo_kernels.row_math import by_tiles
+from papo_kernels import cpu_kernels
 
-TILE_ROWS = 32
+TILE_ROWS = 16
 LEVELS_PER_NAT = 8
 # A sum over the vocabulary and its recomputation differ by rounding, which is no dropped gradient.
 ROUNDING = 4e-6
@@ -78,24 +78,23 @@ def find_levels(logits, order, normalisers, elements, tile):
     """Levels (ceil(R / tile), V) uint8 of one or two (R, V) `logits`; 0 where a row holds NaN.
 
     order: (R,) rows in the order in which tiles are cut. normalisers: peak and log_sum of each
-    stream, (R, 1) each. elements: as for `by_rows`.
+    stream, (R, 1) each. elements: as for `row_statistics`.
     """
-    function = highest_of_two if len(logits) == 2 else highest_of_one
-    whole = len(order) // tile * tile
-    parts = [order[:whole].view(-1, tile), order[None, whole:]]
-    rows = (*logits, *normalisers)
-    return torch.cat([by_tiles(function, elements, p, *rows) for p in parts if p.numel()])
+    if cpu_kernels.usable(elements, *logits):
+        return cpu_kernels.levels(logits, order, normalisers, tile, LEVELS_PER_NAT)
+    highest = highest_of_two if len(logits) == 2 else highest_of_one
+    return torch.stack([highest(rows, *logits, *normalisers) for rows in order.split(tile)])
 
 
 def highest_of_one(order, z, peak, log_sum):
-    """(R, V) logits and the (T, rows) positions of T tiles to (T, V) levels."""
-    return _level(((z[order] - peak[order]) - log_sum[order]).amax(1))
+    """(R, V) logits and the positions of a tile's rows to (V,) levels."""
+    return _level(((z[order] - peak[order]) - log_sum[order]).amax(0))
 
 
 def highest_of_two(order, z, z_aug, peak, log_sum, aug_peak, aug_log_sum):
     log_p = (z[order] - peak[order]) - log_sum[order]
     log_q = (z_aug[order] - aug_peak[order]) - aug_log_sum[order]
-    return _level(torch.maximum(log_p, log_q).amax(1))
+    return _level(torch.maximum(log_p, log_q).amax(0))
 
 
 def _level(highest):
@@ -128,11 +127,15 @@ class LevelGuess:
         level = min(level, last)
         return level, float(beyond[level])
 
-    def learn(self, dropped, bound):
-        """dropped: largest share of a row's gradient outside the candidates of this bound."""
+    def learn(self, dropped, bound, enough):
+        """dropped: largest share of a row's gradient outside the candidates of this bound.
+
+        enough: whether these candidates were; if not, the next level should be clearly lower.
+        """
         if bound > 0 and math.isfinite(dropped):
             seen = max(dropped / bound, 1e-6)
-            self.tightness = seen if self.tightness is None else math.sqrt(seen * self.tightness)
+            before = seen if self.tightness is None else self.tightness
+            self.tightness = math.sqrt(seen * before) if enough else 2 * max(seen, before)
 
 
 def drop_least(sizes, allowances):

@@ -1,22 +1,15 @@
-"""The equations on (R, V) logits, elementwise and by row; compiled where the work is worth it.
+"""The equations on (R, V) logits, elementwise and by row.
 
 All is finite for banned tokens (log p = LOG_ZERO, p = 0) and NaN in the rows that hold a NaN.
 """
 
-import functools
-import logging
-import os
-import shutil
 from typing import NamedTuple
 
 import torch
 
+from papo_kernels import cpu_kernels
 from papo_kernels.reference import LOG_ZERO
 
-log = logging.getLogger("papo_kernels")
-
-# Logits per call and stream from which compiling (about 10 s once) pays: it saves 0.1 s a call.
-COMPILE_ELEMENTS = 1 << 23
 # Rows of eager work at a time: 0.5 MiB of float32 stays in a core's cache through all passes.
 EAGER_ELEMENTS = 1 << 17
 
@@ -157,23 +150,17 @@ def _plus(x, y):
     return y if x is None else x + y
 
 
-def by_rows(function, elements, *tensors):
-    """`function` over blocks of rows of (R, V) `tensors`, joined along the last dimension.
+def row_statistics(logits, elements):
+    """(9 or 3, R): the fields of RowStats, from one or two (R, V) `logits`.
 
-    One compiled call where a call of `elements` logits in all repays compiling; else eager blocks.
+    elements: logits of the whole call; they decide whether the C++ is used.
     """
-    if _compiles(elements, tensors[0].device):
-        return _compiled(function)(*tensors)
-    size = max(1, EAGER_ELEMENTS // tensors[0].shape[-1])
-    parts = [function(*(t[n : n + size] for t in tensors)) for n in range(0, len(tensors[0]), size)]
-    return torch.cat(parts, dim=-1)
-
-
-def by_tiles(function, elements, order, *tensors):
-    """`function` over the (T, rows) tiles of `order`, tile by tile where it is not compiled."""
-    if _compiles(elements, order.device):
-        return _compiled(function)(order, *tensors)
-    return torch.cat([function(tile[None], *tensors) for tile in order])
+    if cpu_kernels.usable(elements, *logits):
+        return cpu_kernels.statistics(logits[0], logits[1] if len(logits) == 2 else None)
+    function = two_streams if len(logits) == 2 else one_stream
+    size = max(1, EAGER_ELEMENTS // logits[0].shape[-1])
+    starts = range(0, len(logits[0]), size)
+    return torch.cat([function(*(z[n : n + size] for z in logits)) for n in starts], dim=-1)
 
 
 def in_place(function, z, z_aug, s, g, *options):
@@ -185,24 +172,3 @@ def in_place(function, z, z_aug, s, g, *options):
         z_block, aug_block = (None if x is None else x[block] for x in (z, z_aug))
         s_block, g_block = (type(t)(*(None if x is None else x[block] for x in t)) for t in (s, g))
         function(z_block, aug_block, s_block, g_block, *options)
-
-
-def _compiles(elements, device):
-    return elements >= COMPILE_ELEMENTS and device.type == "cpu" and bool(compiler())
-
-
-@functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
-@functools.cache
-def compiler():
-    """Path of the C++ compiler that torch.compile looks for; None, and a warning, without one."""
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if not found:
-        log.warning(
-            "token_stats: no C++ compiler found: row statistics run uncompiled, and bfloat16 "
-            "products on the CPU as float32; both are slower"
-        )
-    return found

@@ -3,22 +3,15 @@
 import torch
 import torch.distributed as dist
 
-from papo_kernels.columns import ROUNDING, LevelGuess, drop_least, record
-from papo_kernels.row_math import (
-    RowStats,
-    Upstream,
-    d_log_probs,
-    d_logits_,
-    in_place,
-    log_probs,
-    q_minus_p,
-    slope,
-)
+from papo_kernels import cpu_kernels
+from papo_kernels.columns import ROUNDING, LevelGuess, record
+from papo_kernels.cpu_tile import CppTile
+from papo_kernels.row_math import RowStats, Upstream, d_logits_, in_place, slope
+from papo_kernels.tiles import Tile
 
-# A tile that keeps more of the vocabulary than this gains nothing from gathering.
-DENSE_SHARE = 1 / 2
-# Candidates worth dropping: for fewer the second gather costs more than it saves.
-WORTH_DROPPING = 0.1
+# A tile that keeps more of the vocabulary than this gains nothing from gathering; nor from reading
+# rows of the weight in place, as the C++ does, where it keeps more than the second.
+DENSE_SHARE, CPP_DENSE_SHARE = 1 / 2, 0.7
 # Shares add up to an error of about 0.7 of them (entropies, SmolLM2 states); the rest is reserve.
 RESERVE = 0.8
 # Candidate sets tried before a tile is done densely.
@@ -59,6 +52,12 @@ class Backward:
         # One rounding at the end: sums over rows in 16 bits diverge.
         self.d_weight = torch.zeros_like(self.weight, dtype=head.dtype) if needs_weight else None
         self.d_bias = torch.zeros_like(self.bias, dtype=head.dtype) if needs_bias else None
+        logits = len(self.labels) * len(self.weight)
+        self._cpp = head.dtype == torch.float32 and cpu_kernels.usable(
+            logits, self.hidden, self.aug_hidden, self.weight
+        )
+        if self._cpp and self.weight.stride(1) != 1:
+            self.weight = self.weight.contiguous()
 
     def gradients(self):
         """d_hidden, d_aug_hidden, d_weight, d_bias in their operands' dtypes, or None."""
@@ -129,109 +128,69 @@ class Backward:
         highest = float(max(entropies))
         if highest != highest:
             return False
-        most = DENSE_SHARE * len(levels)
+        most = (CPP_DENSE_SHARE if self._cpp else DENSE_SHARE) * len(levels)
+        tile = self._tile(at)
         for _ in range(ATTEMPTS):
             found = guess.level(levels, budget, highest, most)
             if found is None:
                 return False
             level, bound = found
-            share, done = self._try_columns(at, levels <= level, s, g, budget, typical)
-            guess.learn(share, bound)
+            share, done = self._try_columns(at, tile, levels <= level, s, g, budget, typical)
+            guess.learn(share, bound, done)
             if done:
                 return True
         return False
 
-    def _try_columns(self, at, mask, s, g, budget, typical):
+    def _try_columns(self, at, tile, mask, s, g, budget, typical):
         """(largest share of a row's gradient outside `mask`, whether the tile is done with it)."""
         valid, _, labels = self.shard.place(self.labels[at], len(mask))
         mask[labels] = True
         cols = mask.nonzero().squeeze(1)
-        z, z_aug = self._gathered_logits(at, cols)
-        log_p = p = log_q = q = None
-        if z is not None:
-            log_p = log_probs(z, s.peak, s.log_sum)
-            p = log_p.exp()
-        if z_aug is not None:
-            log_q = log_probs(z_aug, s.aug_peak, s.aug_log_sum)
-            q = log_q.exp()
-        dz = d_log_probs(log_p, p, log_q, q, s, g, self.full, self.aug)
-        place = torch.searchsorted(cols, labels)[:, None]
-        for x, plus in zip(dz, (g.logprobs, g.aug_logprobs), strict=True):
-            if x is not None and plus is not None:
-                x.scatter_add_(1, place, torch.where(valid[:, None], plus, torch.nan))
-        own, kl = self._outside_full(log_p, p, log_q, s, g) if self.full else (0, 0)
-        own_aug, kl_aug = self._outside_aug(log_q, q, p, s, g) if self.aug else (0, 0)
-        grads, outside = (dz[0], dz[1], None), (own + kl, own_aug + kl_aug, 0)
-        if self.net:
-            grads = (*dz, dz[0] + dz[1])
-            kl = g.kl_prcp.abs() * self._outside_kl(log_p, p, log_q, q, s)
-            outside = (*outside[:2], own + own_aug + kl)
-        streams = [i for i in range(3) if grads[i] is not None]
-        sizes = [grads[i].abs() for i in streams]
-        wholes = [
-            x.sum(1, keepdim=True).clamp_min(typical[i])
-            for i, x in zip(streams, sizes, strict=True)
-        ]
+        sums = tile.differentiate(cols, torch.searchsorted(cols, labels), valid, s, g)
+        streams = [i for i, wanted in enumerate((self.full, self.aug, self.net)) if wanted]
+        sizes, outside = (sums.size, sums.aug_size, sums.net_size), self._outside(sums, s, g)
+        wholes = [sizes[i].clamp_min(typical[i]) for i in streams]
         beyond = [outside[i] for i in streams]
-        lost = max(float((b / w).nan_to_num(0).max()) for b, w in zip(beyond, wholes, strict=True))
+        lost = _largest_share(beyond, wholes)
         allowances = [budget * w - b for w, b in zip(wholes, beyond, strict=True)]
         if not all((a >= 0).all() for a in allowances):
             return lost, False
-        keep, dropped = drop_least(sizes, allowances)
-        if len(cols) - len(keep) > WORTH_DROPPING * len(cols):
-            cols = cols[keep]
-            dz = [None if x is None else x[:, keep] for x in dz]
-            z, z_aug = (None if x is None else x[:, keep] for x in (z, z_aug))
-            beyond = [b + d for b, d in zip(beyond, dropped, strict=True)]
-        share = max(float((b / w).nan_to_num(0).max()) for b, w in zip(beyond, wholes, strict=True))
-        record(len(labels), len(cols), len(mask), share)
-        head = self.head
-        for i, logits in ((0, z), (1, z_aug)):
-            if dz[i] is not None:
-                dz[i].mul_(slope(logits, head.temperature, head.softcap))
-        self._add_columns(at, dz, cols)
+        room = dict(zip(streams, allowances, strict=True))
+        dropped = tile.drop_least([room.get(i) for i in range(3)])
+        beyond = [b + dropped[i] for i, b in zip(streams, beyond, strict=True)]
+        record(len(labels), len(tile.cols), len(mask), _largest_share(beyond, wholes))
+        parts = tile.add_gradients(self.d_weight, self.d_bias)
+        for d_states, part in zip((self.d_hidden, self.d_aug), parts, strict=True):
+            if d_states is not None and part is not None:
+                d_states[at] = part.to(d_states.dtype)
         return lost, True
 
-    @staticmethod
-    def _outside_full(log_p, p, log_q, s, g):
-        """(R, 1) bounds on sum |dz| over the columns that are not candidates: own part, KL's part.
+    def _outside(self, sums, s, g):
+        """(R, 1) bounds on sum |dz| over the columns that are not candidates, in both streams and
+        their sum; `sums` are the candidates'.
 
         Whole-vocabulary sums less those of the candidates. All other columns have log p < -H, so
-        that the terms p (log p + H), which sum to 0 over all columns, are negative there.
+        that the terms p (log p + H), which sum to 0 over all columns, are negative there. To
+        dz + dz_aug the KL adds its own non-negative terms, less p KL: of second order where q is
+        close to p. Their rounding is the logits' times |log q - log p|.
         """
-        mass = _left(1, p)
-        own, kl = torch.zeros_like(mass), 0
-        if g.logprobs is not None:
-            own += g.logprobs.abs() * mass
-        if g.entropy is not None:
-            own += g.entropy.abs() * _left(0, -p * (log_p + s.entropy))
-        if g.kl_prcp is not None:
-            ratio = _left(s.ratio, p * (log_q - log_p).abs())
-            kl = g.kl_prcp.abs() * (ratio + s.kl.abs() * mass)
-        return own, kl
-
-    @staticmethod
-    def _outside_aug(log_q, q, p, s, g):
-        own, kl = torch.zeros_like(s.aug_entropy), 0
-        if g.aug_logprobs is not None:
-            own += g.aug_logprobs.abs() * _left(1, q)
-        if g.aug_entropy is not None:
-            own += g.aug_entropy.abs() * _left(0, -q * (log_q + s.aug_entropy))
-        if g.kl_prcp is not None:
-            kl = g.kl_prcp.abs() * _left(s.gap, (q - p).abs())
-        return own, kl
-
-    @staticmethod
-    def _outside_kl(log_p, p, log_q, q, s):
-        """(R, 1) bound, per unit of upstream, on what the KL adds to dz + dz_aug outside.
-
-        That is p (log p - log q) + q - p, the KL's own non-negative terms, less p KL: of second
-        order where q is close to p. Its rounding is the logits' times |log q - log p|.
-        """
-        log_ratio = log_q - log_p
-        terms = q_minus_p(p, q, log_ratio) - p * log_ratio
-        left = s.kl - terms.sum(1, keepdim=True) - ROUNDING * (2 * s.kl.abs()).sqrt()
-        return left.clamp_min(0) + s.kl.abs() * _left(1, p)
+        own = own_aug = full = aug = net = 0
+        kl = None if g.kl_prcp is None else g.kl_prcp.abs()
+        mass = _left(1, sums.mass) if self.full else 0
+        if self.full:
+            own = _own_part(mass, sums.own, g.logprobs, g.entropy)
+            full = own
+            if kl is not None:
+                full = own + kl * (_left(s.ratio, sums.ratio) + s.kl.abs() * mass)
+        if self.aug:
+            own_aug = _own_part(
+                _left(1, sums.aug_mass), sums.aug_own, g.aug_logprobs, g.aug_entropy
+            )
+            aug = own_aug if kl is None else own_aug + kl * _left(s.gap, sums.gap)
+        if self.net:
+            terms = s.kl - sums.kl - ROUNDING * (2 * s.kl.abs()).sqrt()
+            net = own + own_aug + kl * (terms.clamp_min(0) + s.kl.abs() * mass)
+        return full, aug, net
 
     def _dense(self, at):
         s, g = self._columns(at)
@@ -258,46 +217,25 @@ class Backward:
         record(len(labels), len(self.weight), len(self.weight), None)
         self._add_all(at, (z if self.full else None, z_aug if self.aug else None))
 
-    def _gathered_logits(self, at, cols):
-        """(R, K) logits of the two streams on some columns; None for a stream not needed."""
-        head = self.head
-        needed = (self.needs_z, self.needs_z_aug)
-        states = zip((self.hidden, self.aug_hidden), needed, strict=True)
-        # one product for both streams: a tile alone is too thin to keep the arithmetic busy
-        x = torch.cat([h[at] for h, wanted in states if wanted])
-        z = head.empty(x, len(cols))
-        for block, weight in head.blocks(self.weight, cols, self.weight.dtype):
-            head.multiply(x, weight, z[:, block])
-        head.finish(z, None if self.bias is None else self.bias[cols])
-        parts = iter(z.split(len(self.labels[at])))
-        return [next(parts) if wanted else None for wanted in needed]
-
-    def _streams(self, at, dz):
-        """(gradient of the logits, states, gradient of the states) where there is the first."""
-        states = ((dz[0], self.hidden, self.d_hidden), (dz[1], self.aug_hidden, self.d_aug))
-        return [(g, x[at].to(self.head.dtype), d) for g, x, d in states if g is not None]
-
-    def _add_columns(self, at, dz, cols):
-        """Adds gradients dz (R, K), one per stream or None, of rows `at` and columns `cols`."""
-        streams = self._streams(at, dz)
-        grads, states = torch.cat([g for g, _, _ in streams]), torch.cat([x for _, x, _ in streams])
-        total = torch.zeros_like(states)
-        asked = any(d is not None for _, _, d in streams)
-        for block, weight in self.head.blocks(self.weight, cols):
-            if asked:
-                total.addmm_(grads[:, block], weight)
-            if self.d_weight is not None:
-                self.d_weight.index_add_(0, cols[block], grads[:, block].T @ states)
-        parts = total.split(len(self.labels[at]))
-        for (_, _, d_states), part in zip(streams, parts, strict=True):
-            if d_states is not None:
-                d_states[at] = part.to(d_states.dtype)
-        if self.d_bias is not None:
-            self.d_bias.index_add_(0, cols, grads.sum(0))
+    def _tile(self, at):
+        """The states of rows `at`, of the streams whose logits are needed, ready for products."""
+        states = [
+            x[at] if wanted else None
+            for x, wanted in (
+                (self.hidden, self.needs_z),
+                (self.aug_hidden, self.needs_z_aug),
+            )
+        ]
+        wanted = (self.full, self.aug, self.d_hidden is not None or self.d_aug is not None)
+        return (CppTile if self._cpp else Tile)(states, self.weight, self.bias, self.head, *wanted)
 
     def _add_all(self, at, dz):
         """Adds gradients dz (R, V), one per stream or None, of rows `at`."""
-        for grad, x, d_states in self._streams(at, dz):
+        states = ((dz[0], self.hidden, self.d_hidden), (dz[1], self.aug_hidden, self.d_aug))
+        for grad, x, d_states in states:
+            if grad is None:
+                continue
+            x = x[at].to(self.head.dtype)
             if d_states is not None:
                 total = torch.zeros_like(x)
                 for block, weight in self.head.blocks(self.weight):
@@ -309,9 +247,22 @@ class Backward:
                 self.d_bias += grad.sum(0)
 
 
-def _left(whole, terms):
-    """(R, 1): what is left of a sum over the vocabulary beside the candidates' (R, K) terms."""
-    return (whole - terms.sum(1, keepdim=True) - ROUNDING).clamp_min(0)
+def _left(whole, part):
+    """(R, 1): what is left of a sum over the vocabulary beside the candidates' part."""
+    return (whole - part - ROUNDING).clamp_min(0)
+
+
+def _own_part(mass, own, g_logprobs, g_entropy):
+    bound = torch.zeros_like(mass)
+    if g_logprobs is not None:
+        bound += g_logprobs.abs() * mass
+    if g_entropy is not None:
+        bound += g_entropy.abs() * _left(0, -own)
+    return bound
+
+
+def _largest_share(parts, wholes):
+    return max(float((b / w).nan_to_num(0).max()) for b, w in zip(parts, wholes, strict=True))
 
 
 def _log_prob_size(upstream, label_logprob):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from papo_kernels import bf16_product
+from papo_kernels import cpu_kernels
 from papo_kernels.columns import TILE_ROWS, find_levels
 from papo_kernels.reference import LOG_ZERO, compute_dtype
-from papo_kernels.row_math import RowStats, by_rows, one_stream, two_streams
+from papo_kernels.row_math import RowStats, row_statistics
 from papo_kernels.sparse_backward import Backward
 
 # Logits of one chunk and stream: 64 MiB of float32.
@@ -36,7 +36,7 @@ class Head:
 
     def multiply(self, x, weight, out):
         """Writes the products x @ weight.T into (R, V) `out`."""
-        if bf16_product.product(x, weight, out):
+        if cpu_kernels.product(x, weight, out):
             return
         x = x.to(self.dtype)
         for block, w in self.blocks(weight):
@@ -163,7 +163,7 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
         logits = [head.logits(hidden[at], weight, bias, buffers[0])]
         if two:
             logits.append(head.logits(aug_hidden[at], weight, bias, buffers[1]))
-        statistics = by_rows(two_streams if two else one_stream, n * vocab, *logits)
+        statistics = row_statistics(logits, n * vocab)
         rows[: 9 if two else 3, at] = statistics
         s = RowStats(*statistics[:, :, None])
         labels = targets[at]

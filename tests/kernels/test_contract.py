@@ -32,11 +32,15 @@ HEADS = {
 heads = pytest.mark.parametrize("head", HEADS)
 
 
-# Triton's forward knows no chunks.
-@pytest.fixture(params=[1 << 24] if FAST == "triton" else [1 << 24, 4000])
+# Triton's forward knows no chunks, and no C++.
+@pytest.fixture(params=[1 << 24] if FAST == "triton" else [1 << 24, 4000, "no C++"])
 def chunk_elements(request, monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(torch_backend, "COPY_ELEMENTS", request.param)
+    size = request.param
+    if size == "no C++":
+        request.getfixturevalue("without_cpp")
+        size = 4000
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", size)
+    monkeypatch.setattr(torch_backend, "COPY_ELEMENTS", size)
 
 
 @backends

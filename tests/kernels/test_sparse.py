@@ -14,7 +14,7 @@ from kernel_oracle import (
     random_upstream,
 )
 
-from papo_kernels import record_certificates, row_math, token_stats, torch_backend
+from papo_kernels import record_certificates, token_stats, torch_backend
 
 MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
 WORDS = 16411
@@ -107,7 +107,7 @@ def test_close_policies_keep_their_perception_gradient():
 @pytest.mark.parametrize("outputs", MIXES, ids="+".join)
 def test_certificate_is_true(budget, outputs):
     """In one tile the columns dropped are the zero rows of dW: float64 says what they held."""
-    case = policy_case(32, WORDS, sharpness=36.0)
+    case = policy_case(16, WORDS, sharpness=36.0)
     upstream = random_upstream(case, outputs)
     with record_certificates() as certificate:
         got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=budget)
@@ -182,20 +182,18 @@ def test_a_confident_call_stays_right():
 
 
 @torch_only
-def test_compiled_statistics_and_gradients_match_float64(monkeypatch):
-    monkeypatch.setattr(row_math, "COMPILE_ELEMENTS", 0)
-    case = policy_case(100, 5003, sharpness=36.0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_compiler_torch_operators_keep_the_contract(dtype, without_cpp):
+    case = policy_case(100, 5003, sharpness=36.0, dtype=dtype)
     upstream = random_upstream(case)
     oracle = Oracle(case)
     want, exact = oracle.statistics(), oracle.gradients(upstream)
     stats = case.call(token_stats)
     for name in OUTPUTS:
-        torch.testing.assert_close(getattr(stats, name).double(), want[name], rtol=1e-5, atol=1e-5)
-    for budget, bound in ((0.0, 1e-5), (3e-3, 4e-3)):
-        got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=budget)
-        check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
-    case.hidden[70, 0] = torch.nan
-    stats = case.call(token_stats)
-    assert stats.entropy.isnan().nonzero().tolist() == [[70]]
-    assert stats.kl_prcp.isnan().nonzero().tolist() == [[70]]
-    assert case.gradients(token_stats, upstream, backend=FAST)["weight"].isnan().any()
+        torch.testing.assert_close(getattr(stats, name).double(), want[name], rtol=1e-4, atol=1e-4)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream, backend=FAST)
+    assert certificate.dense_rows == 0
+    rounded = oracle.gradients(upstream, rounded=dtype)
+    bound = {g: 4e-3 + gradient_error(rounded[g], exact[g]) for g in got}
+    check({g: gradient_error(got[g], exact[g]) for g in got}, bound)

@@ -1,0 +1,226 @@
+"""The torch backend's C++ on the CPU (`cpu_kernels.cpp`): compiled once per machine, then loaded.
+
+Without a compiler, and for other dtypes and devices, callers keep to torch's own operators.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+log = logging.getLogger("papo_kernels")
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = "-O3 -funroll-loops -std=c++17 -shared -fPIC -pthread -march=native".split()
+# Logits of a call below which torch's operators are quick enough and nothing is compiled.
+LEAST_LOGITS = 1 << 20
+
+
+def usable(logits, *tensors):
+    """Whether a call over so many logits, on float32 or bfloat16 `tensors`, can use the C++."""
+    if logits < LEAST_LOGITS:
+        return False
+    given = [t for t in tensors if t is not None]
+    if any(t.device.type != "cpu" for t in given):
+        return False
+    if any(t.dtype not in (torch.float32, torch.bfloat16) for t in given):
+        return False
+    return _library() is not None
+
+
+def statistics(z, z_aug):
+    """(9 or 3, R) fields of `row_math.RowStats` from one or two (R, V) contiguous logits."""
+    rows, vocab = z.shape
+    out = z.new_empty(3 if z_aug is None else 9, rows)
+    aug = None if z_aug is None else z_aug.data_ptr()
+    _library().statistics(z.data_ptr(), aug, rows, vocab, out.data_ptr(), rows, _threads())
+    return out
+
+
+def levels(logits, order, normalisers, tile, per_nat):
+    """(ceil(R / tile), V) uint8 as `columns.find_levels` says; logits contiguous (R, V)."""
+    rows, vocab = logits[0].shape
+    out = torch.empty(-(-rows // tile), vocab, dtype=torch.uint8)
+    aug = logits[1].data_ptr() if len(logits) == 2 else None
+    normalisers = normalisers.reshape(-1, rows).contiguous()
+    _library().levels(
+        logits[0].data_ptr(), aug, order.data_ptr(), rows, vocab, tile, normalisers.data_ptr(),
+        rows, out.data_ptr(), per_nat, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def product(x, weight, out):
+    """Writes (R, D) x @ (V, D) weight.T into (R, V) `out`; returns whether it could.
+
+    It can where x and weight are bfloat16 and the processor multiplies those: torch can only round
+    such products to bfloat16. Rows of weight and of out are contiguous each.
+    """
+    if not (usable(out.numel(), x, weight) and x.dtype == weight.dtype == torch.bfloat16):
+        return False
+    if out.dtype != torch.float32 or x.shape[1] == 0 or weight.stride(1) != 1:
+        return False
+    if not _multiplies_bf16():
+        return False
+    rows, width = x.shape
+    x = F.pad(x, (0, width % 2)).contiguous()
+    _library().product(
+        x.data_ptr(), rows, x.shape[1] // 2, weight.data_ptr(), weight.stride(0), len(weight),
+        width, out.data_ptr(), out.stride(0), _threads(),
+    )  # fmt: skip
+    return True
+
+
+def picked_logits(rows, weight, cols):
+    """(K, R) float32 products of rows `cols` (K,) of (V, D) weight with (R, D) rows.
+
+    R is a multiple of `whole_vectors`; rows of weight are contiguous each.
+    """
+    pairs = weight.dtype == rows.dtype == torch.bfloat16 and _multiplies_bf16()
+    if pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0:
+        x = rows.view(torch.int32).T.contiguous()
+    else:
+        pairs, x = False, rows.float().T.contiguous()
+        if weight.dtype != torch.float32:
+            weight, cols = weight[cols].float(), torch.arange(len(cols))
+    z = torch.empty(len(cols), len(rows))
+    _library().picked_logits(
+        weight.data_ptr(), pairs, weight.stride(0), cols.data_ptr(), len(cols), x.data_ptr(),
+        len(rows), rows.shape[1], z.data_ptr(), _threads(),
+    )  # fmt: skip
+    return z
+
+
+def column_gradients(z, streams, rows, labels):
+    """(K, R) gradients of the logits z, and (3 or 10, R / streams) sums in `tiles.Sums`' order.
+
+    rows: statistics and upstream gradients as the C++ says; labels: (R / streams,) int32.
+    """
+    g, padded = torch.empty_like(z), rows.shape[1]
+    sums = torch.empty(10 if streams == 2 else 3, padded)
+    _library().column_gradients(
+        z.data_ptr(), g.data_ptr(), len(z), streams, padded, rows.data_ptr(), labels.data_ptr(),
+        sums.data_ptr(),
+    )  # fmt: skip
+    return g, sums
+
+
+def drop_least(g, streams, net, room):
+    """(count, order, dropped): the first `count` columns of (K,) `order` fit into `room`.
+
+    room: (streams + net, R / streams) sums of |g| that rows may drop, `net` of the streams' sum.
+    """
+    need, dropped = g.new_empty(len(g)), torch.zeros_like(room)
+    shape = (len(g), streams, room.shape[1], net)
+    inverse = 1 / room.clamp_min(1e-38)
+    _library().column_needs(g.data_ptr(), *shape, inverse.data_ptr(), need.data_ptr())
+    order = need.argsort()
+    count = _library().droppable(
+        g.data_ptr(), order.data_ptr(), *shape, room.data_ptr(), dropped.data_ptr()
+    )
+    return count, order, dropped
+
+
+def add_picked_gradients(g, weight, cols, x, d_x, d_weight):
+    """Adds g.T @ weight[cols] to d_x and g @ x to rows `cols` of d_weight, where there are these.
+
+    g: (K, R); x, d_x: (R, D) float32, filled up to a multiple of `feature_block` features.
+    """
+    _library().picked_gradients(
+        weight.data_ptr(), weight.dtype == torch.bfloat16, weight.stride(0), cols.data_ptr(),
+        len(cols), g.data_ptr(), g.shape[1], x.data_ptr(), None if d_x is None else d_x.data_ptr(),
+        None if d_weight is None else d_weight.data_ptr(), weight.shape[1], x.shape[1], _threads(),
+    )  # fmt: skip
+
+
+def whole_vectors(rows):
+    """The least multiple of the vectors' length that is not below `rows`."""
+    return -(-rows // _library().lanes()) * _library().lanes()
+
+
+def feature_block():
+    return _library().feature_block()
+
+
+def _threads():
+    return torch.get_num_threads()
+
+
+@functools.cache
+def _multiplies_bf16():
+    if _library().multiplies_bf16():
+        return True
+    log.info("token_stats: bfloat16 products run as float32: this CPU has no AVX512_BF16")
+    return False
+
+
+@functools.cache
+def compiler():
+    """Path of the C++ compiler, $CXX or g++; None, and a warning, without one."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if not found:
+        log.warning(
+            "token_stats: no C++ compiler found: on the CPU, torch's operators run instead of "
+            "papo_kernels' own, at less than half the speed; install g++ or set CXX"
+        )
+    return found
+
+
+@functools.cache
+def _library():
+    """The compiled functions, or None where they cannot be had."""
+    if not compiler():
+        return None
+    command = [compiler(), *FLAGS, str(SOURCE)]
+    kept = _cache_folder() / f"cpu_kernels-{_fingerprint(command)}.so"
+    if not kept.exists():
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made = Path(folder, "made.so")
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                log.warning(
+                    "token_stats: on the CPU, torch's operators run instead of papo_kernels' own, "
+                    "at less than half the speed: %s failed: %s",
+                    " ".join(command), done.stderr.strip()[-500:],
+                )  # fmt: skip
+                return None
+            made.replace(kept)  # at once: other processes may be looking
+    library = ctypes.CDLL(str(kept))
+    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.statistics.argtypes = [p, p, n, n, p, n, i]
+    library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
+    library.product.argtypes = [p, n, n, p, n, n, n, p, n, i]
+    library.picked_logits.argtypes = [p, i, n, p, n, p, n, n, p, i]
+    library.picked_gradients.argtypes = [p, i, n, p, n, p, n, p, p, p, n, n, i]
+    library.column_gradients.argtypes = [p, p, n, n, n, p, p, p]
+    library.column_needs.argtypes = [p, n, n, n, i, p, p]
+    library.droppable.argtypes = [p, p, n, n, n, i, p, p]
+    library.droppable.restype = n
+    return library
+
+
+def _cache_folder():
+    """Where compiled files are kept, the user's own."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "papo_kernels")
+
+
+def _fingerprint(command):
+    """Of the source, the command and the processor: homes are shared by unlike machines."""
+    about = platform.machine() + platform.processor()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = cpu.read_text().splitlines()
+        about += "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model"))}))
+    text = " ".join(command) + about + SOURCE.read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,90 @@
+"""`tiles.Tile` by the C++ of `cpu_kernels.cpp`: rows of the weight are read in place."""
+
+import torch
+import torch.nn.functional as F
+
+from papo_kernels import cpu_kernels
+from papo_kernels.row_math import slope
+from papo_kernels.tiles import WORTH_DROPPING, Sums
+
+
+class CppTile:
+    """See `tiles.Tile`. Operands are float32 or bfloat16 on the CPU, arithmetic is float32.
+
+    Matrices of a tile stand transposed, (columns, rows of both streams), and the rows of each
+    stream are filled up to whole vectors.
+    """
+
+    def __init__(self, states, weight, bias, head, full, aug, states_too):
+        self.present = [x is not None for x in states]
+        states = [x for x in states if x is not None]
+        self.streams, self.count = len(states), len(states[0])
+        self.padded = cpu_kernels.whole_vectors(self.count)
+        rows = states[0].new_zeros(self.streams, self.padded, states[0].shape[1])
+        for i, x in enumerate(states):
+            rows[i, : self.count] = x
+        self.rows = rows.flatten(0, 1)
+        self.weight, self.bias, self.head = weight, bias, head
+        self.full, self.aug, self.states_too = full, aug, states_too
+        self.cols = self.z = self.g = None
+        self.net = False
+
+    def differentiate(self, cols, place, valid, s, g):
+        self.cols = cols
+        z = self.z = cpu_kernels.picked_logits(self.rows, self.weight, cols)
+        self.head.finish(z.T, None if self.bias is None else self.bias[cols])
+        nothing = torch.zeros_like(s.peak)
+        fields = []
+        streams = (
+            (s.peak, s.log_sum, s.entropy, g.logprobs, g.entropy),
+            (s.aug_peak, s.aug_log_sum, s.aug_entropy, g.aug_logprobs, g.aug_entropy),
+        )
+        for stream, present in zip(streams, self.present, strict=True):
+            if present:
+                label = nothing if stream[3] is None else stream[3]
+                fields += [*stream, torch.where(valid[:, None], label, torch.nan)]
+        if self.streams == 2:
+            fields += [s.kl, g.kl_prcp]
+        rows = z.new_zeros(len(fields), self.padded)
+        given = [nothing if x is None else x for x in fields]
+        rows[:, : self.count] = torch.cat(given, 1).T
+        labels = torch.full((self.padded,), -1, dtype=torch.int32)
+        labels[: self.count] = place
+        self.g, sums = cpu_kernels.column_gradients(z, self.streams, rows, labels)
+        sums = list(sums[:, : self.count, None])
+        if self.present[0]:
+            return Sums(*sums)
+        return Sums(None, None, None, *sums)
+
+    def drop_least(self, allowances):
+        order = [i for i, present in enumerate(self.present) if present]
+        net = allowances[2] is not None
+        given = [allowances[i] for i in order] + ([allowances[2]] if net else [])
+        # A stream that is not asked for limits nothing.
+        room = self.z.new_full((len(given), self.padded), torch.inf)
+        for to, allowance in zip(room, given, strict=True):
+            if allowance is not None:
+                to[: self.count] = allowance.squeeze(1)
+        count, by_need, dropped = cpu_kernels.drop_least(self.g, self.streams, net, room)
+        if count <= WORTH_DROPPING * len(self.cols):
+            return [0, 0, 0]
+        keep = by_need[count:].sort().values
+        self.cols, self.g = self.cols[keep], self.g[keep]
+        if self.head.softcap is not None:
+            self.z = self.z[keep]
+        found = dict(zip([*order, 2], dropped[:, : self.count, None], strict=False))
+        return [found.get(i, 0) for i in range(3)]
+
+    def add_gradients(self, d_weight, d_bias):
+        if self.head.softcap is not None or self.head.temperature != 1:
+            self.g *= slope(self.z, self.head.temperature, self.head.softcap)
+        block, width = cpu_kernels.feature_block(), self.weight.shape[1]
+        x = F.pad(self.rows.float(), (0, -width % block))
+        d_x = torch.zeros_like(x) if self.states_too else None
+        cpu_kernels.add_picked_gradients(self.g, self.weight, self.cols, x, d_x, d_weight)
+        if d_bias is not None:
+            d_bias.index_add_(0, self.cols, self.g.sum(1))
+        if d_x is None:
+            return [None, None]
+        parts = iter([part[: self.count, :width] for part in d_x.split(self.padded)])
+        return [next(parts) if present else None for present in self.present]
