@@ -1,0 +1,173 @@
+"""The C++ of the CPU: against float64, for every width of vectors, and what happens without it."""
+
+import logging
+import platform
+
+import pytest
+import torch
+from kernel_oracle import FAST, OUTPUTS, Oracle, check, gradient_error, make_case, random_upstream
+
+from papo_kernels import columns, cpu_kernels, row_math, token_stats
+
+pytestmark = [
+    pytest.mark.skipif(cpu_kernels._library() is None, reason="no C++ compiler here"),
+    pytest.mark.skipif(FAST == "triton", reason="about the torch backend"),
+]
+needs_bf16 = pytest.mark.skipif(
+    cpu_kernels._library() is None or not cpu_kernels._multiplies_bf16(),
+    reason="no processor that multiplies bfloat16",
+)
+PROCESSORS = ["native"] + ["x86-64-v3", "x86-64"] * (platform.machine() == "x86_64")
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request, monkeypatch, tmp_path):
+    """Compiled for this processor, and for older ones with shorter vectors and no bfloat16."""
+    if request.param != "native":
+        flags = [f for f in cpu_kernels.FLAGS if not f.startswith("-march")]
+        monkeypatch.setattr(cpu_kernels, "FLAGS", [*flags, f"-march={request.param}"])
+        library = cpu_kernels._library.__wrapped__()
+        assert library.lanes() < cpu_kernels._library().lanes() or library.lanes() == 8
+        monkeypatch.setattr(cpu_kernels, "_library", lambda: library)
+        monkeypatch.setattr(cpu_kernels, "_multiplies_bf16", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_processor_keeps_the_contract(processor, dtype):
+    # D and rows that fill no vector
+    case = make_case(45, 83, 1203, scale=6.0, dtype=dtype, bias=True, softcap=9.0, temperature=0.7)
+    upstream = random_upstream(case)
+    oracle = Oracle(case)
+    stats, want = case.call(token_stats), oracle.statistics()
+    for name in OUTPUTS:
+        torch.testing.assert_close(getattr(stats, name).double(), want[name], rtol=1e-5, atol=1e-5)
+    exact, rounded = oracle.gradients(upstream), oracle.gradients(upstream, rounded=dtype)
+    for budget, bound in ((1e-6, 2e-5), (3e-3, 4e-3)):
+        got = case.gradients(token_stats, upstream, grad_budget=budget)
+        bounds = {g: bound + 1.5 * gradient_error(rounded[g], exact[g]) for g in got}
+        check({g: gradient_error(got[g], exact[g]) for g in got}, bounds)
+
+
+@pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
+@pytest.mark.parametrize("vocab", [1, 15, 16, 33, 4099])
+def test_statistics_and_levels_are_those_of_torch_in_float64(processor, aug, vocab):
+    g = torch.Generator().manual_seed(vocab)
+    logits = [torch.randn(21, vocab, generator=g) * 8 for _ in range(1 + aug)]
+    logits[0][3, 1:2] = -torch.inf
+    found = cpu_kernels.statistics(logits[0], logits[1] if aug else None)
+    exact = (row_math.two_streams if aug else row_math.one_stream)(*(z.double() for z in logits))
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
+    order = torch.randperm(21, generator=g)
+    normalisers = found[[0, 1, 3, 4]] if aug else found[:2]
+    levels = cpu_kernels.levels(logits, order, normalisers[:, :, None], 8, columns.LEVELS_PER_NAT)
+    highest = columns.highest_of_two if aug else columns.highest_of_one
+    rows = (*logits, *normalisers[:, :, None])
+    assert torch.equal(levels, torch.stack([highest(tile, *rows) for tile in order.split(8)]))
+
+
+def test_a_nan_or_infinity_spoils_its_own_row_and_its_tile_keeps_all_words():
+    logits = [torch.randn(6, 100), torch.randn(6, 100)]
+    logits[0][1, 99], logits[1][4, 3] = torch.nan, torch.inf
+    found = cpu_kernels.statistics(*logits)
+    assert found[1:3].isnan().nonzero()[:, 1].unique().tolist() == [1]
+    assert found[4:6].isnan().nonzero()[:, 1].unique().tolist() == [4]
+    assert found[6].isnan().nonzero().flatten().tolist() == [1, 4]
+    levels = cpu_kernels.levels(
+        logits, torch.arange(6), found[[0, 1, 3, 4]], 3, columns.LEVELS_PER_NAT
+    )
+    assert not levels.any()
+
+
+def test_threads_change_nothing(monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(70, 130, 2111, scale=6.0, dtype=dtype, bias=True)
+        results = []
+        for threads in (1, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+            results.append(case.gradients(token_stats, random_upstream(case)))
+        assert all(torch.equal(results[0][g], results[1][g]) for g in results[0])
+
+
+def operands(n, v, d, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(rows, d, generator=g).bfloat16() for rows in (n, v))
+    return x, w, torch.full((n, v), torch.nan)
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    "n,v,d", [(1, 1, 1), (3, 31, 7), (13, 33, 257), (40, 96, 576), (25, 301, 1025), (0, 5, 8)]
+)
+def test_products_are_as_near_to_float64_as_float32_ones(n, v, d):
+    x, w, z = operands(n, v, d)
+    room = torch.full((n, v + 5), torch.nan)
+    assert cpu_kernels.product(x, w, z) and cpu_kernels.product(x, w, room[:, :v])
+    exact = x.double() @ w.double().T
+    allowed = 2e-6 * x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)
+    assert ((z - exact).abs() <= allowed).all()
+    assert torch.equal(room[:, :v], z) and room[:, v:].isnan().all()
+
+
+@needs_bf16
+def test_strides_of_products_change_nothing():
+    x, w, z = operands(24, 515, 65)
+    cpu_kernels.product(x, w, z)
+    padded = torch.full((515, 80), torch.nan, dtype=torch.bfloat16)
+    padded[:, :65] = w
+    other = torch.full_like(z, torch.nan)
+    cpu_kernels.product(x.T.contiguous().T, padded[:, :65], other)
+    assert torch.equal(other, z)
+
+
+@needs_bf16
+def test_a_nan_stays_in_its_row_and_column_of_a_product():
+    x, w, z = operands(15, 40, 33)
+    x[7, 32], w[9, 0] = torch.nan, torch.inf
+    cpu_kernels.product(x, w, z)
+    touched = torch.zeros_like(z, dtype=torch.bool)
+    touched[7], touched[:, 9] = True, True
+    assert torch.equal(z.isfinite(), ~touched) and z[7].isnan().all()
+
+
+@pytest.mark.parametrize("change", ["float32 x", "float16 out", "columns of weight apart"])
+def test_other_operands_of_a_product_are_refused_and_out_is_left_alone(change):
+    x, w, z = operands(4, 6, 8)
+    if change == "float32 x":
+        x = x.float()
+    elif change == "float16 out":
+        z = z.half()
+    else:
+        w = w.T.contiguous().T
+    assert not cpu_kernels.product(x, w, z)
+    assert z.isnan().all()
+
+
+def test_what_is_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fresh = cpu_kernels._library.__wrapped__
+    assert fresh() is not None
+    (made,) = (tmp_path / "papo_kernels").iterdir()
+    monkeypatch.setattr(cpu_kernels.subprocess, "run", None)
+    assert fresh().lanes() > 0
+    monkeypatch.setattr(cpu_kernels, "FLAGS", ["-O0"])
+    with pytest.raises(TypeError):  # other flags make another file
+        fresh()
+
+
+def test_a_compiler_that_fails_is_reported_and_torch_runs(monkeypatch, tmp_path, caplog):
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is not C++")
+    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    broken = cpu_kernels._library.__wrapped__
+    monkeypatch.setattr(cpu_kernels, "_library", broken)
+    with caplog.at_level(logging.WARNING, logger="papo_kernels"):
+        assert not cpu_kernels.usable(10)
+    assert "half the speed" in caplog.text and "error" in caplog.text
+    case = make_case(5, 8, 100)
+    check(
+        {
+            o: (getattr(case.call(token_stats), o) - x).abs().max().item()
+            for o, x in Oracle(case).statistics().items()
+        },
+        1e-5,
+    )
