@@ -1,4 +1,4 @@
-"""The torch backend's C++ on the CPU (`cpu_kernels.cpp`): compiled once per machine, then loaded.
+"""The torch backend's C++ on the CPU (`cpp/`): compiled once per machine, then loaded.
 
 Without a compiler, and for other dtypes and devices, callers keep to torch's own operators.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 log = logging.getLogger("papo_kernels")
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-O3 -funroll-loops -std=c++17 -shared -fPIC -pthread -march=native".split()
 # Logits of a call below which torch's operators are quick enough and nothing is compiled.
 LEAST_LOGITS = 1 << 20
@@ -180,7 +180,7 @@ def _library():
     """The compiled functions, or None where they cannot be had."""
     if not compiler():
         return None
-    command = [compiler(), *FLAGS, str(SOURCE)]
+    command = [compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp")))]
     kept = _cache_folder() / f"cpu_kernels-{_fingerprint(command)}.so"
     if not kept.exists():
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -222,5 +222,5 @@ def _fingerprint(command):
     if cpu.exists():
         lines = cpu.read_text().splitlines()
         about += "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model"))}))
-    text = " ".join(command) + about + SOURCE.read_text()
+    text = about + " ".join(command) + "".join(p.read_text() for p in sorted(SOURCES.iterdir()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""`tiles.Tile` by the C++ of `cpu_kernels.cpp`: rows of the weight are read in place."""
+"""`tiles.Tile` by the C++ of `cpu_kernels`: rows of the weight are read in place."""
 
 import torch
 import torch.nn.functional as F

@@ -155,9 +155,8 @@ def test_what_is_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):
 
 
 def test_a_compiler_that_fails_is_reported_and_torch_runs(monkeypatch, tmp_path, caplog):
-    source = tmp_path / "broken.cpp"
-    source.write_text("this is not C++")
-    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    (tmp_path / "broken.cpp").write_text("this is not C++")
+    monkeypatch.setattr(cpu_kernels, "SOURCES", tmp_path)
     broken = cpu_kernels._library.__wrapped__
     monkeypatch.setattr(cpu_kernels, "_library", broken)
     with caplog.at_level(logging.WARNING, logger="papo_kernels"):

@@ -1,0 +1,133 @@
+// Statistics of rows of logits, and the levels of columns over tiles of rows.
+
+#include "vectors.h"
+
+struct Stream {
+    float peak, log_sum;
+};
+
+static Stream normaliser(const float *z, int64_t vocab)
+{
+    int64_t whole = vocab / LANES * LANES, rest = vocab - whole;
+    vf top = splat(-INFINITY);
+    for (int64_t v = 0; v < whole; v += LANES) top = larger(load(z + v), top);
+    if (rest) top = larger(load_some(z + whole, rest, -INFINITY), top);
+    float peak = LOG_ZERO;  // finite where everything is banned
+    for (int i = 0; i < LANES; i++) peak = top[i] > peak ? top[i] : peak;
+    vf total = {};
+    for (int64_t v = 0; v < whole; v += FEATURES * LANES) {  // in two levels, for accuracy
+        int64_t end = v + FEATURES * LANES < whole ? v + FEATURES * LANES : whole;
+        vf part = {};
+        for (int64_t w = v; w < end; w += LANES) part += exponential(load(z + w) - peak);
+        total += part;
+    }
+    if (rest) total += exponential(load_some(z + whole, rest, -INFINITY) - peak);
+    return {peak, logf(sum(total))};
+}
+
+static inline vf log_prob(vf z, Stream s)
+{
+    vf x = (z - s.peak) - s.log_sum;
+    return x < LOG_ZERO ? splat(LOG_ZERO) : x;
+}
+
+struct Sums {
+    vf entropy, aug_entropy, kl, gap, ratio;
+    void add(const Sums &s)
+    {
+        entropy += s.entropy, aug_entropy += s.aug_entropy, kl += s.kl, gap += s.gap;
+        ratio += s.ratio;
+    }
+};
+
+static inline void accumulate(Sums &s, vf z, Stream a)
+{
+    vf log_p = log_prob(z, a);
+    s.entropy -= exponential(log_p) * log_p;
+}
+
+static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
+{
+    vf log_p = log_prob(z, a), log_q = log_prob(z_aug, b);
+    vf p = exponential(log_p), q = exponential(log_q), x = log_q - log_p;
+    vf gap = q_minus_p(p, q, x), drift = p * x;
+    s.entropy -= p * log_p;
+    s.aug_entropy -= q * log_q;
+    s.kl += gap - drift;
+    s.gap += magnitude(gap);
+    s.ratio += magnitude(drift);
+}
+
+// (rows, vocab) logits to the fields of row_math.RowStats, out[field * stride + row]: 9 of them, or
+// 3 where z_aug is null.
+extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int64_t vocab,
+                           float *out, int64_t stride, int threads)
+{
+    split(rows, 1, threads, [=](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+            const float *x = z + r * vocab, *y = z_aug ? z_aug + r * vocab : nullptr;
+            Stream a = normaliser(x, vocab), b = y ? normaliser(y, vocab) : Stream{0, 0};
+            int64_t whole = vocab / LANES * LANES, rest = vocab - whole;
+            Sums total = {};
+            for (int64_t v = 0; v < whole; v += FEATURES * LANES) {
+                int64_t end = v + FEATURES * LANES < whole ? v + FEATURES * LANES : whole;
+                Sums part = {};
+                if (y)
+                    for (int64_t w = v; w < end; w += LANES)
+                        accumulate(part, load(x + w), load(y + w), a, b);
+                else
+                    for (int64_t w = v; w < end; w += LANES) accumulate(part, load(x + w), a);
+                total.add(part);
+            }
+            if (rest && y)
+                accumulate(total, load_some(x + whole, rest, -INFINITY),
+                           load_some(y + whole, rest, -INFINITY), a, b);
+            else if (rest)
+                accumulate(total, load_some(x + whole, rest, -INFINITY), a);
+            float *o = out + r;
+            o[0] = a.peak, o[stride] = a.log_sum, o[2 * stride] = sum(total.entropy);
+            if (!y) continue;
+            o[3 * stride] = b.peak, o[4 * stride] = b.log_sum;
+            o[5 * stride] = sum(total.aug_entropy), o[6 * stride] = sum(total.kl);
+            o[7 * stride] = sum(total.gap), o[8 * stride] = sum(total.ratio);
+        }
+    });
+}
+
+// ---- Levels: see columns.py. stats: peak and log_sum of each stream, stats[i * stride + row].
+
+extern "C" void levels(const float *z, const float *z_aug, const int64_t *order, int64_t rows,
+                       int64_t vocab, int64_t tile, const float *stats, int64_t stride,
+                       uint8_t *out, float per_nat, int threads)
+{
+    enum { BLOCK = 128 * LANES };
+    split(vocab, BLOCK, threads, [=](int64_t begin, int64_t stop) {
+        vf top[BLOCK / LANES];
+        for (int64_t t = 0; t * tile < rows; t++)
+            for (int64_t v = begin; v < stop; v += BLOCK) {
+                int64_t size = stop - v < BLOCK ? stop - v : BLOCK, whole = size / LANES;
+                int64_t last = (t + 1) * tile < rows ? (t + 1) * tile : rows;
+                bool nan = false;
+                for (auto &x : top) x = splat(-INFINITY);
+                for (int64_t n = t * tile; n < last; n++)
+                    for (int s = 0; s < (z_aug ? 2 : 1); s++) {
+                        const float *x = (s ? z_aug : z) + order[n] * vocab + v;
+                        const float *a = stats + 2 * s * stride + order[n];
+                        float peak = a[0], log_sum = a[stride];
+                        nan |= log_sum != log_sum;
+                        for (int64_t i = 0; i < whole; i++)
+                            top[i] = larger((load(x + i * LANES) - peak) - log_sum, top[i]);
+                        if (size % LANES) {
+                            vf y = load_some(x + whole * LANES, size % LANES, -INFINITY);
+                            top[whole] = larger((y - peak) - log_sum, top[whole]);
+                        }
+                    }
+                uint8_t *o = out + t * vocab + v;
+                for (int64_t i = 0; i < size; i++) {
+                    float level = top[i / LANES][i % LANES] * -per_nat;
+                    level = level < 0 ? 0 : level > 255 ? 255 : level;
+                    o[i] = nan ? 0 : (uint8_t)level;
+                }
+            }
+    });
+}

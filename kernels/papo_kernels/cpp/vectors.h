@@ -1,0 +1,101 @@
+// Vectors, threads and the exponential, shared by the other files.
+//
+// Vectors are GCC's, so one source serves every processor; LANES is what its registers hold. NaN
+// must stay NaN: no -ffast-math. Every function splits its work over `threads` in a way that does
+// not change the result.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX512F__
+enum { LANES = 16, ACCUMULATORS = 24, WIDEST = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, ACCUMULATORS = 10, WIDEST = 2 };
+#else
+enum { LANES = 4, ACCUMULATORS = 12, WIDEST = 2 };
+#endif
+// Sums longer than this go to memory and start again: long ones lose several times more.
+enum { FEATURES = 256 };
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+
+static const float LOG_ZERO = -1e30f;
+
+static inline vf load(const float *p)
+{
+    vf x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+
+static inline vf splat(float x) { return x - (vf){}; }
+
+// The first n values at p, then `rest`.
+static inline vf load_some(const float *p, int64_t n, float rest)
+{
+    vf x = splat(rest);
+    memcpy(&x, p, n * 4);
+    return x;
+}
+
+static inline float sum(vf x)
+{
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += x[i];
+    return s;
+}
+
+static inline vf larger(vf a, vf b) { return a > b ? a : b; }
+
+static inline vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+// e^x for x <= 1, relative error below 2e-7; 0 below -87, where it would be denormal soon.
+static inline vf exponential(vf x)
+{
+    vi tiny = x < -87.f;
+    vf y = tiny ? splat(-87.f) : x;
+    const float round = 12582912.f;  // 1.5 * 2^23: adding it leaves no fraction
+    vf n = (y * 1.44269504f + round) - round;
+    vf r = (y - n * 0.693145752f) - n * 1.42860677e-6f;
+    vf e = r * 1.3888889e-3f + 8.3333333e-3f;
+    e = e * r + 4.1666667e-2f;
+    e = e * r + 1.6666667e-1f;
+    e = e * r + 0.5f;
+    e = e * (r * r) + r + 1.f;
+    vf scale = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    e *= scale;
+    return tiny ? (vf){} : e;
+}
+
+static inline void split(int64_t count, int64_t grain, int threads,
+                  const std::function<void(int64_t, int64_t)> &work)
+{
+    int64_t parts = (count + grain - 1) / grain;
+    if (threads > parts) threads = parts;
+    if (threads <= 1) {
+        if (count) work(0, count);
+        return;
+    }
+    int64_t each = (parts + threads - 1) / threads * grain;
+    std::vector<std::thread> others;
+    for (int64_t first = each; first < count; first += each)
+        others.emplace_back(work, first, first + each < count ? first + each : count);
+    work(0, each < count ? each : count);
+    for (auto &t : others) t.join();
+}
+
+// q - p as in row_math.q_minus_p: by a series where q is close to p.
+static inline vf q_minus_p(vf p, vf q, vf x)
+{
+    vf series = x * (1 + x * (1 / 2.f) * (1 + x * (1 / 3.f) * (1 + x * (1 / 4.f) *
+                    (1 + x * (1 / 5.f) * (1 + x * (1 / 6.f))))));
+    return magnitude(x) < 0.25f ? p * series : q - p;
+}
