@@ -209,7 +209,7 @@ def _machine(gpus: list[str]) -> list[Row]:
         else Row(
             "machine",
             "C++ compiler",
-            "none: torch.compile on the CPU cannot run",
+            "none: token_stats on the CPU runs at less than half its speed",
             "info",
             "install g++ with the system's package manager",
         )
