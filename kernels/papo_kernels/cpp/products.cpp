@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-// Columns whose rows of `weight` are unpacked at a time.
-enum { COLUMNS = 256 };
+// Columns and features of `weight` that are unpacked at a time; they stay in the second-level cache.
+enum { COLUMNS = 128, PANEL = 512 };
 
 // ---- Whole products of bfloat16
 
@@ -282,45 +282,52 @@ static void gradients_of(const T *weight, int64_t stride_w, const int64_t *cols,
                          int64_t width, int64_t stride, int threads)
 {
     enum { M = WIDEST, WIDTH = M * LANES, B = ACCUMULATORS / M };
+    // to w: WIDTH features of all columns, one block of features after the other
+    auto unpack = [=](const int64_t *at, int64_t size, int64_t from, int64_t to, float *w) {
+        for (int64_t i = 0; i < size; i++)
+            for (int64_t d = from; d < to; d += WIDTH) {
+                const T *row = weight + at[i] * stride_w + d;
+                float *out = w + ((d - from) * COLUMNS + i * WIDTH);
+                int64_t k = 0, features = width - d < WIDTH ? width - d : WIDTH;
+                if (features == WIDTH)
+                    for (; k < WIDTH; k++) out[k] = widen(row[k]);
+                for (; k < features; k++) out[k] = widen(row[k]);
+                for (; k < WIDTH; k++) out[k] = 0;
+            }
+    };
     split(stride, WIDTH, threads, [=](int64_t first, int64_t last) {
-        float *w = (float *)aligned_alloc(64, COLUMNS * WIDTH * 4);
-        for (int64_t c = 0; c < count; c += COLUMNS) {
-            int64_t size = count - c < COLUMNS ? count - c : COLUMNS;
-            const float *gc = g + c * rows;
-            for (int64_t d = first; d < last; d += WIDTH) {
-                int64_t features = width - d < WIDTH ? width - d : WIDTH;
-                if (features <= 0) break;
-                if (d_x) {
-                    for (int64_t i = 0; i < size; i++) {
-                        const T *from = weight + cols[c + i] * stride_w + d;
-                        float *to = w + i * WIDTH;
-                        int64_t k = 0;
-                        if (features == WIDTH)
-                            for (; k < WIDTH; k++) to[k] = widen(from[k]);
-                        else {
-                            for (; k < features; k++) to[k] = widen(from[k]);
-                            for (; k < WIDTH; k++) to[k] = 0;
-                        }
-                    }
+        float *w = (float *)aligned_alloc(64, COLUMNS * PANEL * 4);
+        for (int64_t from = first; from < last; from += PANEL)
+            for (int64_t c = 0; c < count; c += COLUMNS) {
+                int64_t size = count - c < COLUMNS ? count - c : COLUMNS;
+                int64_t to = last - from < PANEL ? last : from + PANEL;
+                const float *gc = g + c * rows;
+                if (d_x) unpack(cols + c, size, from, to < width ? to : width, w);
+                for (int64_t d = from; d_x && d < to && d < width; d += WIDTH) {
+                    const float *wd = w + (d - from) * COLUMNS;
                     int64_t r = 0;
                     for (; r + B <= rows; r += B)
-                        state_block<B, M>(gc + r, rows, w, size, d_x + r * stride + d, stride);
+                        state_block<B, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
+                    for (; r + 2 <= rows; r += 2)
+                        state_block<2, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
                     for (; r < rows; r++)
-                        state_block<1, M>(gc + r, rows, w, size, d_x + r * stride + d, stride);
+                        state_block<1, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
                 }
-                if (!d_weight) continue;
-                float *to[B];
-                int64_t i = 0;
-                for (; i + B <= size; i += B) {
-                    for (int b = 0; b < B; b++) to[b] = d_weight + cols[c + i + b] * width + d;
-                    weight_block<B, M>(gc + i * rows, rows, x + d, stride, to, features);
-                }
-                for (; i < size; i++) {
-                    to[0] = d_weight + cols[c + i] * width + d;
-                    weight_block<1, M>(gc + i * rows, rows, x + d, stride, to, features);
+                for (int64_t i = 0; d_weight && i < size;) {
+                    float *row[B];
+                    int64_t some = i + B <= size ? B : 1;
+                    for (int64_t d = from; d < to && d < width; d += WIDTH) {
+                        int64_t features = width - d < WIDTH ? width - d : WIDTH;
+                        for (int64_t b = 0; b < some; b++)
+                            row[b] = d_weight + cols[c + i + b] * width + d;
+                        if (some == B)
+                            weight_block<B, M>(gc + i * rows, rows, x + d, stride, row, features);
+                        else
+                            weight_block<1, M>(gc + i * rows, rows, x + d, stride, row, features);
+                    }
+                    i += some;
                 }
             }
-        }
         free(w);
     });
 }
