@@ -254,7 +254,7 @@ class DigitsConfig:
     """Training questions written to parquet."""
     test_questions: int = 512
     """Held-out questions written to parquet, half of each kind."""
-    warm_accuracy: float = 0.28
+    warm_accuracy: float = 0.36
     """Accuracy on vision-dependent questions at which the supervised warm start stops."""
     warm_max_steps: int = 1500
     """Supervised steps after which the warm start stops with an error."""

@@ -39,7 +39,9 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
     """The default job: everything small enough for two CPU cores and a few minutes.
 
     γ is lower than the paper's and each token's KL is bounded: the exact KL has no upper bound, and
-    at this size and learning rate it would outgrow the reward (docs/log.md).
+    at this size and learning rate it would outgrow the reward. Soon most groups are all right or
+    all wrong and teach nothing: DAPO's filter spends the updates on the others, and sampling
+    hotter than the evaluation makes more of them (docs/log.md).
     """
     return Config(
         preset=name,
@@ -51,10 +53,24 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
             min_pixels=28 * 28,
             max_pixels=28 * 28 * 64,
         ),
-        rollout=RolloutConfig(prompts=32, group_size=8, max_new_tokens=20, batch_size=256),
+        rollout=RolloutConfig(
+            prompts=16,
+            group_size=8,
+            temperature=1.2,
+            max_new_tokens=14,  # the longest right answer has 12
+            batch_size=256,
+            dynamic_filter=True,
+            filter_prompts=32,
+        ),
         objective=objective,
         train=TrainConfig(
-            lr=4e-4, lr_schedule="linear", weight_decay=0.0, update_prompts=32, steps=160
+            lr=5e-4,
+            lr_schedule="linear",
+            warmup_steps=20,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            update_prompts=16,
+            steps=280,
         ),
         digits=DigitsConfig(enabled=True),
     )
