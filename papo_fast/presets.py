@@ -14,6 +14,7 @@ from papo_fast.config import (
     DigitsConfig,
     ModelConfig,
     ObjectiveConfig,
+    RewardConfig,
     RolloutConfig,
     TrainConfig,
 )
@@ -61,7 +62,11 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
             batch_size=256,
             dynamic_filter=True,
             filter_prompts=32,
+            max_filter_rounds=2,
+            filter_unfilled="top_up",
         ),
+        # nothing else asks for an end: a policy may learn to run on behind its answer
+        reward=RewardConfig(overlong_buffer=2, overlong_coef=0.5),
         objective=objective,
         train=TrainConfig(
             lr=5e-4,
