@@ -75,7 +75,7 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
             betas=(0.9, 0.98),
             weight_decay=0.0,
             update_prompts=16,
-            steps=280,
+            steps=320,
         ),
         digits=DigitsConfig(enabled=True),
     )

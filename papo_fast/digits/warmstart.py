@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 LR = 2e-3
 BATCH = 128
-CHECK_EVERY = 5
+CHECK_EVERY = 3
 CHECK_FROM = 100  # before, no model is right often enough
 DEV_QUESTIONS = 640  # half of them vision-dependent, and only these are asked
 VERSION = 13  # raise it when task, model or recipe change: old caches are then left alone
