@@ -42,7 +42,8 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
     γ is lower than the paper's and each token's KL is bounded: the exact KL has no upper bound, and
     at this size and learning rate it would outgrow the reward. Soon most groups are all right or
     all wrong and teach nothing: DAPO's filter spends the updates on the others, and sampling
-    hotter than the evaluation makes more of them (docs/log.md).
+    hotter than the evaluation makes more of them. Nothing rewards right readings, and β keeps those
+    of the warm start (docs/log.md).
     """
     return Config(
         preset=name,
@@ -87,12 +88,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
         (
             "tiny",
             "The default job: PAPO on handwritten-digit arithmetic, model and data made here.",
-            _tiny("tiny", replace(_papo(0.005, 0.001, beta=0.0), kl_prcp_clip=2.0)),
+            _tiny("tiny", replace(_papo(0.005, 0.001, beta=0.02), kl_prcp_clip=2.0)),
         ),
         (
             "tiny-grpo",
             "The default job without PAPO's terms, for comparison.",
-            _tiny("tiny-grpo", _papo(0.0, 0.0, beta=0.0)),
+            _tiny("tiny-grpo", _papo(0.0, 0.0, beta=0.02)),
         ),
         (
             "papo-g-3b",
