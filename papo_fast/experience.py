@@ -85,29 +85,36 @@ class Collector:
         self.corrupt = corrupt
 
     def collect(self, stream: Iterator[list[Prompt]], step: int) -> Experience:
-        """One rollout of `rollout.prompts` groups; DAPO's filter asks for more until it is full.
+        """One rollout of `rollout.prompts` groups; DAPO's filter asks for more until it is full, or
+        for so long as `rollout.max_filter_rounds` allows.
 
         The metrics are of everything that was sampled, also of the groups that the filter drops.
         """
         rollout = self.config.rollout
         kept: list[tuple[Prompt, list[Completion], list[Score]]] = []
+        dropped: list[tuple[Prompt, list[Completion], list[Score]]] = []
         completions: list[Completion] = []
         scores: list[Score] = []
         rounds = 0
         while len(kept) < rollout.prompts:
             if rounds == (rollout.max_filter_rounds if rollout.dynamic_filter else 1):
+                if rollout.filter_unfilled == "top_up":
+                    break
                 raise InputError(
                     f"rollout.dynamic_filter kept {len(kept)} of the {rollout.prompts} groups "
                     f"needed after {rounds} rounds: the questions are too easy or too hard for "
-                    "this model; widen rollout.filter_range or raise rollout.max_filter_rounds"
+                    "this model; widen rollout.filter_range, raise rollout.max_filter_rounds, or "
+                    "pass --rollout.filter-unfilled top_up"
                 )
             prompts = next(stream)
             new_groups, new_scores = self._sample(prompts, step, rounds)
-            kept += [(prompts[i], new_groups[i], new_scores[i]) for i in self._kept(new_scores)]
+            good = set(self._kept(new_scores))
+            for i, group in enumerate(zip(prompts, new_groups, new_scores, strict=True)):
+                (kept if i in good else dropped).append(group)
             completions += [c for group in new_groups for c in group]
             scores += [s for group in new_scores for s in group]
             rounds += 1
-        experience = self._experience(kept[: rollout.prompts], step)
+        experience = self._experience([*kept, *dropped][: rollout.prompts], step)
         experience.metrics = {
             "reward": self._rewards(completions, scores).mean().item(),
             "accuracy": sum(s.accuracy for s in scores) / len(scores),

@@ -98,7 +98,7 @@ class Trainer:
             reference = Policy.load(config.model, bans, device, config.parallel)
             reference.requires_grad_(False).eval()
         self.reference = reference
-        # transformers' generate needs whole weights
+        # sampling needs whole weights
         self.sampler = self.policy
         if world_size() > 1:
             self.sampler = Policy.load(config.model, bans, device).requires_grad_(False)

@@ -25,6 +25,7 @@ from papo_fast.digits.task import (
     write_questions,
 )
 from papo_fast.evaluate import Sampled, error_shares, reading
+from papo_fast.presets import get_preset
 from papo_fast.processing import PromptEncoder
 
 DATA = DataConfig(prompt_suffix="", min_pixels=CELL * CELL, max_pixels=CELL * CELL * 64)
@@ -107,6 +108,17 @@ def test_the_checkpoint_loads_like_any_other_and_one_cell_is_one_token(checkpoin
     for prompt in PromptDataset(tmp_path / "q.parquet", DATA, encoder):
         image_tokens = int((prompt.encoded.input_ids == encoder.image_token_id).sum())
         assert image_tokens == WIDTH
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-grpo"])
+def test_every_right_response_fits_into_the_default_jobs_length_limit(checkpoint, preset):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rng = random.Random(2)
+    questions = [draw_question(kind, rng) for kind in KINDS for _ in range(1000)]
+    texts = {response(q.reading, q.answer) for q in questions}
+    longest = max(len(tokenizer.encode(text)) + 1 for text in texts)  # and the end
+    assert longest <= get_preset(preset).rollout.max_new_tokens
+    assert longest == 12
 
 
 def test_the_same_seed_builds_the_same_model(tmp_path):

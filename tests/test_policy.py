@@ -93,18 +93,28 @@ def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
     assert all(p.grad is None for p in reference.parameters())
 
 
-def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded):
+@pytest.mark.parametrize("ends", ["seldom", "often"])
+def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded, ends):
     _, encoder, policy = loaded
     prompts = some_prompts(encoder)
-    engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=64)
+    eos = encoder.eos_token_ids
+    if ends == "often":  # responses leave the batch at every step
+        eos = [*eos, *range(0, len(policy.banned_V), 3)]
+    engine = HFRollout(policy, eos, encoder.pad_token_id, batch_size=64)
+    patches = []
+    visual = policy.model.model.visual
+    hook = visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
     groups = engine.generate(prompts, 20, temperature=1.3, max_new_tokens=12, seed=5)
+    hook.remove()
+    assert sum(patches) == sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
     assert [len(g) for g in groups] == [20, 20, 20]
     completions = [c for group in groups for c in group]
+    assert len({len(c.token_ids) for c in completions}) >= (5 if ends == "often" else 1)
     drawn = {t for c in completions for t in c.token_ids}
     assert not drawn & set(encoder.banned_token_ids)
     for c in completions:
-        ends = [t in encoder.eos_token_ids for t in c.token_ids]
-        assert ends == [False] * (len(ends) - 1) + [c.finished]
+        last = [t in eos for t in c.token_ids]
+        assert last == [False] * (len(last) - 1) + [c.finished]
         assert c.finished or len(c.token_ids) == 12
     packed = [
         Group(p, [c.token_ids for c in group], list(range(20)))

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from papo_fast.cli import main
 from papo_fast.config import EvalConfig, ObjectiveConfig, RewardConfig
 from papo_fast.evaluate import limit_per_kind
+from papo_fast.experience import Experience
 from papo_fast.presets import PRESETS, get_preset
 from papo_fast.rewards import Scorer
 from papo_fast.trainer import train
@@ -223,7 +224,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_then_stops_the_run(
     assert rows[0]["bad_updates"] == 2 and rows[0]["entropy"] > 0
 
 
-def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot(
+def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot_or_tops_up(
     checkpoints, questions, tmp_path, monkeypatch
 ):
     from papo_fast.errors import InputError
@@ -250,6 +251,19 @@ def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot(
     # what is reported is what was sampled, not what was kept
     assert all(abs(r["accuracy"] - 1 / 6) < 1e-6 for r in rows)
     assert [r["groups_kept"] for r in rows] == [0.5, 0.5]
+
+    # two of the four groups come from the filter, and the update is of four all the same
+    updated, groups = [], Experience.groups
+    monkeypatch.setattr(
+        Experience, "groups", lambda self, s: updated.append(self) or groups(self, s)
+    )
+    short = dataclasses.replace(config.rollout, max_filter_rounds=1, filter_unfilled="top_up")
+    _, rows, _ = run(dataclasses.replace(config, rollout=short))
+    assert [r["rollout_rounds"] for r in rows] == [1, 1]
+    assert {len(e) for e in updated} == {12}
+    for e in updated:
+        differ = [len({s.accuracy for s in e.scores[i : i + 3]}) > 1 for i in range(0, 12, 3)]
+        assert differ == [True, True, False, False]
 
 
 def test_evaluation_limit_counts_questions_of_each_kind():
@@ -287,6 +301,7 @@ def test_settings_that_cannot_work_are_named_before_anything_is_loaded(capsys):
         (("train", "tiny", "--rollout.temperature", "0"), "rollout.temperature is 0"),
         (("train", "tiny", "--mask.ratio", "1.5"), "mask.ratio is 1.5"),
         (("train", "tiny", "--train.update-prompts", "7"), "multiple of train.update_prompts"),
+        (("train", "tiny", "--rollout.filter-prompts", "7"), "fewer than rollout.prompts = 16"),
         (("train", "tiny", "--objective.clip-dual", "0.5"), "clip_dual is 0.5"),
         (("train", "grpo", *with_model, "--train.lr", "nan"), "train.lr is nan"),
     ]
@@ -360,7 +375,9 @@ def test_presets_are_the_papers_and_valid():
         o: ObjectiveConfig = PRESETS[name][1].objective
         assert (o.kl_prcp_coef, o.entropy_coef, o.aug_entropy_coef) == (gamma, eta, eta), name
         assert (o.kl_coef, o.clip_low, o.clip_high, o.clip_dual) == (beta, low, high, 3.0), name
-        assert PRESETS[name][1].rollout.dynamic_filter == (name in ("papo-d", "dapo")), name
+        rollout = PRESETS[name][1].rollout
+        assert rollout.dynamic_filter == (name in ("papo-d", "dapo")), name
+        assert rollout.filter_unfilled == "error", name
     for name, (_, config) in PRESETS.items():
         assert config.preset == name
         dataclasses.replace(

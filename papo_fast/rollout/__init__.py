@@ -1,4 +1,4 @@
-"""Engines that sample responses. All speak `RolloutEngine`; `hf` is transformers' own generate."""
+"""Engines that sample responses. All speak `RolloutEngine`; `hf` runs transformers' own model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollout by transformers' `generate`: runs wherever the model runs, with the policy's weights."""
+"""Rollout by transformers' own model: runs wherever the model runs, with the policy's weights."""
 
 from __future__ import annotations
 
@@ -6,45 +6,23 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 
 from papo_fast.policy import Policy, inference
 from papo_fast.processing import EncodedPrompt
 from papo_fast.sequences import Completion, pad_left
 
-
-class _Sampler(LogitsProcessor):
-    """Applies temperature and bans, and keeps the log-prob of the token that was drawn.
-
-    `generate` can return the scores of every step, which is (tokens x vocabulary) memory. The
-    token drawn at one step is the input of the next call, so one step's log-probs are enough.
-    """
-
-    def __init__(self, banned_V: Tensor, temperature: float):
-        self.banned_V = banned_V
-        self.temperature = temperature
-        self._last_BV: Tensor | None = None
-        self._drawn: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids[:, -1])
-        # the same order as token_stats: (logits + bias) / T
-        scores = (scores.float() + self.banned_V) / self.temperature
-        self._last_BV = scores.log_softmax(-1)
-        return scores
-
-    def _record(self, tokens_B: Tensor) -> None:
-        if self._last_BV is not None:
-            self._drawn.append(self._last_BV.gather(1, tokens_B[:, None])[:, 0])
-
-    def logprobs_BT(self, sequences: Tensor) -> Tensor:
-        self._record(sequences[:, -1])
-        self._last_BV = None
-        return torch.stack(self._drawn, dim=1)
+# Finished responses leave the batch when at most this share of it is still being written: leaving
+# copies the keys and values of the rest.
+COMPACT_AT = 0.5
 
 
 class HFRollout:
     """`RolloutEngine` over `Policy`'s own model.
+
+    `generate` of transformers runs a prompt, its pictures included, once for every response, and
+    finished responses until the last of the batch ends. Here a prompt runs once and its keys and
+    values are copied for its responses, and finished responses leave the batch.
 
     Args:
         policy: its weights are the ones that sample; no synchronisation is needed.
@@ -92,30 +70,66 @@ class HFRollout:
     def _generate(
         self, prompts: Sequence[EncodedPrompt], n: int, temperature: float, max_new_tokens: int
     ) -> list[list[Completion]]:
-        model = self.policy.model
-        model.model.rope_deltas = None  # left over from an earlier batch of other lengths
-        inputs = pad_left(prompts, self.pad_token_id, self.policy.device)
-        width = inputs["input_ids"].shape[1]
-        sampler = _Sampler(self.policy.banned_V, temperature)
-        sequences = model.generate(
-            **inputs,
-            generation_config=GenerationConfig(
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,  # the sampler applies it, so that log-probs see it too
-                num_return_sequences=n,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=self.eos_token_ids,
-                pad_token_id=self.pad_token_id,
+        model, device = self.policy.model, self.policy.device
+        hidden_RD, cache, seen_RK, places_R = self._prefill(prompts, n)
+        count = len(hidden_RD)
+        # row r of the batch writes response rows[r]
+        rows = torch.arange(count, device=device)
+        tokens = torch.full((count, max_new_tokens), self.pad_token_id, device=device)
+        logprobs = torch.zeros(count, max_new_tokens, device=device)
+        writing = torch.ones(count, dtype=torch.bool, device=device)
+        eos = torch.tensor(self.eos_token_ids, device=device)
+        for t in range(max_new_tokens):
+            # the same order as token_stats: (logits + bias) / T
+            logits_RV = model.lm_head(hidden_RD).float() + self.policy.banned_V
+            logprobs_RV = (logits_RV / temperature).log_softmax(-1)
+            drawn_R1 = torch.multinomial(logprobs_RV.exp(), 1)
+            tokens[rows, t] = drawn_R1[:, 0]
+            logprobs[rows, t] = logprobs_RV.gather(1, drawn_R1)[:, 0]
+            writing = writing & ~torch.isin(drawn_R1[:, 0], eos)
+            left = int(writing.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= COMPACT_AT * len(rows):
+                keep = writing.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, drawn_R1, seen_RK = rows[keep], drawn_R1[keep], seen_RK[keep]
+                places_R, writing = places_R[keep], writing[keep]
+            seen_RK = torch.cat([seen_RK, seen_RK.new_ones(len(rows), 1)], dim=1)
+            hidden_RD = model.model(
+                input_ids=drawn_R1,
+                attention_mask=seen_RK,
+                position_ids=(places_R + t).expand(3, 1, -1).transpose(1, 2),
+                past_key_values=cache,
                 use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        logprobs = sampler.logprobs_BT(sequences).tolist()
-        tokens = sequences[:, width:].tolist()
-        completions = [self._cut(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+            ).last_hidden_state[:, -1]
+        pairs = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        completions = [self._cut(*pair) for pair in pairs]
         return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+    def _prefill(
+        self, prompts: Sequence[EncodedPrompt], n: int
+    ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+        """Each prompt once, then what a response needs of it, `n` times in turn (R = B n rows).
+
+        Returns:
+            The (R, D) hidden states that predict the first token, the keys and values, the (R, K)
+            mask of what is a prompt and no padding, and the (R,) position of the first token.
+        """
+        model, device = self.policy.model.model, self.policy.device
+        inputs = pad_left(prompts, self.pad_token_id, device)
+        positions = [self.policy.prompt_positions(p) for p in prompts]
+        places_3BL = torch.zeros(3, *inputs["input_ids"].shape, dtype=torch.int64)
+        for i, place in enumerate(positions):
+            places_3BL[:, i, places_3BL.shape[2] - place.shape[1] :] = place
+        first = torch.tensor([int(place.max()) + 1 for place in positions], device=device)
+        cache = DynamicCache(config=self.policy.model.config.text_config)
+        hidden_BD = model(
+            **inputs, position_ids=places_3BL.to(device), past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        cache.batch_repeat_interleave(n)
+        expanded = [x.repeat_interleave(n, dim=0) for x in (hidden_BD, inputs["attention_mask"])]
+        return expanded[0], cache, expanded[1], first.repeat_interleave(n)
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
         end = next((i for i, t in enumerate(tokens) if t in self.eos_token_ids), None)
