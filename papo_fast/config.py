@@ -30,6 +30,17 @@ class ModelConfig:
     """Train the vision tower; False freezes it."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
+    lora_rank: int = 0
+    """Train adapters of this rank and freeze everything else (LoRA); 0 trains the weights. The
+    reference policy is then the model without its adapters and takes no memory."""
+    lora_alpha: float = 0.0
+    """LoRA's scale is lora_alpha / lora_rank; 0: twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj v_proj; empty: all of the
+    decoder layers, and with train_vision of the vision blocks."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's kernels for RMSNorm, SwiGLU and rotary embedding; auto: where there is a GPU and
+    liger-kernel is installed."""
     trust_remote_code: bool = False
     """Let transformers run code that ships with the checkpoint. Leave off unless you trust it."""
 
@@ -315,6 +326,11 @@ class Config:
         ):
             if value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")
+        if self.model.lora_rank < 0 or self.model.lora_alpha < 0:
+            raise InputError(
+                f"model.lora_rank = {self.model.lora_rank}, lora_alpha = {self.model.lora_alpha}: "
+                "they must be at least 0"
+            )
         for name, value in (
             ("rollout.temperature", rollout.temperature),
             ("eval.temperature", self.eval.temperature),

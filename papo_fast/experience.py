@@ -17,6 +17,7 @@ from papo_fast.advantages import dynamic_filter, group_advantages, overlong_pena
 from papo_fast.config import Config
 from papo_fast.data import Prompt
 from papo_fast.errors import InputError
+from papo_fast.lora import SharedReference
 from papo_fast.masking import prompt_seed
 from papo_fast.packing import Group, pack, plan
 from papo_fast.parallel import gather, gather_in_order, rank, share_of, world_size
@@ -180,7 +181,7 @@ class Collector:
 def score_without_gradient(
     experience: Experience,
     policy: Policy,
-    reference: Policy | None,
+    reference: Policy | SharedReference | None,
     config: Config,
     *,
     on_policy: bool,
@@ -197,7 +198,7 @@ def score_without_gradient(
     recompute = config.rollout.old_logprobs == "recompute" and not on_policy
     want_ref = reference is not None and objective.kl_estimator == "sampled"
     want_aug = objective.needs_aug and not needs_aug_forward(config)
-    passes: list[tuple[Policy, bool, list[Tensor]]] = []  # policy, corrupted pictures, results
+    passes: list[tuple[Policy | SharedReference, bool, list[Tensor]]] = []  # policy, corrupted pictures, results
     if recompute:
         passes.append((policy, False, old := [torch.empty(0)] * n))
     if want_ref:

@@ -93,18 +93,14 @@ class Trainer:
         self.train_data = PromptDataset(config.data.train, config.data, self.encoder)
         bans = self.encoder.banned_token_ids
         self.policy = Policy.load(config.model, bans, device, config.parallel)
-        reference = None
-        if config.objective.needs_reference:
-            reference = Policy.load(config.model, bans, device, config.parallel)
-            reference.requires_grad_(False).eval()
-        self.reference = reference
+        self.reference = self.policy.reference(config)
         # transformers' generate needs whole weights
         self.sampler = self.policy
         if world_size() > 1:
             self.sampler = Policy.load(config.model, bans, device).requires_grad_(False)
         self.steps = config.train.steps or self._steps_of_epochs()
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
-        self.updater = Updater(config, self.policy, reference, updates)
+        self.updater = Updater(config, self.policy, self.reference, updates)
         self.engine = HFRollout(
             self.sampler,
             self.encoder.eos_token_ids,

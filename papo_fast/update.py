@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, needs_aug_forward
+from papo_fast.lora import SharedReference
 from papo_fast.objective import Metrics, annealed, mean_metrics, objective
 from papo_fast.packing import Group, pack, plan
 from papo_fast.parallel import gather, rank, world_size
@@ -32,7 +33,7 @@ class Updater:
 
     config: Config
     policy: Policy
-    reference: Policy | None
+    reference: Policy | SharedReference | None
     total_updates: int
 
     def __post_init__(self) -> None:

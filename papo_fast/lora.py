@@ -1,0 +1,126 @@
+"""Low-rank adapters in place of weights, through peft, and the model beneath them as a reference.
+
+Everything but the adapters is frozen. Their second factor starts at zero, so the policy starts as
+the model it was loaded from; with the adapters passed over it is that model again, which makes a
+reference policy that takes no memory of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from papo_fast.config import ModelConfig
+from papo_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from papo_fast.packing import PackedBatch
+    from papo_fast.policy import Policy
+    from papo_kernels import TokenStats
+
+ADAPTER = "default"
+BASE = ".base_layer"
+
+
+def add_adapters(model: nn.Module, config: ModelConfig) -> None:
+    """Freeze `model` and give its linear layers adapters, in place.
+
+    Every rank draws the same values, on an empty (meta) model none; the global random numbers are
+    left as they were.
+
+    Raises:
+        InputError: peft is not installed, or `lora_targets` names no layer.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(
+            f"model.lora_rank is {config.lora_rank}, which needs peft: pip install -e '.[lora]'"
+        )
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = _targets(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        inject_adapter_in_model(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+                target_modules=names,
+                lora_dropout=0.0,
+                bias="none",
+            ),
+            model,
+            adapter_name=ADAPTER,
+        )
+
+
+def _targets(model: nn.Module, config: ModelConfig) -> list[str]:
+    """Full names of the linear layers that get adapters."""
+    parts = {"model.language_model.layers": model.model.language_model.layers}
+    if config.train_vision:
+        parts["model.visual.blocks"] = model.model.visual.blocks
+    found = [
+        f"{prefix}.{name}"
+        for prefix, part in parts.items()
+        for name, module in part.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    known = {name.rpartition(".")[2] for name in found}
+    if unknown := sorted(set(config.lora_targets) - known):
+        raise InputError(
+            f"model.lora_targets names {', '.join(unknown)}: the layers that can have adapters are "
+            + ", ".join(sorted(known))
+        )
+    wanted = set(config.lora_targets) or known
+    return [name for name in found if name.rpartition(".")[2] in wanted]
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with adapters by their names; none where there are no adapters."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it had adapters."""
+    layers = adapted_layers(model).values()
+    # not peft's own switch: it also turns requires_grad off and on, and a parameter that FSDP
+    # gathers for the first time while it is off never gets a gradient
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A whole state dict of `model` as that of a model without adapters: W + scale B A, in float32.
+
+    Names become those of the checkpoint that was loaded.
+    """
+    state = dict(state)
+    for name, layer in adapted_layers(model).items():
+        a, b = (state.pop(f"{name}.lora_{x}.{ADAPTER}.weight") for x in "AB")
+        weight = state[f"{name}{BASE}.weight"]
+        # the gathered base weight may be shared with the model: never in place
+        change = layer.scaling[ADAPTER] * (b.float() @ a.float())
+        state[f"{name}{BASE}.weight"] = (weight.float() + change).to(weight.dtype)
+    return {name.replace(BASE, ""): value for name, value in state.items()}
+
+
+class SharedReference:
+    """The policy without its adapters, as a reference policy."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def stats(self, batch: PackedBatch, **options: object) -> tuple[TokenStats, Tensor | None]:
+        """`Policy.stats` of the model beneath the adapters."""
+        with without_adapters(self.policy.model):
+            return self.policy.stats(batch, **options)
