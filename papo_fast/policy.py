@@ -7,7 +7,7 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -243,6 +243,15 @@ class Policy(nn.Module):
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+
+        Every rank of a sharded policy takes part, from the first weight to the last.
+        """
+        for name, weight in self.model.named_parameters():
+            weight = weight.detach().to(self.dtype)
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 @contextmanager
