@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,11 @@ from vllm_checks import (
 
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.errors import InputError
+from papo_fast.presets import get_preset
+from papo_fast.rollout.vllm_requests import engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import ON_CPU
+
+pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def test_a_seed_decides_the_tokens_and_every_response_draws_its_own(engine_polic
 def test_responses_end_with_the_end_token_or_at_the_limit(engine_policy_encoder):
     engine, _, encoder = engine_policy_encoder
     prompt = encoder.encode("1+1?", [picture(1)])
-    [group] = sample(engine, [prompt], n=64, temperature=3.0, max_new_tokens=20)
+    [group] = sample(engine, [prompt], n=64, temperature=2.0, max_new_tokens=20)
     assert {c.finished for c in group} == {True, False}
     for c in group:
         ends = [t in encoder.eos_token_ids for t in c.token_ids]
@@ -124,10 +129,16 @@ def test_the_engine_sleeps_through_the_update_and_gets_weights_before_its_cache(
     ]
 
 
+@pytest.mark.parametrize("temperature", [0.005, 2.5])
+def test_temperatures_that_vllm_would_change_or_refuse_are_named(temperature):
+    preset = get_preset("tiny")
+    hot = replace(preset, rollout=replace(preset.rollout, temperature=temperature))
+    with pytest.raises(InputError, match=f"rollout.temperature is {temperature}"):
+        engine_options(hot)
+
+
 def test_without_vllm_the_engine_says_how_to_install_it(tmp_path, monkeypatch):
     import importlib.util
-
-    from papo_fast.rollout.vllm_requests import require_vllm
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"not installed: pip install .*'\.\[vllm"):

@@ -31,6 +31,8 @@ from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_server import VLLMServerRollout
 from papo_fast.trainer import train
 
+pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):

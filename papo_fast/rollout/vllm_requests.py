@@ -35,8 +35,17 @@ def require_vllm() -> None:
 
 
 def engine_options(config: Config) -> dict[str, Any]:
-    """vLLM's engine arguments that make it sample what the policy scores."""
+    """vLLM's engine arguments that make it sample what the policy scores.
+
+    Raises `InputError` for a temperature that vLLM does not take as it is.
+    """
     data, rollout = config.data, config.rollout
+    for name, value in (
+        ("rollout.temperature", rollout.temperature),
+        ("eval.temperature", config.eval.temperature),
+    ):
+        if not 0.01 <= value <= 2:  # below, it samples at another one than it is asked to
+            raise InputError(f"{name} is {value}: vLLM samples at 0.01 to 2")
     return {
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
