@@ -90,7 +90,7 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     batch_size: int = 64
-    """Sequences generated at a time, by each process of the run."""
+    """Sequences generated at a time, by each process or server."""
     dynamic_filter: bool = False
     """DAPO's dynamic sampling: drop groups whose mean accuracy is outside `filter_range`."""
     filter_range: tuple[float, float] = (0.01, 0.99)
@@ -116,7 +116,7 @@ class RolloutConfig:
     """Seconds after which a request to a vLLM server, or the start of one, counts as failed."""
     server_weights: str = ""
     """Folder in which new weights are handed to vLLM servers, on a disk that they share with the
-    run; empty: in the run's folder."""
+    run, e.g. under /dev/shm on one machine; empty: in the run's folder."""
 
 
 @dataclass(frozen=True)

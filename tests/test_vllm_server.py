@@ -28,6 +28,7 @@ from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
 from papo_fast.rollout import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
+from papo_fast.rollout.vllm_serve import serve, server_command
 from papo_fast.rollout.vllm_server import VLLMServerRollout
 from papo_fast.trainer import train
 
@@ -149,6 +150,27 @@ def model(tmp_path_factory):
 
 def at(config, *urls, **changes):
     return replace(config, rollout=replace(config.rollout, server_urls=urls, **changes))
+
+
+def test_the_server_is_started_with_what_a_run_checks_for(model):
+    config, _, _ = model
+    command, environment = server_command(config, "http://node7:8123")
+    options = dict(zip(command[3::2], command[4::2], strict=False))
+    for flag, value in {
+        "--host": "node7",
+        "--port": "8123",
+        "--dtype": "float32",
+        "--max-model-len": "84",
+        "--logprobs-mode": "processed_logprobs",
+    }.items():
+        assert options[flag] == value
+    assert json.loads(options["--mm-processor-kwargs"])["size"]["shortest_edge"] == 28 * 28
+    assert "--enable-scale-out" in command and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    for url in ("https://node7:8123", "http://node7", "node7:8123"):
+        with pytest.raises(InputError, match="not of the form http://HOST:PORT"):
+            server_command(config, url)
+    with pytest.raises(InputError, match="start each with its own URL"):
+        serve(at(config, "http://a:1", "http://b:1"), Console(quiet=True))
 
 
 def test_a_server_that_is_not_there_is_an_error_that_says_what_to_start(model, tmp_path):

@@ -89,6 +89,8 @@ class VLLMRollout:
 
         if self.asleep:
             raise RuntimeError("generate after sleep: load_weights first")
+        if not prompts:  # a rank without a share
+            return []
         requests, parameters = [], []
         for prompt, its_seed in zip(prompts, prompt_seeds(seed, len(prompts), n), strict=True):
             ids, pictures = self.format.prompt(prompt)

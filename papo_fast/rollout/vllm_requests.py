@@ -17,7 +17,6 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.policy import BANNED_LOGIT
 from papo_fast.processing import EncodedPrompt, PromptEncoder
-from papo_fast.rollout import RolloutError
 from papo_fast.sequences import Completion
 
 
@@ -50,7 +49,8 @@ def engine_options(config: Config) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "max_model_len": data.max_prompt_length + rollout.max_new_tokens,
-        "max_num_seqs": rollout.batch_size,
+        # at least the responses of one prompt, which a server insists on
+        "max_num_seqs": max(rollout.batch_size, rollout.group_size, config.eval.samples),
         "gpu_memory_utilization": rollout.gpu_memory,
         # after bias and temperature: those of the distribution that is sampled from
         "logprobs_mode": "processed_logprobs",
@@ -115,10 +115,10 @@ class RequestFormat:
         }
 
     def check_prompt(self, prompt: EncodedPrompt, theirs: Sequence[int] | None, who: str) -> None:
-        """Raise `RolloutError` where vLLM expanded the pictures to other ids than ours."""
+        """Raise `InputError` where vLLM expanded the pictures to other ids than ours."""
         ours = prompt.input_ids.tolist()
         if list(theirs or ()) != ours:
-            raise RolloutError(
+            raise InputError(
                 f"{who} turned a prompt of {len(ours)} tokens into {len(theirs or ())} others: its "
                 "checkpoint or its limits on pictures are not those of this run (model.path, "
                 "data.min_pixels, data.max_pixels)"

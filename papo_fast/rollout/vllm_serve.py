@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,13 +36,13 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def serve(config: Config, console: Console) -> None:
     """Become the vLLM server of a run with this configuration; does not return."""
-    config.validate()
-    require_vllm()
     urls = config.rollout.server_urls or (DEFAULT_URL,)
     if len(urls) > 1:
         raise InputError(
             f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
         )
+    config.validate()
+    require_vllm()
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
         from papo_fast.progress import Progress
@@ -83,6 +84,8 @@ def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
+    if on_cpu and config.threads:
+        environment.setdefault("OMP_NUM_THREADS", str(config.threads))
     return command, environment
 
 
@@ -107,6 +110,7 @@ class OwnServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # interrupts are for the run, which then ends it
                 preexec_fn=_end_with_parent,
             )
         deadline = time.monotonic() + config.rollout.server_timeout
@@ -129,6 +133,8 @@ class OwnServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with suppress(ProcessLookupError):  # what it started, where it could not end that itself
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:

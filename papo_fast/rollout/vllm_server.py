@@ -223,10 +223,10 @@ class VLLMServerRollout:
                 found.append(self.format.completion(tokens, logprobs, reason))
             if len(found) != n:
                 raise ValueError(f"{len(found)} responses instead of {n}")
+        except InputError as error:
+            raise RolloutError(str(error)) from error
         except (KeyError, TypeError) as error:
             raise server.nonsense(path, f"no responses ({error!r})") from error
-        except RolloutError:
-            raise
         except ValueError as error:
             raise server.nonsense(path, str(error)) from error
         return found
