@@ -268,9 +268,7 @@ def main():
             told = plan.peak + plan.host
             text = ", ".join(f"{k} {v / 2**20:.0f}" for k, v in parts)
             error = told / got - 1
-            table.add_row(
-                name, f"{got / 2**20:.0f}", f"{told / 2**20:.0f}", f"{error:+.0%}", text
-            )
+            table.add_row(name, f"{got / 2**20:.0f}", f"{told / 2**20:.0f}", f"{error:+.0%}", text)
             rows.append({"way": name, "measured": got, "planned": told})
     console.print(table)
     if arguments.json:

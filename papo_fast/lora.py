@@ -8,7 +8,7 @@ reference policy that takes no memory of its own.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -99,18 +99,37 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return f".{ADAPTER}." in name
+
+
+def merged_weight(
+    layer: nn.Module, weight: Tensor, whole: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """W + scale B A of an adapted layer, a new tensor in W's dtype.
+
+    Args:
+        whole: makes whole tensors of the layer's parameters.
+    """
+    a, b = (whole(getattr(layer, f"lora_{x}")[ADAPTER].weight).detach() for x in "AB")
+    return _merge(layer, whole(weight), a, b)
+
+
+def _merge(layer: nn.Module, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return (weight.float() + layer.scaling[ADAPTER] * (b.float() @ a.float())).to(weight.dtype)
+
+
 def merged(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A whole state dict of `model` as that of a model without adapters: W + scale B A, in float32.
+    """A whole state dict of `model` as that of a model without adapters.
 
     Names become those of the checkpoint that was loaded.
     """
     state = dict(state)
     for name, layer in adapted_layers(model).items():
         a, b = (state.pop(f"{name}.lora_{x}.{ADAPTER}.weight") for x in "AB")
-        weight = state[f"{name}{BASE}.weight"]
-        # the gathered base weight may be shared with the model: never in place
-        change = layer.scaling[ADAPTER] * (b.float() @ a.float())
-        state[f"{name}{BASE}.weight"] = (weight.float() + change).to(weight.dtype)
+        key = f"{name}{BASE}.weight"
+        state[key] = _merge(layer, state[key], a, b)
     return {name.replace(BASE, ""): value for name, value in state.items()}
 
 

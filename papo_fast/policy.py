@@ -7,7 +7,7 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,16 @@ from papo_fast.config import Config, ModelConfig, ParallelConfig
 from papo_fast.flops import ModelShape
 from papo_fast.liger import use_liger
 from papo_fast.loading import load_model
-from papo_fast.lora import SharedReference, add_adapters, merged, without_adapters
+from papo_fast.lora import (
+    BASE,
+    SharedReference,
+    adapted_layers,
+    add_adapters,
+    is_adapter,
+    merged,
+    merged_weight,
+    without_adapters,
+)
 from papo_fast.packing import PackedBatch
 from papo_fast.parallel import device_mesh, is_main, shard
 from papo_fast.processing import EncodedPrompt
@@ -275,6 +284,28 @@ class Policy(nn.Module):
                 if not theirs.requires_grad:  # frozen: as both were loaded
                     continue
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+
+        Adapters are merged. Every rank of a sharded policy takes part, from the first weight to
+        the last.
+        """
+
+        def whole(weight: Tensor) -> Tensor:
+            weight = weight.detach()
+            return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+        layers = adapted_layers(self.model)
+        for name, weight in self.model.named_parameters():
+            layer = layers.get(name.partition(BASE)[0])
+            if is_adapter(name):
+                continue
+            if layer is not None and name.endswith(f"{BASE}.weight"):
+                weight = merged_weight(layer, weight, whole)
+            else:
+                weight = whole(weight.to(self.dtype))
+            yield name.replace(BASE, ""), weight.to(self.dtype)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from papo_fast.parallel import (
     main_first,
     process_group,
     wait_for_all,
-    world_size,
 )
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
@@ -39,7 +39,8 @@ from papo_fast.progress import Progress
 from papo_fast.report import print_summary, save_examples, write_report
 from papo_fast.report.run_files import METRICS
 from papo_fast.rewards import Scorer
-from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout import RolloutError
+from papo_fast.rollout.engines import make_engine
 from papo_fast.run_dir import claim_run_dir, find_run_dir, git_commit, write_json
 from papo_fast.update import Updater
 
@@ -71,7 +72,7 @@ def _train(config: Config, console: Console) -> Path:
         # not before everything is loaded: a folder with a config counts as a run
         if is_main():
             write_json(run_dir / "config.json", asdict(config))
-        with stop_on_sigterm() as stop:
+        with closing(trainer.engine), stop_on_sigterm() as stop:
             return trainer.run(stop)
 
 
@@ -94,19 +95,10 @@ class Trainer:
         bans = self.encoder.banned_token_ids
         self.policy = Policy.load(config.model, bans, device, config.parallel)
         self.reference = self.policy.reference(config)
-        # transformers' generate needs whole weights
-        self.sampler = self.policy
-        if world_size() > 1:
-            self.sampler = Policy.load(config.model, bans, device).requires_grad_(False)
         self.steps = config.train.steps or self._steps_of_epochs()
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
         self.updater = Updater(config, self.policy, self.reference, updates)
-        self.engine = HFRollout(
-            self.sampler,
-            self.encoder.eos_token_ids,
-            self.encoder.pad_token_id,
-            config.rollout.batch_size,
-        )
+        self.engine = make_engine(config, self.policy, self.encoder, run_dir)
         self.corrupt = PromptCorruptor(config.mask, self.encoder)
         rollout = config.rollout
         self.stream = PromptStream(
@@ -125,9 +117,20 @@ class Trainer:
         self.rewards_since: list[float] = []
         self.done = self._restore() if config.resume else 0
         self.metrics = MetricsLog(run_dir / METRICS, resume=config.resume) if is_main() else None
-        self._sync_sampler()
+        self.updates_sampled: int | None = None  # whose weights the engine has
+        self.progress_made = self._progress_made()
 
     def run(self, stop: StopRequest) -> Path:
+        try:
+            return self._run(stop)
+        except RolloutError:
+            # nothing of the failed step has happened yet: keep what came before it
+            if self.done and self.done not in (saved.step for saved in self.store.saved()):
+                self._checkpoint(self.done)
+            raise
+
+    def _run(self, stop: StopRequest) -> Path:
+        self._sync_engine()
         before = self._evaluate_before()
         steps, every = self.steps, self.config.train.checkpoint_every
         with self.progress.task("training", total=steps) as advance:
@@ -137,6 +140,7 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.append(row)
                 self.rewards_since.append(row["reward"])
+                self.done, self.progress_made = step, self._progress_made()
                 self.console.print(step_line(row, steps), soft_wrap=True)
                 for alarm in row["alarms"]:
                     self.console.print(f"[yellow]warning:[/yellow] {alarm}", soft_wrap=True)
@@ -150,6 +154,7 @@ class Trainer:
                     )
                     return self.run_dir
         self._save(self.run_dir / "model")
+        self._sync_engine()
         after = self.evaluator.run("evaluating after")
         corrupted = None
         if self.config.eval.corrupted and after is not None:
@@ -180,14 +185,20 @@ class Trainer:
                 "step": step,
                 "score": sum(rewards) / len(rewards),
                 "seconds": time.perf_counter() - self.started,
-                "updater": self.updater.counters(),
-                "stream": self.stream.state_dict(),
-                "bad_rows": dict(self.train_data.bad_rows),
-                "reward_timeouts": self.scorer.timeouts,
-                "rng": torch.get_rng_state(),
+                **self.progress_made,
             },
         )
         self.rewards_since = []
+
+    def _progress_made(self) -> dict:
+        """What a checkpoint of the step that has just ended keeps besides weights and optimizer."""
+        return {
+            "updater": self.updater.counters(),
+            "stream": self.stream.state_dict(),
+            "bad_rows": dict(self.train_data.bad_rows),
+            "reward_timeouts": self.scorer.timeouts,
+            "rng": torch.get_rng_state(),
+        }
 
     def _restore(self) -> int:
         """Continue from the last checkpoint; the number of steps done."""
@@ -222,11 +233,14 @@ class Trainer:
             times[f"{name}_seconds"] = now - clock
             clock = now
 
+        self._sync_engine()
+        lap("sync")
         prompts = config.rollout.prompts
         with self.progress.task("rollout", total=prompts, transient=True) as advance:
             self.engine.progress = advance
             experience = self.collector.collect(self.stream, step)
             self.engine.progress = None
+        self.engine.sleep()
         lap("rollout")
         per_update = config.train.update_prompts * config.rollout.group_size
         slices = [
@@ -245,13 +259,14 @@ class Trainer:
         with self.progress.task("update", total=len(experience), transient=True) as advance:
             for sequences in slices:
                 updates.append(self.updater.update(experience, sequences, advance))
-        self._sync_sampler()
         lap("update")
         return self._row(experience, updates, step, times)
 
-    def _sync_sampler(self) -> None:
-        if self.sampler is not self.policy:
-            self.sampler.copy_weights_from(self.policy)
+    def _sync_engine(self) -> None:
+        """Sample with the weights as they are; at once before, so that a failure loses no step."""
+        if self.updates_sampled != self.updater.updates:
+            self.engine.load_weights(self.policy)
+            self.updates_sampled = self.updater.updates
 
     def _row(
         self, experience: Experience, updates: list[dict], step: int, times: dict[str, float]
@@ -343,5 +358,6 @@ def step_line(row: dict, steps: int) -> str:
     ):
         if row.get(name) is not None:
             parts.append(f"{label} {row[name]:{form}}")
-    seconds = sum(row.get(f"{k}_seconds", 0) for k in ("rollout", "experience", "update"))
+    phases = ("sync", "rollout", "experience", "update")
+    seconds = sum(row.get(f"{phase}_seconds", 0) for phase in phases)
     return "  ".join([*parts, f"{seconds:.1f} s"])

@@ -107,9 +107,7 @@ def options(config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout)
     if layout.ranks > 1 and not config.parallel.offload:
         found.append(offload_option())
     if not config.model.lora_rank:
-        found.append(
-            model_option(f"--model.lora-rank {LORA_RANK}", lora_rank=LORA_RANK)
-        )
+        found.append(model_option(f"--model.lora-rank {LORA_RANK}", lora_rank=LORA_RANK))
     found.append(gpus_option(2 * layout.ranks))
     return found
 
