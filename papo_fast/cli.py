@@ -1,4 +1,4 @@
-"""`papo-fast train | eval | report | serve | doctor`; options: `papo_fast.config`, by tyro."""
+"""`papo-fast train | eval | report | serve | plan | doctor`; options by tyro from the config."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ USAGE = """\
   papo-fast eval --model DIR ...  mean@k accuracy of a checkpoint
   papo-fast report RUN            table and picture of a run
   papo-fast serve PRESET ...      a vLLM server for runs with the same options
+  papo-fast plan ...              memory per GPU and time per step, before anything runs
   papo-fast doctor                what is installed, what will run, what is missing
 
 Every command explains its options with --help."""
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "report": _report,
         "serve": _serve,
+        "plan": _plan,
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -178,6 +180,29 @@ def _report(argv: list[str], console: Console) -> int:
     from papo_fast.report import print_run
 
     print_run(Path(arguments.run), console)
+    return 0
+
+
+def _plan(argv: list[str], console: Console) -> int:
+    import tyro
+
+    from papo_fast.planning.command import PlanArguments, print_plan
+    from papo_fast.presets import PRESETS
+
+    # the preset comes first, whatever place it stands in: the other options change it
+    name, rest, words = "papo-g-7b", [], iter(argv)
+    for word in words:
+        if word == "--preset":
+            name = next(words, "")
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}{_suggest(name, PRESETS)}")
+    default = PlanArguments(PRESETS[name][1])
+    arguments = tyro.cli(PlanArguments, args=rest, default=default, prog="papo-fast plan")
+    print_plan(arguments, console)
     return 0
 
 

@@ -23,8 +23,7 @@ def main(job_path: str, out: str) -> None:
     config, device = job["config"], torch.device("cpu")
     with process_group(device):
         policy = Policy.load(config.model, job["bans"], device, config.parallel)
-        reference = Policy.load(config.model, job["bans"], device, config.parallel)
-        reference.requires_grad_(False).eval()
+        reference = policy.reference(config)
         experience = Experience(**job["experience"])
         updater = Updater(config, policy, reference, total_updates=3)
         score_without_gradient(experience, policy, reference, config, on_policy=False)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from papo_fast.config import Config
-from papo_fast.planning.memory import Layout, MemoryPlan, plan_memory
+from papo_fast.planning.memory import Layout, MemoryPlan, plan_memory, vllm_least
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, update_streams
 
 LORA_RANK = 64
-VLLM_SHARE = 0.35
+MOST_SHARE = 0.85
 MOST_GPUS = 1024
 
 Setup = tuple[Config, Layout]
@@ -61,22 +62,35 @@ def offload_option() -> Option:
     return Option("--parallel.offload", change)
 
 
-def vllm_option(sizes: ModelSizes, layout: Layout) -> Option:
-    # bfloat16 weights in at most two thirds of its share
-    tensor_parallel = 1
-    room = VLLM_SHARE * (layout.gpu_memory or 0) * 2 / 3
-    while 2 * sizes.parameters / tensor_parallel > room and tensor_parallel < layout.ranks:
-        tensor_parallel *= 2
+def rollout_options(config: Config, sizes: ModelSizes, layout: Layout) -> Iterator[Option]:
+    """vLLM in each process where one GPU can hold its weights, and on GPUs of its own."""
 
-    def change(config: Config, layout: Layout) -> Setup:
-        return config, dataclasses.replace(
-            layout,
-            vllm=True,
-            vllm_share=VLLM_SHARE,
-            vllm_tensor_parallel=tensor_parallel,
+    def option(flag: str, **changes: object) -> Option:
+        def change(config: Config, layout: Layout) -> Setup:
+            rollout = dataclasses.replace(config.rollout, **changes)
+            return dataclasses.replace(config, rollout=rollout), layout
+
+        return Option(flag, change)
+
+    memory = layout.gpu_memory or 1
+    share = math.ceil(20 * vllm_least(sizes) / memory) / 20
+    if share <= MOST_SHARE and (config.rollout.engine, config.rollout.gpu_memory) != (
+        "vllm",
+        share,
+    ):
+        yield option(
+            f"--rollout.engine vllm --rollout.gpu-memory {share}", engine="vllm", gpu_memory=share
         )
-
-    return Option(f"--vllm-share {VLLM_SHARE} --vllm-tp {tensor_parallel}", change)
+    if config.rollout.engine != "vllm_server":
+        together = 1
+        while vllm_least(sizes) / together > MOST_SHARE * memory:
+            together *= 2
+        yield option(
+            f"--rollout.engine vllm_server --rollout.tensor-parallel {together} "
+            f"({together} more GPU{'s' * (together > 1)})",
+            engine="vllm_server",
+            tensor_parallel=together,
+        )
 
 
 def gpus_option(ranks: int) -> Option:
@@ -100,8 +114,7 @@ def options(config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout)
         found.append(train_option(tokens))
     if tokens // 4 >= least:
         found.append(train_option(tokens // 4))
-    if layout.ranks > 1 and not layout.vllm:
-        found.append(vllm_option(sizes, layout))
+    found += rollout_options(config, sizes, layout)
     if config.model.train_vision and not config.model.lora_rank:
         found.append(model_option("--model.train-vision False", train_vision=False))
     if layout.ranks > 1 and not config.parallel.offload:
@@ -119,13 +132,13 @@ def effects(
     for option in options(config, sizes, lengths, layout):
         changed, there = option.change(config, layout)
         plan = plan_memory(changed, sizes, lengths, there)
-        yield Effect(option, plan, plan.peak <= (there.gpu_memory or 0))
+        yield Effect(option, plan, plan.fits(there.gpu_memory or 0))
 
 
 def remedy(
     config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout
 ) -> tuple[list[Option], MemoryPlan] | None:
-    """Options that make it fit: one if one is enough, else the fewest from the front, more GPUs last.
+    """Options that make it fit: one if one is enough, else several from the front, GPUs last.
 
     None where even all of them together do not.
     """
@@ -143,13 +156,13 @@ def remedy(
         chosen = [o for o in chosen if o.name.split()[0] != effect.option.name.split()[0]]
         chosen.append(effect.option)
         config, layout = trial_config, trial_layout
-        if plan.peak <= (layout.gpu_memory or 0):
+        if plan.fits(layout.gpu_memory or 0):
             return chosen, plan
     ranks = layout.ranks
     while ranks < MOST_GPUS:
         ranks *= 2
         there = dataclasses.replace(layout, ranks=ranks)
         plan = plan_memory(config, sizes, lengths, there)
-        if plan.peak <= (layout.gpu_memory or 0):
+        if plan.fits(layout.gpu_memory or 0):
             return [*chosen, gpus_option(ranks)], plan
     return None

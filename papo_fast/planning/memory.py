@@ -8,7 +8,7 @@ activations go as gradients come.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
@@ -25,18 +25,10 @@ Bytes = dict[str, float]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where it runs: `ranks` processes, one GPU each, or one CPU (`gpu_memory` None).
-
-    Attributes:
-        gpu_memory: bytes of one GPU.
-        vllm: the engine samples by vLLM, which takes `vllm_share` of each GPU for good.
-    """
+    """`ranks` processes with one GPU of `gpu_memory` bytes each; None: they run on the CPU."""
 
     ranks: int = 1
     gpu_memory: int | None = None
-    vllm: bool = False
-    vllm_share: float = 0.0
-    vllm_tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,7 @@ class MemoryPlan:
         loading: bytes of CPU memory that the main process takes while it loads.
         logits: what two streams' whole logits and their gradients would have taken on top.
         batch: the micro-batch it is for.
+        problem: why it cannot run however much memory there is, or nothing.
     """
 
     update: Bytes
@@ -57,11 +50,14 @@ class MemoryPlan:
     loading: float
     logits: float
     batch: MicroBatch
-    notes: list[str] = field(default_factory=list)
+    problem: str = ""
 
     @property
     def peak(self) -> float:
         return max(sum(self.update.values()), sum(self.rollout.values()))
+
+    def fits(self, gpu_memory: int) -> bool:
+        return self.peak <= gpu_memory and not self.problem
 
     @property
     def worst(self) -> Bytes:
@@ -269,12 +265,8 @@ def plan_memory(
     if offload:
         host = sum(static.values()) + gradients
         static, gradients = {}, 0.0
-    sampler = sampling_bytes(config, sizes, lengths, model)
-    standing = {
-        "sampler": sampler["sampler"],
-        "weights gathered": model.gathered(),
-        "reserve": 0.0,
-    }
+    idle, sampling = sampling_bytes(config, sizes, lengths, model)
+    standing = idle | {"weights gathered": model.gathered(), "reserve": 0.0}
     if layout.gpu_memory is not None:
         standing["reserve"] = RESERVE_BYTES + RESERVE_SHARE * layout.gpu_memory
     there = gradients if batch.accumulated or model.sharded else 0.0
@@ -284,7 +276,15 @@ def plan_memory(
     step = model.trainable if model.cuda and not model.sharded else min(largest, model.trainable)
     moments.append(static | standing | {"gradients": gradients, "optimizer step": shard * step})
     update = max(moments, key=lambda m: sum(m.values()))
-    rollout = static | standing | sampler
+    rollout = static | standing | {"weights gathered": 0.0} | sampling
+    problem = ""
+    if config.rollout.engine == "vllm" and layout.gpu_memory is not None:
+        if sampling["vLLM"] < vllm_least(sizes):
+            problem = (
+                f"rollout.gpu_memory = {config.rollout.gpu_memory} is "
+                f"{sampling['vLLM'] / 2**30:.1f} GiB, less than the {vllm_least(sizes) / 2**30:.1f}"
+                " GiB that vLLM needs in each process"
+            )
     rows = batch.rows * update_streams(config)
     return MemoryPlan(
         update=update,
@@ -293,16 +293,25 @@ def plan_memory(
         loading=FULL * sizes.parameters,
         logits=2 * FULL * rows * sizes.vocab,
         batch=batch,
+        problem=problem,
     )
 
 
-def sampling_bytes(config: Config, sizes: ModelSizes, lengths: Lengths, model: _Model) -> Bytes:
-    """While responses are sampled: the sampler's weights and its keys and values."""
+def sampling_bytes(
+    config: Config, sizes: ModelSizes, lengths: Lengths, model: _Model
+) -> tuple[Bytes, Bytes]:
+    """What the sampler holds during an update, and while it samples."""
     layout, rollout = model.layout, config.rollout
-    if layout.vllm:
-        return {"sampler": layout.vllm_share * (layout.gpu_memory or 0)}
-    whole = FULL * model.weights if model.sharded else 0
+    if rollout.engine == "vllm_server":  # on GPUs of its own
+        return {}, {}
+    if rollout.engine == "vllm":  # asleep during an update
+        return {}, {"vLLM": rollout.gpu_memory * (layout.gpu_memory or 0)}
+    whole = {"sampler": FULL * model.weights} if model.sharded else {}
     each = 2 * model.compute * sizes.decoder.keys * sizes.layers.count
     tokens = lengths.prompt + rollout.max_new_tokens
-    cache = rollout.batch_size * tokens * each
-    return {"sampler": whole, "keys and values": cache}
+    return whole, whole | {"keys and values": rollout.batch_size * tokens * each}
+
+
+def vllm_least(sizes: ModelSizes) -> float:
+    """Bytes that vLLM needs at least: bfloat16 weights, and something for keys and values."""
+    return 2 * sizes.parameters * 1.05 + 2**31

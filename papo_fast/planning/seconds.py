@@ -1,4 +1,4 @@
-"""Seconds of a step, estimated from FLOPs and bytes under stated assumptions; nothing is measured."""
+"""Seconds of a step: an estimate from FLOPs and bytes under stated assumptions."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def estimate_step(
     work = step_work(config, lengths, sizes.flops)
     rate = layout.ranks * gpu.flops * mfu
     # sampling: every group of GPUs that shares one copy of the weights
-    together = layout.vllm_tensor_parallel if layout.vllm else 1
+    engine = config.rollout.engine
+    vllm = engine != "hf"
+    together = config.rollout.tensor_parallel if engine == "vllm_server" else 1
     engines = max(1, layout.ranks // together)
     each = -(-work.sequences // engines)
-    at_a_time = min(each, VLLM_SEQUENCES if layout.vllm else config.rollout.batch_size)
+    at_a_time = min(each, VLLM_SEQUENCES if vllm else config.rollout.batch_size)
     # generate waits for the longest of a batch, which is taken to reach the limit
-    steps = lengths.response if layout.vllm else config.rollout.max_new_tokens
-    width = 2 if layout.vllm else 4
+    steps = lengths.response if vllm else config.rollout.max_new_tokens
+    width = 2 if vllm else 4
     cache = 4 * sizes.decoder.keys * sizes.layers.count * lengths.tree(0.5)
     read = (width * sizes.parameters + at_a_time * cache) / together
-    step = max(
-        TOKEN_SECONDS["vllm" if layout.vllm else "hf"], read / (gpu.bandwidth * BANDWIDTH_SHARE)
-    )
+    step = max(TOKEN_SECONDS["vllm" if vllm else "hf"], read / (gpu.bandwidth * BANDWIDTH_SHARE))
     sampling = -(-each // at_a_time) * steps * step
     return StepTime(
         rollout=work.prefill / rate + sampling,
