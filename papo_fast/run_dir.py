@@ -45,6 +45,8 @@ _FREE_IN_ROLLOUT = (
     *("gpu_memory", "tensor_parallel"),
     *("server_urls", "server_timeout", "server_weights"),
 )
+# A bad row that stopped a run may be skipped from there on.
+_FREE_IN_DATA = ("on_bad_sample",)
 
 
 def find_run_dir(config: Config) -> Path:
@@ -63,6 +65,8 @@ def find_run_dir(config: Config) -> Path:
             before.pop(name, None), now.pop(name, None)
         for name in _FREE_IN_TRAIN:
             before["train"].pop(name, None), now["train"].pop(name, None)
+        for name in _FREE_IN_DATA:
+            before["data"].pop(name, None), now["data"].pop(name, None)
         for name in _FREE_IN_ROLLOUT:
             before["rollout"].pop(name, None), now["rollout"].pop(name, None)
         if config.digits.enabled:  # filled in from the cache

@@ -123,9 +123,11 @@ class Trainer:
     def run(self, stop: StopRequest) -> Path:
         try:
             return self._run(stop)
-        except RolloutError:
+        except InputError as error:
             # nothing of the failed step has happened yet: keep what came before it
-            if self.done and self.done not in (saved.step for saved in self.store.saved()):
+            before_it = isinstance(error, RolloutError) or self.stream.broken
+            unsaved = self.done not in (saved.step for saved in self.store.saved())
+            if before_it and self.done and unsaved:
                 self._checkpoint(self.done)
             raise
 
@@ -196,7 +198,7 @@ class Trainer:
             "updater": self.updater.counters(),
             "stream": self.stream.state_dict(),
             "bad_rows": dict(self.train_data.bad_rows),
-            "reward_timeouts": self.scorer.timeouts,
+            **self._reward_counts(),
             "rng": torch.get_rng_state(),
         }
 
@@ -215,7 +217,9 @@ class Trainer:
             self.updater.restore(saved["updater"])
             self.stream.load_state_dict(saved["stream"])
             self.train_data.bad_rows.update(saved["bad_rows"])
-            self.scorer.timeouts = saved["reward_timeouts"]
+            if is_main():  # they are added up over ranks
+                self.scorer.timeouts = saved["reward_timeouts"]
+                self.scorer.failures = saved.get("reward_failures", 0)
             self.started -= saved["seconds"]
             torch.set_rng_state(saved["rng"])
         for row in rows[:done]:
@@ -281,12 +285,21 @@ class Trainer:
             **times,
             **experience.metrics,
             **{name: sum(v) / len(v) for name, v in values.items()},
-            "reward_timeouts": self.scorer.timeouts,
+            **self._reward_counts(),
             "skipped_samples": self.train_data.skipped.total(),
             "bad_updates": self.updater.bad_updates,
         }
         row["alarms"] = self.monitor.update(row)
+        if self.scorer.last_failure:
+            row["alarms"].append(f"an answer could not be compared: {self.scorer.last_failure}")
+            self.scorer.last_failure = ""
         return row
+
+    def _reward_counts(self) -> dict[str, int]:
+        """Answers of all ranks that could not be compared, since the start of the run."""
+        counts = gather((self.scorer.timeouts, self.scorer.failures))
+        timeouts, failures = (sum(x) for x in zip(*counts, strict=True))
+        return {"reward_timeouts": timeouts, "reward_failures": failures}
 
     def _steps_of_epochs(self) -> int:
         steps = self.config.train.epochs * len(self.train_data) // self.config.rollout.prompts
@@ -315,6 +328,7 @@ class Trainer:
         after: Evaluation | None,
         corrupted: Evaluation | None,
     ) -> Path:
+        reward_counts = self._reward_counts()
         if not is_main():
             return self.run_dir
         config = self.config
@@ -326,7 +340,7 @@ class Trainer:
             "seconds": round(time.perf_counter() - self.started, 1),
             "samples_per_question": config.eval.samples,
             "bad_updates": self.updater.bad_updates,
-            "reward_timeouts": self.scorer.timeouts,
+            **reward_counts,
         }
         summary |= before
         if after is not None:
