@@ -138,31 +138,54 @@ def effects(
 def remedy(
     config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout
 ) -> tuple[list[Option], MemoryPlan] | None:
-    """Options that make it fit: one if one is enough, else several from the front, GPUs last.
+    """Options that make it fit, the harmless first, and more GPUs where these are not enough.
 
-    None where even all of them together do not.
+    None of them can be left out. None where nothing makes it fit.
     """
-    found = list(effects(config, sizes, lengths, layout))
-    for effect in found:
-        if effect.fits:
-            return [effect.option], effect.plan
-    chosen: list[Option] = []
-    for effect in found[:-1]:
-        trial_config, trial_layout = effect.option.change(config, layout)
-        plan = plan_memory(trial_config, sizes, lengths, trial_layout)
-        before = plan_memory(config, sizes, lengths, layout)
-        if plan.peak >= before.peak:  # it brings nothing on top of the others
-            continue
-        chosen = [o for o in chosen if o.name.split()[0] != effect.option.name.split()[0]]
-        chosen.append(effect.option)
-        config, layout = trial_config, trial_layout
-        if plan.fits(layout.gpu_memory or 0):
-            return chosen, plan
     ranks = layout.ranks
-    while ranks < MOST_GPUS:
-        ranks *= 2
+    while ranks <= MOST_GPUS:
+        more = [gpus_option(ranks)] if ranks > layout.ranks else []
         there = dataclasses.replace(layout, ranks=ranks)
-        plan = plan_memory(config, sizes, lengths, there)
-        if plan.fits(layout.gpu_memory or 0):
-            return [*chosen, gpus_option(ranks)], plan
+        chosen = _enough(config, sizes, lengths, there)
+        if chosen is not None:
+            chosen += more
+            return chosen, _plan_with(chosen, config, sizes, lengths, layout)
+        ranks *= 2
     return None
+
+
+def _enough(
+    config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout
+) -> list[Option] | None:
+    """As few options as it takes on this number of GPUs, or None."""
+    memory = layout.gpu_memory or 0
+    plan = plan_memory(config, sizes, lengths, layout)
+    if plan.fits(memory):
+        return []
+    found = options(config, sizes, lengths, layout)[:-1]  # the last one is more GPUs
+    for option in found:
+        if _plan_with([option], config, sizes, lengths, layout).fits(memory):
+            return [option]
+    chosen: list[Option] = []
+    for option in found:
+        if not plan.fits(memory):
+            flag = option.name.split()[0]
+            trial = [o for o in chosen if o.name.split()[0] != flag] + [option]
+            better = _plan_with(trial, config, sizes, lengths, layout)
+            if better.peak < plan.peak:
+                chosen, plan = trial, better
+    if not plan.fits(memory):
+        return None
+    for option in reversed(chosen):
+        fewer = [o for o in chosen if o is not option]
+        if _plan_with(fewer, config, sizes, lengths, layout).fits(memory):
+            chosen = fewer
+    return chosen
+
+
+def _plan_with(
+    chosen: list[Option], config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout
+) -> MemoryPlan:
+    for option in chosen:
+        config, layout = option.change(config, layout)
+    return plan_memory(config, sizes, lengths, layout)

@@ -52,19 +52,19 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     layout = Layout(ranks=arguments.gpus, gpu_memory=gpu.memory)
     plan = plan_memory(config, sizes, lengths, layout)
     time = estimate_step(config, sizes, lengths, layout, gpu, arguments.mfu)
-    console.print(_memory_table(arguments, sizes, plan, gpu))
+    console.print(
+        f"[bold]{sizes.parameters / 1e9:.2f} B parameters ({sizes.family}) on {arguments.gpus} x "
+        f"{gpu.name}[/], preset {config.preset}",
+        soft_wrap=True,
+    )
+    console.print(_memory_table(plan, gpu))
     _print_about(arguments, plan, gpu, console)
     _print_time(arguments, time, gpu, console)
     _print_options(config, sizes, lengths, layout, plan, console)
 
 
-def _memory_table(arguments: PlanArguments, sizes: ModelSizes, plan: MemoryPlan, gpu: GPU) -> Table:
-    gpus = f"{arguments.gpus} x {gpu.name}"
-    table = Table(
-        title=f"{sizes.parameters / 1e9:.2f} B parameters ({sizes.family}) on {gpus}, "
-        "GiB of one GPU",
-        title_justify="left",
-    )
+def _memory_table(plan: MemoryPlan, gpu: GPU) -> Table:
+    table = Table(title="GiB of one GPU", title_justify="left")
     for heading, justify in (("", "left"), ("update", "right"), ("rollout", "right")):
         table.add_column(heading, justify=justify)
     for name in dict.fromkeys([*plan.update, *plan.rollout]):
@@ -142,8 +142,10 @@ def _print_options(
         return
     chosen, better = found
     flags = " ".join(option.name for option in chosen)
+    host = f", and {_gib(better.host)} GiB of CPU memory in each process" if better.host else ""
     console.print(
-        f"switch on: [bold]{flags}[/] ({_gib(better.peak)} of {_gib(memory)} GiB)", soft_wrap=True
+        f"switch on: [bold]{flags}[/] ({_gib(better.peak)} of {_gib(memory)} GiB{host})",
+        soft_wrap=True,
     )
 
 
