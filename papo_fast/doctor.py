@@ -31,8 +31,8 @@ PYTHON = (3, 11)
 OPTIONAL = (
     ("flash", "flash-attn", "attention; so far torch's own is used"),
     ("vllm", "vllm", "rollout engines vllm and vllm_server"),
-    ("lora", "peft", "LoRA; not used so far"),
-    ("peers", "liger-kernel", "peer in the benchmarks"),
+    ("lora", "peft", "LoRA, --model.lora-rank"),
+    ("peers", "liger-kernel", "RMSNorm and SwiGLU on GPUs, and a peer in the benchmarks"),
     ("peers", "trl", "peer in the benchmarks"),
     ("peers", "cut-cross-entropy", "peer in the benchmarks"),
 )
