@@ -58,6 +58,16 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> None:
         )
 
 
+def freeze_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen weights in the dtype that they are computed with; adapters stay float32.
+
+    No update of theirs can be rounded away, so half of their memory is free.
+    """
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+
+
 def _targets(model: nn.Module, config: ModelConfig) -> list[str]:
     """Full names of the linear layers that get adapters."""
     parts = {"model.language_model.layers": model.model.language_model.layers}
@@ -107,7 +117,7 @@ def is_adapter(name: str) -> bool:
 def merged_weight(
     layer: nn.Module, weight: Tensor, whole: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Tensor:
-    """W + scale B A of an adapted layer, a new tensor in W's dtype.
+    """W + scale B A of an adapted layer, in float32.
 
     Args:
         whole: makes whole tensors of the layer's parameters.
@@ -117,16 +127,22 @@ def merged_weight(
 
 
 def _merge(layer: nn.Module, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (weight.float() + layer.scaling[ADAPTER] * (b.float() @ a.float())).to(weight.dtype)
+    return weight.float() + layer.scaling[ADAPTER] * (b.float() @ a.float())
 
 
 def merged(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A whole state dict of `model` as that of a model without adapters.
+    """A whole state dict of `model` as that of a model without adapters, in float32.
 
-    Names become those of the checkpoint that was loaded.
+    Names become those of the checkpoint that was loaded. Without adapters nothing changes.
     """
     state = dict(state)
-    for name, layer in adapted_layers(model).items():
+    if layers := adapted_layers(model):
+        wide: dict[int, Tensor] = {}  # tied weights stay one
+        for name, value in state.items():
+            if value.data_ptr() not in wide:
+                wide[value.data_ptr()] = value.float()
+            state[name] = wide[value.data_ptr()]
+    for name, layer in layers.items():
         a, b = (state.pop(f"{name}.lora_{x}.{ADAPTER}.weight") for x in "AB")
         key = f"{name}{BASE}.weight"
         state[key] = _merge(layer, state[key], a, b)

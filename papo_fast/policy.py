@@ -27,6 +27,7 @@ from papo_fast.lora import (
     SharedReference,
     adapted_layers,
     add_adapters,
+    freeze_in,
     is_adapter,
     merged,
     merged_weight,
@@ -86,11 +87,12 @@ class Policy(nn.Module):
         use_liger(model, config, device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        dtype = getattr(torch, config.dtype)
         if config.lora_rank:
             add_adapters(model, config)
+            freeze_in(model, dtype)
         elif not config.train_vision:
             model.model.visual.requires_grad_(False)
-        dtype = getattr(torch, config.dtype)
         policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
         if mesh is None:
             return policy.to(device)

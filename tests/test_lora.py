@@ -200,3 +200,28 @@ def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
     ]
     with pytest.raises(InputError, match="model.liger is on, but its kernels need a GPU"):
         liger.use_liger(plain.model, dataclasses.replace(config, liger="on"), CPU)
+
+
+def test_in_bfloat16_frozen_weights_are_and_what_adapters_add_is_not_rounded_away(setup, tmp_path):
+    config, encoder, plain, batch = setup
+    policy = with_adapters(config, encoder, dtype="bfloat16")
+    for name, p in policy.named_parameters():
+        assert p.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16), name
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.fill_(1e-6)
+    stats, _ = policy.stats(batch)
+    (stats.logprobs.sum() + stats.kl_prcp.sum()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
+    before, _ = plain.stats(batch)
+    gap = (stats.logprobs - before.logprobs).abs()
+    print("bfloat16 moves log-probs by", gap.mean().item(), "on average")
+    assert 0 < gap.mean() < 0.3
+    policy.save(tmp_path / "merged")
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    start = load_file(f"{config.path}/model.safetensors")
+    assert all(value.dtype == torch.float32 for value in saved.values())
+    adapted = [n for n in saved if "q_proj.weight" in n]
+    change = [(saved[n] - start[n].bfloat16().float()).abs().max().item() for n in adapted]
+    assert all(1e-8 < x < 1e-4 for x in change), change

@@ -92,16 +92,16 @@ class _Model:
         self.shards = layout.ranks // replicas
         half = config.model.dtype != "float32"
         self.compute = 2 if half else 4
-        # one process computes in bfloat16 by autocast, on float32 weights; FSDP gathers bfloat16
-        self.autocast = half and not self.sharded
-        self.stream = 2 if half and self.sharded else 4
+        # one process computes in bfloat16 by autocast, on float32 weights; FSDP gathers bfloat16,
+        # and LoRA keeps frozen weights so
+        self.lora = config.model.lora_rank > 0
+        self.autocast = half and not self.sharded and not self.lora
+        self.casts_adapters = half and not self.sharded and self.lora
+        self.stream = 2 if half and (self.sharded or self.lora) else 4
+        self.frozen = self.compute if self.lora else FULL
         self.cuda = layout.gpu_memory is not None
 
     # parameters
-
-    @property
-    def lora(self) -> bool:
-        return self.config.model.lora_rank > 0
 
     def trained(self, part: Part, vision: bool = False) -> int:
         """Parameters of one of them that are trained."""
@@ -110,9 +110,6 @@ class _Model:
         if self.lora:
             return self.config.model.lora_rank * part.lora_width
         return part.parameters
-
-    def adapters(self, part: Part, vision: bool = False) -> int:
-        return self.trained(part, vision) if self.lora else 0
 
     @property
     def trainable(self) -> int:
@@ -128,11 +125,9 @@ class _Model:
 
     @property
     def weights(self) -> int:
-        """All parameters, adapters included."""
-        s = self.sizes
-        added = s.layers.count * self.adapters(s.layers)
-        added += s.blocks.count * self.adapters(s.blocks, True)
-        return s.parameters + added
+        """Bytes of all parameters of one copy, adapters included."""
+        adapters = self.trainable if self.lora else 0
+        return self.frozen * self.sizes.parameters + FULL * adapters
 
     # activations
 
@@ -154,8 +149,8 @@ class _Model:
             attention = 2 * c * d.queries * b.keys
         if self.lora:
             per_token += 7 * c * self.config.model.lora_rank
-            if self.autocast:
-                per_token += c * (d.hidden + d.queries + 2 * d.inner)
+            if self.casts_adapters:  # each adapter casts its own copy of its input
+                per_token += c * (5 * d.hidden + d.queries + d.inner)
         return per_token * b.tokens + attention
 
     def block_kept(self) -> float:
@@ -230,7 +225,7 @@ class _Model:
         """Activations, gradients and the lm_head's working memory, moment by moment."""
         units = list(self.units())
         kept = sum(u.kept for u in units)
-        cast = self.compute * self.weights if self.autocast else 0
+        cast = self.compute * self.sizes.parameters if self.autocast else 0
         stays = cast if self.autocast and not self.config.model.gradient_checkpointing else 0
         yield {"activations": kept, "bfloat16 weights": cast, "gradients": gradients}
         fresh = 0.0
@@ -256,7 +251,7 @@ def plan_memory(
     shard = FULL / (model.shards if model.sharded else 1)
     needs_second = config.objective.needs_reference and not model.lora
     static: Bytes = {
-        "weights": shard * model.weights,
+        "weights": model.weights / model.shards,
         "reference": shard * sizes.parameters if needs_second else 0,
         "optimizer": 2 * shard * model.trainable,
     }
@@ -306,7 +301,7 @@ def sampling_bytes(
         return {}, {}
     if rollout.engine == "vllm":  # asleep during an update
         return {}, {"vLLM": rollout.gpu_memory * (layout.gpu_memory or 0)}
-    whole = {"sampler": FULL * model.weights} if model.sharded else {}
+    whole = {"sampler": model.weights} if model.sharded else {}
     each = 2 * model.compute * sizes.decoder.keys * sizes.layers.count
     tokens = lengths.prompt + rollout.max_new_tokens
     return whole, whole | {"keys and values": rollout.batch_size * tokens * each}
