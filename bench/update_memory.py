@@ -229,6 +229,7 @@ def _child(pipe, case, config, rank, ranks, port):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    warm_up()  # a fork does not inherit which pages of the libraries are in memory
     with process_group(torch.device("cpu")):
         peak = peak_of_update(case, config)
     if rank == 0:

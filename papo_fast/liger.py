@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import sys
 
 import torch
 from torch import nn
@@ -44,10 +45,12 @@ def use_liger(model: nn.Module, config: ModelConfig, device: torch.device) -> bo
 
 
 def patch(model: nn.Module) -> None:
-    """Liger's layers in this instance; its weights stay where they are."""
+    """Liger's layers in this instance; its weights stay where they are, other models too."""
     from liger_kernel.transformers import monkey_patch
 
     apply = getattr(monkey_patch, f"apply_liger_kernel_to_{model.config.model_type}")
+    library = sys.modules[type(model).__module__]
+    before = dict(vars(library))
     apply(
         rope=False,
         cross_entropy=False,
@@ -56,6 +59,8 @@ def patch(model: nn.Module) -> None:
         swiglu=True,
         model=model,
     )
+    for name, value in before.items():  # it has also replaced the library's own classes
+        setattr(library, name, value)
 
 
 @functools.cache

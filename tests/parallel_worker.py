@@ -19,6 +19,7 @@ from papo_fast.update import Updater
 
 def main(job_path: str, out: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # adapters start the same however many ranks there are
     job = torch.load(job_path, weights_only=False)  # written by the test itself
     config, device = job["config"], torch.device("cpu")
     with process_group(device):

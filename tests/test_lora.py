@@ -15,6 +15,7 @@ from test_parallel import DATA, TESTS, fixed_experience, launch
 from papo_fast import liger
 from papo_fast.config import ModelConfig, ParallelConfig
 from papo_fast.errors import InputError
+from papo_fast.loading import load_model
 from papo_fast.lora import SharedReference, adapted_layers, is_adapter, merged
 from papo_fast.packing import Group, pack
 from papo_fast.policy import Policy
@@ -200,6 +201,30 @@ def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
     ]
     with pytest.raises(InputError, match="model.liger is on, but its kernels need a GPU"):
         liger.use_liger(plain.model, dataclasses.replace(config, liger="on"), CPU)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_ligers_layers_are_put_into_one_model_and_no_other(family, tmp_path):
+    # they are not run here: their kernels neither run on the CPU nor in Triton's interpreter
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[peers]'")
+    path = str(write_checkpoint(tmp_path / family, family))
+    models = [load_model(ModelConfig(path=path))]
+    weights = {name: p.data_ptr() for name, p in models[0].named_parameters()}
+    liger.patch(models[0])
+    models.append(load_model(ModelConfig(path=path)))
+    patched, later = (
+        [n for n, m in model.named_modules() if m._get_name().startswith("Liger")]
+        for model in models
+    )
+    assert later == []
+    assert {name: p.data_ptr() for name, p in models[0].named_parameters()} == weights
+    for layer in range(2):
+        start = f"model.language_model.layers.{layer}."
+        assert (
+            start + "input_layernorm" in patched and start + "post_attention_layernorm" in patched
+        )
+        assert (start + "mlp" in patched) == (family != "qwen3_vl")
+    assert any("visual" in name for name in patched) == (family != "qwen3_vl")
 
 
 def test_in_bfloat16_frozen_weights_are_and_what_adapters_add_is_not_rounded_away(setup, tmp_path):
