@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from family_checkpoints import write_checkpoint
+from safetensors.torch import load_file
 from test_parallel import DATA, TESTS, fixed_experience, launch
 from test_training import checkpoints, png, questions, run, small  # noqa: F401
+from torch.distributed.checkpoint import FileSystemReader
 
 from papo_fast.checkpoint import CheckpointStore
 from papo_fast.config import EvalConfig
 from papo_fast.errors import InputError
+from papo_fast.policy import Policy
 from papo_fast.presets import get_preset
 from papo_fast.processing import PromptEncoder
 
@@ -81,6 +84,36 @@ def main_of_this_process(command):
     from papo_fast.cli import main
 
     return main(command)
+
+
+@pytest.mark.parametrize("frozen", [{"lora_rank": 4}, {"train_vision": False}], ids=str)
+def test_checkpoints_hold_what_is_trained_and_resume_exactly(
+    checkpoints,  # noqa: F811
+    questions,  # noqa: F811
+    tmp_path,
+    frozen,
+):
+    config = small(get_preset("papo-g-7b"), checkpoints["qwen3_vl"], questions, tmp_path / "a")
+    config = dataclasses.replace(
+        config,
+        name="run",
+        resume=True,
+        model=dataclasses.replace(config.model, **frozen),
+        data=dataclasses.replace(config.data, test=""),
+        train=dataclasses.replace(config.train, steps=2, checkpoint_every=1),
+    )
+    whole, rows, _ = run(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
+    folder, resumed, _ = run(config)
+    assert resumed == rows
+    assert rows[1]["kl_ref"] > 0
+    a, b = (load_file(f / "model" / "model.safetensors") for f in (whole, folder))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    policy = Policy.load(config.model, [], torch.device("cpu"))
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
+    shards = FileSystemReader(folder / "checkpoints" / "step-2" / "shards").read_metadata()
+    saved = {n.removeprefix("model.") for n in shards.state_dict_metadata if n.startswith("model.")}
+    assert saved == trained
 
 
 def test_nan_on_one_rank_makes_every_rank_skip_and_stop_alike(tmp_path):
