@@ -65,6 +65,8 @@ class Case:
     response: int = 40
     prompts: int = 4
     group_size: int = 4
+    together: int = 2
+    """Prompts of one micro-batch."""
 
     @property
     def lengths(self):
@@ -140,7 +142,7 @@ def write_checkpoint(case, path):
 def configuration(case, path, model=None, parallel=None) -> Config:
     """One update of two micro-batches and more; a reference model, both streams."""
     preset = get_preset("papo-g-7b")
-    room = 2 * round(2 * case.lengths.tree(case.group_size))
+    room = round(2 * case.together * case.lengths.tree(case.group_size))
     return replace(
         preset,
         model=replace(
@@ -213,7 +215,7 @@ def peak_of_update(case, config):
 
 def warm_up():
     """An update of next to nothing, for all that Python imports when it is first needed."""
-    case = Case("qwen2_5_vl", 128, 64, 1, 100, 32, 1, (4, 4), 8, 4, 2, 2)
+    case = Case("qwen2_5_vl", 128, 64, 1, 100, 32, 1, (4, 4), 8, 4, 2, 2, 1)
     for lora_rank in (0, 2) if importlib.util.find_spec("peft") else (0,):
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(case, folder)

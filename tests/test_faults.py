@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import torch
 from family_checkpoints import write_checkpoint
 from safetensors.torch import load_file
-from test_parallel import DATA, TESTS, fixed_experience, launch
+from test_parallel import TESTS
 from test_training import checkpoints, png, questions, run, small  # noqa: F401
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -25,7 +24,6 @@ from papo_fast.config import EvalConfig
 from papo_fast.errors import InputError
 from papo_fast.policy import Policy
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
 
 
 def metrics(folder):
@@ -54,7 +52,7 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_resumes(tm
     }
     flat = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     command = ["train", "papo-g-3b", *flat, "--resume"]
-    worker = [str(TESTS / "fault_worker.py"), "die", "--", *command]
+    worker = [str(TESTS / "fault_worker.py"), *command]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -114,30 +112,6 @@ def test_checkpoints_hold_what_is_trained_and_resume_exactly(
     shards = FileSystemReader(folder / "checkpoints" / "step-2" / "shards").read_metadata()
     saved = {n.removeprefix("model.") for n in shards.state_dict_metadata if n.startswith("model.")}
     assert saved == trained
-
-
-def test_nan_on_one_rank_makes_every_rank_skip_and_stop_alike(tmp_path):
-    path = write_checkpoint(tmp_path / "model", "qwen3_vl")
-    encoder = PromptEncoder(path, DATA)
-    preset = get_preset("papo-g-7b")
-    config = dataclasses.replace(
-        preset,
-        model=dataclasses.replace(preset.model, path=str(path), dtype="float32"),
-        train=dataclasses.replace(preset.train, lr=1e-3, max_tokens=300, max_bad_updates=2),
-    )
-    experience = fixed_experience(encoder)
-    job = {"config": config, "bans": encoder.banned_token_ids, "experience": experience}
-    torch.save(job, tmp_path / "job.pt")
-    worker = str(TESTS / "fault_worker.py")
-    launch(2, [worker, "nan", str(tmp_path / "job.pt"), str(tmp_path)])
-    found = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
-    assert sorted(f.pop("batches_with_nan") > 0 for f in found) == [False, True]
-    assert str(found[0]) == str(found[1])  # as text: NaN is not equal to itself
-    [result, _] = found
-    assert [math.isnan(norm) for norm in result["norms"]] == [True, False, True]
-    assert result["moved"] == [False, True, False]
-    assert result["bad_updates"] == 2
-    assert "in 2 updates in a row (train.max_bad_updates)" in result["stopped"]
 
 
 def with_a_broken_picture(path, at):

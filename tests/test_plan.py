@@ -54,10 +54,13 @@ def warm():
 @pytest.mark.parametrize(
     ("case", "model"),
     [
-        (Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3), {}),
-        (Case("qwen3_vl", 384, 1024, 5, 3000, 192, 3), {"gradient_checkpointing": True}),
+        (Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3, prompts=2, together=1), {}),
         (
-            Case("qwen2_5_vl", 512, 1024, 3, 3000, 128, 2, response=60),
+            Case("qwen3_vl", 256, 1024, 6, 2000, 192, 3, prompts=2, together=1),
+            {"gradient_checkpointing": True},
+        ),
+        (
+            Case("qwen2_5_vl", 512, 1024, 3, 3000, 128, 2, response=60, prompts=2),
             {"lora_rank": 8, "train_vision": False},
         ),
     ],
@@ -74,8 +77,7 @@ def test_planned_memory_is_within_15_percent_of_a_measured_update(warm, case, mo
     print(f"measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f}: {plan.update}")
     assert planned == pytest.approx(measured, rel=0.15)
     # the plan is not right by one large term alone
-    assert plan.update["activations"] > 0.2 * planned
-    assert planned - plan.update["activations"] > 0.2 * planned
+    assert 0.15 < plan.update["activations"] / planned < 0.85
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
