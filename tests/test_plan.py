@@ -92,7 +92,14 @@ def test_the_plan_counts_the_parameters_that_the_policy_trains(tmp_path, family,
     if lora:
         pytest.importorskip("peft")
     path = write_checkpoint(tmp_path / "model", family)
-    config = ModelConfig(path=str(path), dtype="float32", train_vision=vision, lora_rank=lora)
+    targets = ("q_proj", "down_proj") if lora and not vision else ()
+    config = ModelConfig(
+        path=str(path),
+        dtype="float32",
+        train_vision=vision,
+        lora_rank=lora,
+        lora_targets=targets,
+    )
     policy = Policy.load(config, [], torch.device("cpu"))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in policy.parameters())

@@ -108,7 +108,7 @@ class _Model:
         if vision and not self.config.model.train_vision:
             return 0
         if self.lora:
-            return self.config.model.lora_rank * part.lora_width
+            return part.adapters(self.config.model.lora_rank, self.config.model.lora_targets)
         return part.parameters
 
     @property

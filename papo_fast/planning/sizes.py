@@ -21,13 +21,18 @@ from papo_fast.processing import FAMILIES
 class Part:
     """Modules of one kind: `count` of them with `parameters` each.
 
-    `largest` is the largest matrix; LoRA of rank r adds r x `lora_width` to each.
+    `largest` is the largest matrix; `linear` holds the names of the linear layers in one of them
+    and their inputs and outputs together, which LoRA of rank r has r parameters for each of.
     """
 
     count: int
     parameters: int
     largest: int
-    lora_width: int = 0
+    linear: tuple[tuple[str, int], ...] = ()
+
+    def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Parameters that adapters add to one of them; no targets: all linear layers."""
+        return sum(rank * width for name, width in self.linear if not targets or name in targets)
 
     @property
     def total(self) -> int:
@@ -170,12 +175,12 @@ def _part(modules: Iterable[nn.Module]) -> Part:
     modules = list(modules)
     first = modules[0]
     weights = list(first.parameters())
-    linears = [m for m in first.modules() if isinstance(m, nn.Linear)]
+    linear = [(n, m) for n, m in first.named_modules() if isinstance(m, nn.Linear)]
     return Part(
         count=len(modules),
         parameters=sum(p.numel() for p in weights),
         largest=max(p.numel() for p in weights),
-        lora_width=sum(m.in_features + m.out_features for m in linears),
+        linear=tuple((n.rpartition(".")[2], m.in_features + m.out_features) for n, m in linear),
     )
 
 
