@@ -39,8 +39,7 @@ class ModelConfig:
     """Names of the linear layers that get adapters, such as q_proj v_proj; empty: all of the
     decoder layers, and with train_vision of the vision blocks."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's kernels for RMSNorm, SwiGLU and rotary embedding; auto: where there is a GPU and
-    liger-kernel is installed."""
+    """Liger's kernels for RMSNorm and SwiGLU; auto: where there is a GPU and liger-kernel."""
     trust_remote_code: bool = False
     """Let transformers run code that ships with the checkpoint. Leave off unless you trust it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -136,6 +137,36 @@ def test_plans_for_h100s_fit_or_say_what_to_switch_on(sizes, name, gpus):
         changed, there = option.change(changed, there)
     again = plan_memory(changed, sizes[name], Lengths(), there)
     assert again.peak == better.peak and again.peak < plan.peak
+
+
+def test_the_advice_can_be_passed_to_the_command_line(sizes, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    config = get_preset("papo-g-7b")
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, gradient_checkpointing=False)
+    )
+    layout = Layout(8, GPUS["h100"].memory)
+    for effect in effects(config, sizes["qwen2_5_vl_7b"], Lengths(), layout):
+        flags = effect.option.name.partition(" (")[0].split()
+        argv = arguments("qwen2_5_vl_7b", 8, "--model.no-gradient-checkpointing")
+        assert main([*argv, *flags]) == 0, flags
+        sums = [line for line in capsys.readouterr().out.splitlines() if "sum" in line]
+        peak = max(float(x) for x in re.findall(r"[0-9]+[.][0-9]", sums[0]))
+        assert peak == pytest.approx(effect.plan.peak / 2**30, abs=0.06), flags
+
+
+def test_where_vllm_does_not_fit_into_its_share_it_gets_gpus_of_its_own(sizes):
+    config = get_preset("papo-g-7b")
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, engine="vllm", gpu_memory=0.4)
+    )
+    layout = Layout(8, GPUS["h100"].memory)
+    plan = plan_memory(config, sizes["qwen2_5_vl_32b"], Lengths(), layout)
+    assert "rollout.gpu_memory = 0.4 is 31.6 GiB" in plan.problem
+    chosen, better = remedy(config, sizes["qwen2_5_vl_32b"], Lengths(), layout)
+    names = [option.name for option in chosen]
+    assert names[0].startswith("--rollout.engine vllm_server --rollout.tensor-parallel 2")
+    assert better.fits(GPUS["h100"].memory) and not any("--gpus" in name for name in names)
 
 
 def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):

@@ -104,9 +104,7 @@ def options(config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout)
     """What is not on yet, the harmless first."""
     found = []
     if not config.model.gradient_checkpointing:
-        found.append(
-            model_option("--model.gradient-checkpointing True", gradient_checkpointing=True)
-        )
+        found.append(model_option("--model.gradient-checkpointing", gradient_checkpointing=True))
     # one response and its prompt must fit
     least = update_streams(config) * lengths.tree(1)
     tokens = config.train.max_tokens // 2
@@ -116,7 +114,7 @@ def options(config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout)
         found.append(train_option(tokens // 4))
     found += rollout_options(config, sizes, layout)
     if config.model.train_vision and not config.model.lora_rank:
-        found.append(model_option("--model.train-vision False", train_vision=False))
+        found.append(model_option("--model.no-train-vision", train_vision=False))
     if layout.ranks > 1 and not config.parallel.offload:
         found.append(offload_option())
     if not config.model.lora_rank:
@@ -172,7 +170,7 @@ def _enough(
             flag = option.name.split()[0]
             trial = [o for o in chosen if o.name.split()[0] != flag] + [option]
             better = _plan_with(trial, config, sizes, lengths, layout)
-            if better.peak < plan.peak:
+            if (bool(better.problem), better.peak) < (bool(plan.problem), plan.peak):
                 chosen, plan = trial, better
     if not plan.fits(memory):
         return None

@@ -125,7 +125,7 @@ def _print_options(
     for heading, justify in (("", "left"), ("GiB of one GPU", "right"), ("", "left")):
         table.add_column(heading, justify=justify)
     for effect in effects(config, sizes, lengths, layout):
-        word = "[green]fits[/]" if effect.fits else effect.plan.problem or "does not fit"
+        word = "[green]fits[/]" if effect.fits else "does not fit"
         table.add_row(effect.option.name, _gib(effect.plan.peak), word)
     console.print()
     console.print(table)
@@ -141,7 +141,7 @@ def _print_options(
         console.print("no combination of these options makes it fit")
         return
     chosen, better = found
-    flags = " ".join(option.name for option in chosen)
+    flags = ", ".join(option.name for option in chosen)
     host = f", and {_gib(better.host)} GiB of CPU memory in each process" if better.host else ""
     console.print(
         f"switch on: [bold]{flags}[/] ({_gib(better.peak)} of {_gib(memory)} GiB{host})",
