@@ -32,7 +32,7 @@ OPTIONAL = (
     ("flash", "flash-attn", "attention; so far torch's own is used"),
     ("vllm", "vllm", "rollout engines vllm and vllm_server"),
     ("lora", "peft", "LoRA, --model.lora-rank"),
-    ("peers", "liger-kernel", "RMSNorm and SwiGLU on GPUs, and a peer in the benchmarks"),
+    ("peers", "liger-kernel", "layers on GPUs; peer in the benchmarks"),
     ("peers", "trl", "peer in the benchmarks"),
     ("peers", "cut-cross-entropy", "peer in the benchmarks"),
 )
