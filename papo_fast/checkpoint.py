@@ -22,7 +22,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from papo_fast.errors import InputError
 from papo_fast.parallel import is_main, wait_for_all
@@ -90,7 +94,7 @@ class CheckpointStore:
         """
         final = self.folder / f"step-{step}"
         partial = self.folder / f"step-{step}{PARTIAL}"
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=_options(model))
         try:
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -127,12 +131,19 @@ class CheckpointStore:
         if not (whole := self.saved()):
             return None
         latest = whole[-1]
-        weights, moments = get_state_dict(model, optimizer)
+        options = _options(model)
+        weights, moments = get_state_dict(model, optimizer, options=options)
         dcp.load(
             {"model": weights, "optimizer": moments},
             checkpoint_id=latest.path / "shards",
         )
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=weights,
+            optim_state_dict=moments,
+            options=options,
+        )
         _log.info("resumed from %s", latest.path)
         return latest.progress()
 
@@ -145,6 +156,13 @@ class CheckpointStore:
                 doomed = old.path.with_name(old.path.name + PARTIAL)
                 old.path.rename(doomed)
                 shutil.rmtree(doomed)
+
+
+def _options(model: nn.Module) -> StateDictOptions:
+    """Frozen weights are left out: they are as they were loaded from the model's folder."""
+    frozen = any(not p.requires_grad for p in model.parameters())
+    # not strict: torch would miss the frozen ones. What was saved is asked for by name all the same
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def _flush(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`papo-fast train | eval | report | doctor`; options come from `papo_fast.config` by tyro."""
+"""`papo-fast train | eval | report | serve | plan | doctor`; options by tyro from the config."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from papo_fast.config import Config
 from papo_fast.errors import InputError
 
 USAGE = """\
@@ -22,6 +23,8 @@ USAGE = """\
   papo-fast train PRESET ...      train; PRESET is one of the names below
   papo-fast eval --model DIR ...  mean@k accuracy of a checkpoint
   papo-fast report RUN            table and picture of a run
+  papo-fast serve PRESET ...      a vLLM server for runs with the same options
+  papo-fast plan ...              memory per GPU and time per step, before anything runs
   papo-fast doctor                what is installed, what will run, what is missing
 
 Every command explains its options with --help."""
@@ -66,7 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         force=True,
     )
     _quiet_libraries()
-    commands = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "report": _report,
+        "serve": _serve,
+        "plan": _plan,
+        "doctor": _doctor,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         console.print(USAGE)
         console.print("\npresets: " + ", ".join(_preset_names()))
@@ -86,12 +96,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: list[str], console: Console) -> int:
+    config = _parse_config("train", argv, console)
+    if config is not None:
+        from papo_fast.trainer import train
+
+        train(config, console)
+    return 0
+
+
+def _serve(argv: list[str], console: Console) -> int:
+    config = _parse_config("serve", argv, console)
+    if config is not None:
+        from papo_fast.rollout.vllm_serve import serve
+
+        serve(config, console)
+    return 0
+
+
+def _parse_config(command: str, argv: list[str], console: Console) -> Config | None:
+    """The preset that is named first, changed by the options; None where help was asked for."""
     import tyro
 
     from papo_fast.presets import PRESETS
 
     if not argv:
-        raise InputError("train needs a preset: one of " + ", ".join(PRESETS))
+        raise InputError(f"{command} needs a preset: one of " + ", ".join(PRESETS))
     name = argv[0]
     if name not in PRESETS and name not in ("-h", "--help"):
         raise InputError(
@@ -100,20 +129,16 @@ def _train(argv: list[str], console: Console) -> int:
     if name in ("-h", "--help"):
         for preset, (help_text, _) in PRESETS.items():
             console.print(f"  {preset:<14} {help_text}")
-        console.print("\noptions of one: papo-fast train PRESET --help")
-        return 0
+        console.print(f"\noptions of one: papo-fast {command} PRESET --help")
+        return None
     help_text, default = PRESETS[name]
-    config = tyro.cli(
+    return tyro.cli(
         type(default),
         args=argv[1:],
         default=default,
-        prog=f"papo-fast train {name}",
+        prog=f"papo-fast {command} {name}",
         description=help_text,
     )
-    from papo_fast.trainer import train
-
-    train(config, console)
-    return 0
 
 
 def _eval(argv: list[str], console: Console) -> int:
@@ -155,6 +180,29 @@ def _report(argv: list[str], console: Console) -> int:
     from papo_fast.report import print_run
 
     print_run(Path(arguments.run), console)
+    return 0
+
+
+def _plan(argv: list[str], console: Console) -> int:
+    import tyro
+
+    from papo_fast.planning.command import PlanArguments, print_plan
+    from papo_fast.presets import PRESETS
+
+    # the preset comes first, whatever place it stands in: the other options change it
+    name, rest, words = "papo-g-7b", [], iter(argv)
+    for word in words:
+        if word == "--preset":
+            name = next(words, "")
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}{_suggest(name, PRESETS)}")
+    default = PlanArguments(PRESETS[name][1])
+    arguments = tyro.cli(PlanArguments, args=rest, default=default, prog="papo-fast plan")
+    print_plan(arguments, console)
     return 0
 
 

@@ -30,6 +30,16 @@ class ModelConfig:
     """Train the vision tower; False freezes it."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass to save memory."""
+    lora_rank: int = 0
+    """Train adapters of this rank and freeze everything else (LoRA); 0 trains the weights. The
+    reference policy is then the model without its adapters and takes no memory."""
+    lora_alpha: float = 0.0
+    """LoRA's scale is lora_alpha / lora_rank; 0: twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj v_proj; empty: all of the
+    decoder layers, and with train_vision of the vision blocks."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's kernels for RMSNorm and SwiGLU; auto: where there is a GPU and liger-kernel."""
     trust_remote_code: bool = False
     """Let transformers run code that ships with the checkpoint. Leave off unless you trust it."""
 
@@ -78,8 +88,9 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    engine: Literal["hf"] = "hf"
-    """What generates the responses."""
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """What generates the responses: transformers on the policy's own weights (`hf`), vLLM inside
+    every process of the run (`vllm`), or vLLM servers over HTTP (`vllm_server`)."""
     prompts: int = 384
     """Prompts per rollout (per training step)."""
     group_size: int = 5
@@ -89,7 +100,7 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     batch_size: int = 64
-    """Sequences generated at a time."""
+    """Sequences generated at a time, by each process or server."""
     dynamic_filter: bool = False
     """DAPO's dynamic sampling: drop groups whose mean accuracy is outside `filter_range`."""
     filter_range: tuple[float, float] = (0.01, 0.99)
@@ -102,7 +113,23 @@ class RolloutConfig:
     """A batch that is not full then: an error, or topped up with groups that the filter dropped,
     whose advantages are zero."""
     old_logprobs: Literal["recompute", "sampler"] = "recompute"
-    """Old log-probs from one more pass of the trainer, or as the sampler reported them."""
+    """Old log-probs from one more pass of the trainer (none is needed where a rollout makes a
+    single update), or as the sampler reported them: the ratio then corrects for its rounding."""
+    importance_cap: float = 2.0
+    """Where vLLM samples and old log-probs are recomputed: each token's policy loss is weighted by
+    min(p_trainer / p_sampler, this); 0: no weights. Never in official parity."""
+    gpu_memory: float = 0.4
+    """Share of each GPU's memory that vLLM takes for its weights and KV cache."""
+    tensor_parallel: int = 1
+    """GPUs that share the model of one vLLM server."""
+    server_urls: tuple[str, ...] = ()
+    """vLLM servers, e.g. http://127.0.0.1:8000, each started by `papo-fast serve` with the options
+    of this run; processes take them in turn. None: the run starts one of its own, on loopback."""
+    server_timeout: float = 600.0
+    """Seconds after which a request to a vLLM server, or the start of one, counts as failed."""
+    server_weights: str = ""
+    """Folder in which new weights are handed to vLLM servers, on a disk that they share with the
+    run, e.g. under /dev/shm on one machine; empty: in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +335,7 @@ class Config:
             ("rollout.prompts", rollout.prompts),
             ("rollout.max_new_tokens", rollout.max_new_tokens),
             ("rollout.batch_size", rollout.batch_size),
+            ("rollout.tensor_parallel", rollout.tensor_parallel),
             ("train.update_prompts", train.update_prompts),
             ("train.max_tokens", train.max_tokens),
             ("train.keep_checkpoints", train.keep_checkpoints),
@@ -318,9 +346,15 @@ class Config:
         ):
             if value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")
+        if self.model.lora_rank < 0 or self.model.lora_alpha < 0:
+            raise InputError(
+                f"model.lora_rank = {self.model.lora_rank}, lora_alpha = {self.model.lora_alpha}: "
+                "they must be at least 0"
+            )
         for name, value in (
             ("rollout.temperature", rollout.temperature),
             ("eval.temperature", self.eval.temperature),
+            ("rollout.server_timeout", rollout.server_timeout),
             ("reward.timeout", self.reward.timeout),
             ("train.lr", train.lr),
             ("train.grad_clip", train.grad_clip),
@@ -333,6 +367,14 @@ class Config:
                 f"rollout.max_filter_rounds = {rollout.max_filter_rounds} rounds of "
                 f"rollout.filter_prompts = {rollout.filter_prompts} are fewer than rollout.prompts "
                 f"= {rollout.prompts}: raise either"
+            )
+        if not 0 < rollout.gpu_memory <= 1:
+            raise InputError(
+                f"rollout.gpu_memory is {rollout.gpu_memory}: expected a share in (0, 1]"
+            )
+        if rollout.importance_cap < 0 or 0 < rollout.importance_cap < 1:
+            raise InputError(
+                f"rollout.importance_cap is {rollout.importance_cap}: expected at least 1, or 0"
             )
         if rollout.prompts % train.update_prompts:
             raise InputError(

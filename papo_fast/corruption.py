@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -57,16 +55,4 @@ class PromptCorruptor:
         pixels = self(prompt, seed)
         if pixels is None:
             return None
-        return self._to_image(pixels, prompt.encoded.image_grid_thw[0])
-
-    def _to_image(self, pixels: Tensor, grid_thw: Tensor) -> Image.Image:
-        encoder, processor = self.encoder, self.encoder.image_processor
-        t, h, w = grid_thw.tolist()
-        m, p, frames = encoder.merge_size, encoder.patch_size, encoder.temporal_patch_size
-        # the processors' order of patches: groups of m x m neighbours, row by row
-        patches = pixels[: t * h * w].reshape(t, h // m, w // m, m, m, 3, frames, p, p)
-        image = patches[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p)
-        mean = torch.tensor(processor.image_mean)[:, None, None]
-        std = torch.tensor(processor.image_std)[:, None, None]
-        values = (image * std + mean).clamp(0, 1).mul(255).round()
-        return Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8))
+        return self.encoder.to_images(pixels, prompt.encoded.image_grid_thw[:1])[0]

@@ -202,6 +202,7 @@ class PromptStream:
             )
         self._epoch_rows: Iterator[Prompt | None] | None = None
         self._usable = 0
+        self.broken = False  # a draw has failed
 
     @property
     def epoch(self) -> int:
@@ -221,10 +222,16 @@ class PromptStream:
         while len(prompts) < n:
             if self._epoch_rows is None:
                 self._epoch_rows = iter(self._loader)
-            prompt = next(self._epoch_rows, _END)
+            try:
+                prompt = next(self._epoch_rows, _END)
+                if prompt is _END:
+                    self._next_epoch()
+            except InputError:
+                self.broken = True
+                raise
             if prompt is _END:
-                self._next_epoch()
-            elif prompt is not None:
+                continue
+            if prompt is not None:
                 self._usable += 1
                 prompts.append(prompt)
         return prompts

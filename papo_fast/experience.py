@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from papo_fast.advantages import dynamic_filter, group_advantages, overlong_pena
 from papo_fast.config import Config
 from papo_fast.data import Prompt
 from papo_fast.errors import InputError
+from papo_fast.lora import SharedReference
 from papo_fast.masking import prompt_seed
 from papo_fast.packing import Group, pack, plan
 from papo_fast.parallel import gather, gather_in_order, rank, share_of, world_size
@@ -40,6 +42,8 @@ class Experience:
     ref_logprobs: list[Tensor] | None = None
     aug_logprobs: list[Tensor] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    updates: int = 0
+    """Updates made on it so far; before the first one, the policy is the one that sampled."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,6 +51,10 @@ class Experience:
     @property
     def lengths(self) -> list[int]:
         return [len(c.token_ids) for c in self.completions]
+
+    @cached_property
+    def sampler_logprobs(self) -> list[Tensor]:
+        return [torch.tensor(c.logprobs) for c in self.completions]
 
     def is_right(self, i: int) -> bool:
         return self.scores[i].accuracy >= 1
@@ -187,7 +195,7 @@ class Collector:
 def score_without_gradient(
     experience: Experience,
     policy: Policy,
-    reference: Policy | None,
+    reference: Policy | SharedReference | None,
     config: Config,
     *,
     on_policy: bool,
@@ -200,11 +208,13 @@ def score_without_gradient(
     """
     objective = config.objective.resolved()
     n = len(experience)
-    sampler = [torch.tensor(c.logprobs) for c in experience.completions]
+    sampler = experience.sampler_logprobs
     recompute = config.rollout.old_logprobs == "recompute" and not on_policy
     want_ref = reference is not None and objective.kl_estimator == "sampled"
     want_aug = objective.needs_aug and not needs_aug_forward(config)
-    passes: list[tuple[Policy, bool, list[Tensor]]] = []  # policy, corrupted pictures, results
+    passes: list[
+        tuple[Policy | SharedReference, bool, list[Tensor]]
+    ] = []  # policy, corrupted pictures, results
     if recompute:
         passes.append((policy, False, old := [torch.empty(0)] * n))
     if want_ref:
@@ -238,6 +248,22 @@ def score_without_gradient(
         experience.old_logprobs = sampler
     experience.ref_logprobs = ref if want_ref else None
     experience.aug_logprobs = aug if want_aug else None
+
+
+def weighs_rollout(config: Config) -> bool:
+    """Whether the policy loss gets importance weights of the trainer over the sampler.
+
+    Not where old log-probs are the sampler's: the policy ratio then is that of the trainer over
+    the sampler already. Not with `hf`, whose sampler is the trainer's model, and not in the
+    authors' objective.
+    """
+    rollout = config.rollout
+    return (
+        rollout.importance_cap > 0
+        and rollout.engine != "hf"
+        and rollout.old_logprobs == "recompute"
+        and config.objective.parity != "official"
+    )
 
 
 def needs_aug_forward(config: Config) -> bool:

@@ -53,6 +53,24 @@ def kl_penalty(
     raise InputError(f"KL penalty is {kind!r}: expected one of k1, k2, k3, abs")
 
 
+def truncated_weights(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float
+) -> tuple[Tensor, Metrics]:
+    """min(π_old / μ, cap) of tokens that μ sampled, (N,) constants, and their metrics.
+
+    π_old is the policy before the update, as the trainer computes it, and μ the same weights as
+    the sampler computed them. E_μ[w f] is E_π[f] but for what the cap takes away, which bounds the
+    variance. (Truncated importance sampling: Ionides 2008; for samplers that round otherwise than
+    their trainer: verl, TRL, prime-rl.)
+    """
+    with torch.no_grad():
+        log_ratio = (old_logprobs - sampler_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        weights = log_ratio.exp().clamp(max=cap)
+        capped = (log_ratio > math.log(cap)).sum()
+    n = weights.numel()
+    return weights, {"rollout_weight": (weights.sum(), n), "rollout_capped": (capped, n)}
+
+
 def annealed(coef: float, update: int, total: int) -> float:
     """γ at `update` (from 0): linear from `coef` to 0 at `total`; constant if `total` is 0."""
     return coef if total <= 0 else coef * max(0.0, 1.0 - update / total)

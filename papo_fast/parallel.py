@@ -30,8 +30,10 @@ from torch.distributed.fsdp import (
 
 from papo_fast.errors import InputError
 
-# How long a rank waits for the others: a rollout or a checkpoint of the slowest one.
+# How long a rank waits for the others: a rollout or a checkpoint of the slowest one. One that has
+# died is noticed at once: gloo's connections close, and torchrun ends the others.
 TIMEOUT = timedelta(minutes=30)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
 
 
 def world_size() -> int:
@@ -49,7 +51,10 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing."""
+    """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing.
+
+    Raises `InputError` where another process died or was not heard of for `TIMEOUT`.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -58,6 +63,15 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(x in str(error) for x in _LOST):
+            raise
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"rank {rank()} lost another process of this run ({said}). The error that ended it is "
+            "further up or in that process's own output; the same command with --resume goes on "
+            "from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
 

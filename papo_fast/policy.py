@@ -7,7 +7,7 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
-from papo_fast.config import ModelConfig, ParallelConfig
+from papo_fast.config import Config, ModelConfig, ParallelConfig
 from papo_fast.flops import ModelShape
+from papo_fast.liger import use_liger
 from papo_fast.loading import load_model
+from papo_fast.lora import (
+    BASE,
+    SharedReference,
+    adapted_layers,
+    add_adapters,
+    freeze_in,
+    is_adapter,
+    merged,
+    merged_weight,
+    without_adapters,
+)
 from papo_fast.packing import PackedBatch
 from papo_fast.parallel import device_mesh, is_main, shard
 from papo_fast.processing import EncodedPrompt
@@ -72,12 +84,16 @@ class Policy(nn.Module):
         """The checkpoint `config.path`; sharded over all processes with `parallel`."""
         mesh = None if parallel is None else device_mesh(device, parallel.replicas)
         model = load_model(config, empty=mesh is not None and not is_main())
+        use_liger(model, config, device)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtype = getattr(torch, config.dtype)
-        policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
-        if not config.train_vision:
+        if config.lora_rank:
+            add_adapters(model, config)
+            freeze_in(model, dtype)
+        elif not config.train_vision:
             model.model.visual.requires_grad_(False)
+        policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
         if mesh is None:
             return policy.to(device)
         units = [*model.model.visual.blocks, *model.model.language_model.layers]
@@ -89,6 +105,19 @@ class Policy(nn.Module):
             offload=parallel.offload,
             forwards=("stats", "hidden_and_head"),
         )
+
+    def reference(self, config: Config) -> Policy | SharedReference | None:
+        """The frozen policy that the reference KL is taken to; None where its weight is 0.
+
+        With LoRA it is this policy without its adapters, else the checkpoint once more.
+        """
+        if not config.objective.needs_reference:
+            return None
+        if config.model.lora_rank:
+            return SharedReference(self)
+        bans = self.banned_V.nonzero().flatten().tolist()
+        reference = Policy.load(config.model, bans, self.device, config.parallel)
+        return reference.requires_grad_(False).eval()
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -109,7 +138,7 @@ class Policy(nn.Module):
         batch: PackedBatch,
         *,
         frozen_aug: PackedBatch | None = None,
-        kl_to: Policy | None = None,
+        kl_to: Policy | SharedReference | None = None,
         temperature: float = 1.0,
     ) -> tuple[TokenStats, Tensor | None]:
         """Statistics of the batch's N response tokens, (N,) float32 each, and the exact KL.
@@ -140,8 +169,20 @@ class Policy(nn.Module):
         return stats, self._exact_kl(kl_to, hidden_ND, batch, temperature)
 
     def _exact_kl(
-        self, reference: Policy, hidden_ND: Tensor, batch: PackedBatch, temperature: float
+        self,
+        reference: Policy | SharedReference,
+        hidden_ND: Tensor,
+        batch: PackedBatch,
+        temperature: float,
     ) -> Tensor:
+        options = {"bias": self.banned_V, "temperature": temperature}
+        if isinstance(reference, SharedReference):  # one output embedding, which is frozen
+            with torch.no_grad(), without_adapters(self.model):
+                ref_ND = self._hidden(batch)[0]
+            weight = self._head_weight()
+            return token_stats(
+                hidden_ND, weight, batch.targets_N, aug_hidden=ref_ND, **options
+            ).kl_prcp
         # The two models have different output embeddings. [h, 0] @ [W, W_ref]^T = h @ W^T and
         # [0, h_ref] @ [W, W_ref]^T = h_ref @ W_ref^T make them two streams over one weight.
         with torch.no_grad():
@@ -152,8 +193,7 @@ class Policy(nn.Module):
             torch.cat([self._head_weight(), ref_weight], dim=1),
             batch.targets_N,
             aug_hidden=torch.cat([zeros, ref_ND], dim=1),
-            bias=self.banned_V,
-            temperature=temperature,
+            **options,
         ).kl_prcp
 
     def prompt_positions(self, prompt: EncodedPrompt) -> Tensor:
@@ -224,7 +264,8 @@ class Policy(nn.Module):
     def save(self, path: Path) -> None:
         """Write config and weights (safetensors) as a HuggingFace checkpoint under `path`.
 
-        Every rank of a sharded policy takes part; the main one writes.
+        Adapters are merged into the weights. Every rank of a sharded policy takes part; the main
+        one writes.
         """
         whole = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -232,17 +273,41 @@ class Policy(nn.Module):
         if not is_main():
             return
         path.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(path, state_dict=whole)
+        self.model.save_pretrained(path, state_dict=merged(whole, self.model))
         # the checkpoint's own sampling options, written as they came: transformers refuses to
         # save some that published checkpoints carry
         shipped = self._shipped_generation_config.to_json_string(use_diff=True)
         (path / "generation_config.json").write_text(shipped)
 
     def copy_weights_from(self, other: Policy) -> None:
-        """Take over the weights of a policy of the same model, sharded or not."""
+        """Take over the trained weights of a policy of the same model, sharded or not."""
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
+                if not theirs.requires_grad:  # frozen: as both were loaded
+                    continue
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+
+        Adapters are merged. Every rank of a sharded policy takes part, from the first weight to
+        the last.
+        """
+
+        def whole(weight: Tensor) -> Tensor:
+            weight = weight.detach()
+            return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+        layers = adapted_layers(self.model)
+        for name, weight in self.model.named_parameters():
+            layer = layers.get(name.partition(BASE)[0])
+            if is_adapter(name):
+                continue
+            if layer is not None and name.endswith(f"{BASE}.weight"):
+                weight = merged_weight(layer, weight, whole)
+            else:
+                weight = whole(weight.to(self.dtype))
+            yield name.replace(BASE, ""), weight.to(self.dtype)
 
 
 @contextmanager

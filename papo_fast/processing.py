@@ -186,6 +186,26 @@ class PromptEncoder:
             return None, None
         return torch.cat(pixels), torch.cat(grids)
 
+    def to_images(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[Image.Image]:
+        """The pictures that these patches were cut from, as resized: `process_images` backwards.
+
+        Exact where the patches are of 8-bit pictures, corrupted ones included. Takes the first
+        n of the patches' pictures for a `grid_thw` of (n, 3).
+        """
+        m, p, frames = self.merge_size, self.patch_size, self.temporal_patch_size
+        mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
+        std = torch.tensor(self.image_processor.image_std)[:, None, None]
+        images, start = [], 0
+        for t, h, w in grid_thw.tolist():
+            # the processors' order of patches: groups of m x m neighbours, row by row
+            patches = pixel_values[start : start + t * h * w]
+            patches = patches.reshape(t, h // m, w // m, m, m, 3, frames, p, p)
+            image = patches[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p)
+            values = (image * std + mean).clamp(0, 1).mul(255).round()
+            images.append(Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8)))
+            start += t * h * w
+        return images
+
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Text of a response, (n,) ids, without padding and the vision and chat control tokens.
 

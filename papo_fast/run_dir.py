@@ -41,6 +41,12 @@ def claim_run_dir(config: Config) -> Path:
 # Settings that may differ between a run and its continuation: none of them changes a step.
 _FREE = ("resume", "overwrite", "out", "name", "threads", "device", "preset")
 _FREE_IN_TRAIN = ("steps", "epochs", "checkpoint_every", "keep_checkpoints", "max_tokens")
+_FREE_IN_ROLLOUT = (
+    *("gpu_memory", "tensor_parallel"),
+    *("server_urls", "server_timeout", "server_weights"),
+)
+# A bad row that stopped a run may be skipped from there on.
+_FREE_IN_DATA = ("on_bad_sample",)
 
 
 def find_run_dir(config: Config) -> Path:
@@ -59,6 +65,10 @@ def find_run_dir(config: Config) -> Path:
             before.pop(name, None), now.pop(name, None)
         for name in _FREE_IN_TRAIN:
             before["train"].pop(name, None), now["train"].pop(name, None)
+        for name in _FREE_IN_DATA:
+            before["data"].pop(name, None), now["data"].pop(name, None)
+        for name in _FREE_IN_ROLLOUT:
+            before["rollout"].pop(name, None), now["rollout"].pop(name, None)
         if config.digits.enabled:  # filled in from the cache
             for settings in (before, now):
                 settings["model"].pop("path")

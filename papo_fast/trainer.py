@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from papo_fast.parallel import (
     main_first,
     process_group,
     wait_for_all,
-    world_size,
 )
 from papo_fast.policy import Policy
 from papo_fast.processing import PromptEncoder
@@ -39,7 +39,8 @@ from papo_fast.progress import Progress
 from papo_fast.report import print_summary, save_examples, write_report
 from papo_fast.report.run_files import METRICS
 from papo_fast.rewards import Scorer
-from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout import RolloutError
+from papo_fast.rollout.engines import make_engine
 from papo_fast.run_dir import claim_run_dir, find_run_dir, git_commit, write_json
 from papo_fast.update import Updater
 
@@ -71,7 +72,7 @@ def _train(config: Config, console: Console) -> Path:
         # not before everything is loaded: a folder with a config counts as a run
         if is_main():
             write_json(run_dir / "config.json", asdict(config))
-        with stop_on_sigterm() as stop:
+        with closing(trainer.engine), stop_on_sigterm() as stop:
             return trainer.run(stop)
 
 
@@ -93,24 +94,11 @@ class Trainer:
         self.train_data = PromptDataset(config.data.train, config.data, self.encoder)
         bans = self.encoder.banned_token_ids
         self.policy = Policy.load(config.model, bans, device, config.parallel)
-        reference = None
-        if config.objective.needs_reference:
-            reference = Policy.load(config.model, bans, device, config.parallel)
-            reference.requires_grad_(False).eval()
-        self.reference = reference
-        # sampling needs whole weights
-        self.sampler = self.policy
-        if world_size() > 1:
-            self.sampler = Policy.load(config.model, bans, device).requires_grad_(False)
+        self.reference = self.policy.reference(config)
         self.steps = config.train.steps or self._steps_of_epochs()
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
-        self.updater = Updater(config, self.policy, reference, updates)
-        self.engine = HFRollout(
-            self.sampler,
-            self.encoder.eos_token_ids,
-            self.encoder.pad_token_id,
-            config.rollout.batch_size,
-        )
+        self.updater = Updater(config, self.policy, self.reference, updates)
+        self.engine = make_engine(config, self.policy, self.encoder, run_dir)
         self.corrupt = PromptCorruptor(config.mask, self.encoder)
         rollout = config.rollout
         self.stream = PromptStream(
@@ -129,9 +117,22 @@ class Trainer:
         self.rewards_since: list[float] = []
         self.done = self._restore() if config.resume else 0
         self.metrics = MetricsLog(run_dir / METRICS, resume=config.resume) if is_main() else None
-        self._sync_sampler()
+        self.updates_sampled: int | None = None  # whose weights the engine has
+        self.progress_made = self._progress_made()
 
     def run(self, stop: StopRequest) -> Path:
+        try:
+            return self._run(stop)
+        except InputError as error:
+            # nothing of the failed step has happened yet: keep what came before it
+            before_it = isinstance(error, RolloutError) or self.stream.broken
+            unsaved = self.done not in (saved.step for saved in self.store.saved())
+            if before_it and self.done and unsaved:
+                self._checkpoint(self.done)
+            raise
+
+    def _run(self, stop: StopRequest) -> Path:
+        self._sync_engine()
         before = self._evaluate_before()
         steps, every = self.steps, self.config.train.checkpoint_every
         with self.progress.task("training", total=steps) as advance:
@@ -141,6 +142,7 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.append(row)
                 self.rewards_since.append(row["reward"])
+                self.done, self.progress_made = step, self._progress_made()
                 self.console.print(step_line(row, steps), soft_wrap=True)
                 for alarm in row["alarms"]:
                     self.console.print(f"[yellow]warning:[/yellow] {alarm}", soft_wrap=True)
@@ -154,6 +156,7 @@ class Trainer:
                     )
                     return self.run_dir
         self._save(self.run_dir / "model")
+        self._sync_engine()
         after = self.evaluator.run("evaluating after")
         corrupted = None
         if self.config.eval.corrupted and after is not None:
@@ -184,14 +187,20 @@ class Trainer:
                 "step": step,
                 "score": sum(rewards) / len(rewards),
                 "seconds": time.perf_counter() - self.started,
-                "updater": self.updater.counters(),
-                "stream": self.stream.state_dict(),
-                "bad_rows": dict(self.train_data.bad_rows),
-                "reward_timeouts": self.scorer.timeouts,
-                "rng": torch.get_rng_state(),
+                **self.progress_made,
             },
         )
         self.rewards_since = []
+
+    def _progress_made(self) -> dict:
+        """What a checkpoint of the step that has just ended keeps besides weights and optimizer."""
+        return {
+            "updater": self.updater.counters(),
+            "stream": self.stream.state_dict(),
+            "bad_rows": dict(self.train_data.bad_rows),
+            **self._reward_counts(),
+            "rng": torch.get_rng_state(),
+        }
 
     def _restore(self) -> int:
         """Continue from the last checkpoint; the number of steps done."""
@@ -208,7 +217,9 @@ class Trainer:
             self.updater.restore(saved["updater"])
             self.stream.load_state_dict(saved["stream"])
             self.train_data.bad_rows.update(saved["bad_rows"])
-            self.scorer.timeouts = saved["reward_timeouts"]
+            if is_main():  # they are added up over ranks
+                self.scorer.timeouts = saved["reward_timeouts"]
+                self.scorer.failures = saved.get("reward_failures", 0)
             self.started -= saved["seconds"]
             torch.set_rng_state(saved["rng"])
         for row in rows[:done]:
@@ -226,11 +237,14 @@ class Trainer:
             times[f"{name}_seconds"] = now - clock
             clock = now
 
+        self._sync_engine()
+        lap("sync")
         prompts = config.rollout.prompts
         with self.progress.task("rollout", total=prompts, transient=True) as advance:
             self.engine.progress = advance
             experience = self.collector.collect(self.stream, step)
             self.engine.progress = None
+        self.engine.sleep()
         lap("rollout")
         per_update = config.train.update_prompts * config.rollout.group_size
         slices = [
@@ -249,13 +263,14 @@ class Trainer:
         with self.progress.task("update", total=len(experience), transient=True) as advance:
             for sequences in slices:
                 updates.append(self.updater.update(experience, sequences, advance))
-        self._sync_sampler()
         lap("update")
         return self._row(experience, updates, step, times)
 
-    def _sync_sampler(self) -> None:
-        if self.sampler is not self.policy:
-            self.sampler.copy_weights_from(self.policy)
+    def _sync_engine(self) -> None:
+        """Sample with the weights as they are; at once before, so that a failure loses no step."""
+        if self.updates_sampled != self.updater.updates:
+            self.engine.load_weights(self.policy)
+            self.updates_sampled = self.updater.updates
 
     def _row(
         self, experience: Experience, updates: list[dict], step: int, times: dict[str, float]
@@ -270,12 +285,21 @@ class Trainer:
             **times,
             **experience.metrics,
             **{name: sum(v) / len(v) for name, v in values.items()},
-            "reward_timeouts": self.scorer.timeouts,
+            **self._reward_counts(),
             "skipped_samples": self.train_data.skipped.total(),
             "bad_updates": self.updater.bad_updates,
         }
         row["alarms"] = self.monitor.update(row)
+        if self.scorer.last_failure:
+            row["alarms"].append(f"an answer could not be compared: {self.scorer.last_failure}")
+            self.scorer.last_failure = ""
         return row
+
+    def _reward_counts(self) -> dict[str, int]:
+        """Answers of all ranks that could not be compared, since the start of the run."""
+        counts = gather((self.scorer.timeouts, self.scorer.failures))
+        timeouts, failures = (sum(x) for x in zip(*counts, strict=True))
+        return {"reward_timeouts": timeouts, "reward_failures": failures}
 
     def _steps_of_epochs(self) -> int:
         steps = self.config.train.epochs * len(self.train_data) // self.config.rollout.prompts
@@ -304,6 +328,7 @@ class Trainer:
         after: Evaluation | None,
         corrupted: Evaluation | None,
     ) -> Path:
+        reward_counts = self._reward_counts()
         if not is_main():
             return self.run_dir
         config = self.config
@@ -315,7 +340,7 @@ class Trainer:
             "seconds": round(time.perf_counter() - self.started, 1),
             "samples_per_question": config.eval.samples,
             "bad_updates": self.updater.bad_updates,
-            "reward_timeouts": self.scorer.timeouts,
+            **reward_counts,
         }
         summary |= before
         if after is not None:
@@ -347,5 +372,6 @@ def step_line(row: dict, steps: int) -> str:
     ):
         if row.get(name) is not None:
             parts.append(f"{label} {row[name]:{form}}")
-    seconds = sum(row.get(f"{k}_seconds", 0) for k in ("rollout", "experience", "update"))
+    phases = ("sync", "rollout", "experience", "update")
+    seconds = sum(row.get(f"{phase}_seconds", 0) for phase in phases)
     return "  ".join([*parts, f"{seconds:.1f} s"])

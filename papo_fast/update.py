@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.experience import Experience, needs_aug_forward
-from papo_fast.objective import Metrics, annealed, mean_metrics, objective
+from papo_fast.experience import Experience, needs_aug_forward, weighs_rollout
+from papo_fast.lora import SharedReference
+from papo_fast.objective import Metrics, annealed, mean_metrics, objective, truncated_weights
 from papo_fast.packing import Group, pack, plan
 from papo_fast.parallel import gather, rank, world_size
 from papo_fast.policy import Policy
@@ -32,7 +33,7 @@ class Updater:
 
     config: Config
     policy: Policy
-    reference: Policy | None
+    reference: Policy | SharedReference | None
     total_updates: int
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class Updater:
         else:
             self._skip(norm)
         self.updates += 1
+        experience.updates += 1
         numbers = [{n: (float(a), float(b)) for n, (a, b) in part.items()} for part in parts]
         parts = [part for of_rank in gather(numbers) for part in of_rank]
         return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
@@ -151,12 +153,18 @@ class Updater:
             return torch.cat([per_sequence[i] for i in batch.sequences]).to(device)
 
         mismatch: Metrics = {}
+        sampler = stored(experience.sampler_logprobs)
         old_logprobs = stored(experience.old_logprobs)
         if old_logprobs is None:  # the only update of this rollout: its policy is the old one
             old_logprobs = stats.logprobs.detach()
-            sampler = [torch.tensor(experience.completions[i].logprobs) for i in batch.sequences]
-            gap = (old_logprobs - torch.cat(sampler).to(device)).abs().sum()
+        if experience.updates == 0 and "sampler_mismatch" not in experience.metrics:
+            gap = (stats.logprobs.detach() - sampler).abs().sum()
             mismatch = {"sampler_mismatch": (gap, batch.n_tokens)}
+        weights = None
+        if weighs_rollout(config):
+            cap = config.rollout.importance_cap
+            weights, of_weights = truncated_weights(old_logprobs, sampler, cap)
+            mismatch |= of_weights
         right = torch.tensor([experience.is_right(i) for i in batch.sequences], device=device)
         advantages = experience.advantages_B[batch.sequences].to(device)
         tokens = TokenBatch(
@@ -171,5 +179,6 @@ class Updater:
             ref_logprobs=stored(experience.ref_logprobs),
             ref_kl=ref_kl,
             correct=right[batch.sequence_ids_N],
+            rollout_weights=weights,
         )
         return tokens, mismatch

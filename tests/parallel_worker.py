@@ -2,29 +2,33 @@
 
     python parallel_worker.py CONFIG.pt OUT
 
-Run by test_parallel.py, with torchrun's variables in the environment.
+Run by test_parallel.py, with torchrun's variables in the environment. Of several ranks each then
+writes what it does with gradients that NaN reaches on one rank alone.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from torch.distributed import barrier
+from torch.distributed.tensor import DTensor
 
+from papo_fast.errors import InputError
 from papo_fast.experience import Experience, score_without_gradient
-from papo_fast.parallel import is_main, process_group, world_size
+from papo_fast.parallel import is_main, process_group, rank, world_size
 from papo_fast.policy import Policy
 from papo_fast.update import Updater
 
 
 def main(job_path: str, out: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # adapters start the same however many ranks there are
     job = torch.load(job_path, weights_only=False)  # written by the test itself
     config, device = job["config"], torch.device("cpu")
     with process_group(device):
         policy = Policy.load(config.model, job["bans"], device, config.parallel)
-        reference = Policy.load(config.model, job["bans"], device, config.parallel)
-        reference.requires_grad_(False).eval()
+        reference = policy.reference(config)
         experience = Experience(**job["experience"])
         updater = Updater(config, policy, reference, total_updates=3)
         score_without_gradient(experience, policy, reference, config, on_policy=False)
@@ -35,7 +39,43 @@ def main(job_path: str, out: str) -> None:
         if is_main():
             torch.save(rows, Path(out) / "rows.pt")
         if world_size() > 1:
+            found = with_nan(updater, experience)
+            (Path(out) / f"rank{rank()}.json").write_text(json.dumps(found))
             barrier()
+
+
+def with_nan(updater: Updater, experience: Experience) -> dict:
+    """Updates with one advantage of NaN, a good one between them, until the run would stop."""
+    weights = list(updater.policy.parameters())
+    found = {"batches_with_nan": 0, "norms": [], "moved": [], "stopped": ""}
+    token_batch = updater._token_batch
+
+    def seen(experience, pieces):
+        tokens, mismatch = token_batch(experience, pieces)
+        found["batches_with_nan"] += int(tokens.advantages.isnan().any())
+        return tokens, mismatch
+
+    updater._token_batch = seen
+    good = experience.advantages_B.clone()
+    for broken in (True, False, True, True, True):
+        experience.advantages_B = good.clone()
+        if broken:
+            experience.advantages_B[0] = float("nan")
+        before = [_local(p).clone() for p in weights]
+        try:
+            row = updater.update(experience, range(len(experience)), lambda _: None)
+        except InputError as error:
+            found["stopped"] = str(error)
+            break
+        pairs = zip(before, map(_local, weights), strict=True)
+        found["norms"].append(row["grad_norm"])
+        found["moved"].append(not all(torch.equal(a, b) for a, b in pairs))
+    found["bad_updates"] = updater.bad_updates
+    return found
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from papo_fast import attention
 from papo_fast.attention import Segment, TreeLayout, tree_attention
 from papo_fast.config import DataConfig, ModelConfig
 from papo_fast.errors import InputError
@@ -184,6 +185,20 @@ def test_a_branch_sees_its_prompt_and_itself_and_nothing_else(changed):
     again, _ = tree_attention(torch.nn.Module(), q, k, v, None, tree=tree)
     moved = (again - after).abs().amax((0, 2, 3)).nonzero().flatten().tolist()
     assert set(moved) == {10, 11, 12}
+
+
+def test_under_autocast_attention_runs_in_its_dtype(monkeypatch):
+    # weights in float32 give float32 queries there, which no variable-length kernel takes
+    asked, choose = [], attention._implementation
+    monkeypatch.setattr(attention, "_implementation", lambda *a: asked.append(a) or choose(*a))
+    x = torch.randn(1, 2, 10, 4)
+    tree = TreeLayout([Segment(0, 6), Segment(6, 4, 0, 6)])
+    plain, _ = tree_attention(torch.nn.Module(), x, x, x, None, tree=tree)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, _ = tree_attention(torch.nn.Module(), x, x, x, None, tree=tree)
+    assert asked == [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain, rtol=2e-2, atol=2e-2)
 
 
 def test_sliding_windows_and_dropout_are_refused():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import os
 import shutil
 import socket
@@ -104,6 +106,7 @@ def job(tmp_path_factory):
         train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300),
     )
 
+    @functools.cache
     def run(ranks, name, **parallel):
         job = {
             "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
@@ -114,20 +117,24 @@ def job(tmp_path_factory):
         worker = str(TESTS / "parallel_worker.py")
         launch(ranks, [worker, str(folder / f"{name}.pt"), str(folder / name)])
         rows = torch.load(folder / name / "rows.pt", weights_only=True)
-        return load_file(folder / name / "model.safetensors"), rows
+        told = [json.loads(f.read_text()) for f in sorted((folder / name).glob("rank*.json"))]
+        return load_file(folder / name / "model.safetensors"), rows, told
 
     start = load_file(path / "model.safetensors")
     return start, run(1, "one"), run
 
 
-@pytest.mark.parametrize(
+LAYOUTS = pytest.mark.parametrize(
     ("ranks", "parallel"),
     [(2, {}), (2, {"offload": True}), (4, {"replicas": 2})],
     ids=["two ranks", "offloaded", "HSDP on four"],
 )
+
+
+@LAYOUTS
 def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
-    start, (one, rows_of_one), run = job
-    several, rows = run(ranks, f"{ranks}-{'-'.join(parallel)}", **parallel)
+    start, (one, rows_of_one, _), run = job
+    several, rows, _ = run(ranks, f"{ranks}-{'-'.join(parallel)}", **parallel)
     assert several.keys() == one.keys() == start.keys()
     moved = max((one[n] - start[n]).abs().max().item() for n in one)
     worst = max((several[n] - one[n]).abs().max().item() for n in one)
@@ -138,6 +145,21 @@ def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@LAYOUTS
+def test_nan_on_one_rank_makes_every_rank_skip_and_stop_alike(job, ranks, parallel):
+    _, _, run = job
+    _, _, found = run(ranks, f"{ranks}-{'-'.join(parallel)}", **parallel)
+    seen = [f["batches_with_nan"] > 0 for f in found]
+    assert len(seen) == ranks and sum(seen) == 1
+    alike = {str({k: v for k, v in f.items() if k != "batches_with_nan"}) for f in found}
+    assert len(alike) == 1, alike
+    result = found[0]
+    assert [math.isnan(norm) for norm in result["norms"]] == [True, False, True, True]
+    assert result["moved"] == [False, True, False, False]
+    assert result["bad_updates"] == 4
+    assert "in 3 updates in a row (train.max_bad_updates)" in result["stopped"]
 
 
 def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_their_weights(tmp_path):

@@ -23,7 +23,7 @@ from papo_fast.presets import PRESETS, get_preset
 from papo_fast.rewards import Scorer
 from papo_fast.trainer import train
 
-VOLATILE = ("seconds", "rollout_seconds", "experience_seconds", "update_seconds")
+VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
 
 
 def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:

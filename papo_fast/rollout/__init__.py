@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
+from papo_fast.errors import InputError
 from papo_fast.processing import EncodedPrompt
 from papo_fast.sequences import Completion
 
+if TYPE_CHECKING:
+    from papo_fast.policy import Policy
+
+
+class RolloutError(InputError):
+    """The engine failed for a reason outside this program; the training step can be repeated."""
+
 
 class RolloutEngine(Protocol):
+    """What the training loop asks of an engine. Every rank calls every method."""
+
+    progress: Callable[[int], None] | None
+    """Called with the number of prompts that are done since the last call."""
+
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -20,4 +33,16 @@ class RolloutEngine(Protocol):
         seed: int,
     ) -> list[list[Completion]]:
         """Sample `n` responses to each prompt; the same seed and weights give the same tokens."""
+        ...
+
+    def load_weights(self, policy: Policy) -> None:
+        """Sample with the policy's weights as they are now; forget all that older ones computed."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the device's memory to the update; weights have to be loaded before `generate`."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine has started."""
         ...

@@ -25,7 +25,7 @@ class HFRollout:
     values are copied for its responses, and finished responses leave the batch.
 
     Args:
-        policy: its weights are the ones that sample; no synchronisation is needed.
+        policy: its weights are the ones that sample.
         eos_token_ids, pad_token_id: from the prompt encoder.
         batch_size: sequences generated at a time.
         progress: called with the number of prompts done after every batch.
@@ -66,6 +66,17 @@ class HFRollout:
                 if self.progress is not None:
                     self.progress(len(chunk))
         return groups
+
+    def load_weights(self, policy: Policy) -> None:
+        """A copy of the policy's weights, where the sampler is not the policy itself."""
+        if policy is not self.policy:
+            self.policy.copy_weights_from(policy)
+
+    def sleep(self) -> None:
+        """There is no memory to leave to anybody."""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _generate(
         self, prompts: Sequence[EncodedPrompt], n: int, temperature: float, max_new_tokens: int

@@ -1,0 +1,300 @@
+"""Peak memory of one update, measured beside what `papo-fast plan` says: python update_memory.py
+
+Small models of random weights on the CPU, each way in a process of its own. With --ranks also
+sharded over two processes, with and without offload, where the figure is that of the main process.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import importlib.util
+import json
+import multiprocessing
+import os
+import socket
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from measure import PeakMemory, machine
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+
+from papo_fast.config import Config
+from papo_fast.data import Prompt
+from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.parallel import process_group
+from papo_fast.planning.memory import Layout, plan_memory
+from papo_fast.planning.sizes import ModelSizes
+from papo_fast.planning.workload import Lengths
+from papo_fast.policy import Policy
+from papo_fast.presets import get_preset
+from papo_fast.processing import EncodedPrompt
+from papo_fast.rewards import Score
+from papo_fast.sequences import Completion
+from papo_fast.update import Updater
+
+VISION_START, VISION_END, IMAGE, VIDEO = range(1, 5)
+# glibc then hands every larger block back at once, so that what is measured is what is held
+MMAP_THRESHOLD = 1 << 16
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model and the prompts of one update."""
+
+    family: str
+    hidden: int
+    inner: int
+    layers: int
+    vocab: int
+    vision_hidden: int
+    vision_layers: int
+    patches: tuple[int, int] = (16, 20)
+    text: int = 20
+    response: int = 40
+    prompts: int = 4
+    group_size: int = 4
+    together: int = 2
+    """Prompts of one micro-batch."""
+
+    @property
+    def lengths(self):
+        return Lengths(self.patches[0] * self.patches[1] // 4, self.text, self.response)
+
+    def model_config(self):
+        text = {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.hidden // 32,
+            "num_key_value_heads": self.hidden // 128,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [4, 6, 6],
+            },
+        }
+        vision = {
+            "depth": self.vision_layers,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": 3 * self.vision_hidden,
+            "out_hidden_size": self.hidden,
+            "num_heads": self.vision_hidden // 16,
+        }
+        ids = {
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        }
+        if self.family == "qwen3_vl":
+            vision |= {"patch_size": 16, "num_position_embeddings": 256}
+            vision["deepstack_visual_indexes"] = [0]
+            return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
+        vision |= {"patch_size": 14, "window_size": 112}
+        vision["fullatt_block_indexes"] = [self.vision_layers - 1]
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+
+
+# Weights and activations each a good part of it; seconds of one core.
+CASES = {
+    "qwen2.5": Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3),
+    "qwen3": Case("qwen3_vl", 384, 1024, 5, 3000, 192, 3),
+}
+# name: changes to model, changes to parallel, processes
+WAYS = {
+    "plain": ({}, {}, 1),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, {}, 1),
+    "frozen vision tower": ({"train_vision": False}, {}, 1),
+    "LoRA, rank 16": ({"lora_rank": 16}, {}, 1),
+    "LoRA and checkpointing": ({"lora_rank": 16, "gradient_checkpointing": True}, {}, 1),
+    "two processes": ({}, {}, 2),
+    "two processes, checkpointing": ({"gradient_checkpointing": True}, {}, 2),
+    "two processes, offload": ({}, {"offload": True}, 2),
+}
+
+
+def write_checkpoint(case, path):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(case.model_config(), dtype=torch.float32)
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(path)
+
+
+def configuration(case, path, model=None, parallel=None) -> Config:
+    """One update of two micro-batches and more; a reference model, both streams."""
+    preset = get_preset("papo-g-7b")
+    room = round(2 * case.together * case.lengths.tree(case.group_size))
+    return replace(
+        preset,
+        model=replace(
+            preset.model,
+            path=str(path),
+            **({"dtype": "float32", "gradient_checkpointing": False} | (model or {})),
+        ),
+        rollout=replace(preset.rollout, prompts=case.prompts, group_size=case.group_size),
+        train=replace(preset.train, update_prompts=case.prompts, max_tokens=room),
+        parallel=replace(preset.parallel, **(parallel or {})),
+    )
+
+
+def experience(case):
+    """Prompts with random pictures, responses of equal length."""
+    g = torch.Generator().manual_seed(0)
+
+    def words(n):
+        return torch.randint(5, case.vocab, (n,), generator=g)
+
+    h, w = case.patches
+    width = 3 * 2 * (16 if case.family == "qwen3_vl" else 14) ** 2
+    prompts, completions, aug = [], [], []
+    for i in range(case.prompts):
+        mark = torch.tensor([VISION_START]), torch.tensor([VISION_END])
+        image = torch.tensor([IMAGE]).expand(case.lengths.image)
+        ids = torch.cat([words(5), mark[0], image, mark[1], words(case.text - 7)])
+        pixels = torch.randn(h * w, width, generator=g)
+        encoded = EncodedPrompt(ids, (ids == IMAGE).long(), pixels, torch.tensor([[1, h, w]]))
+        corrupted = torch.randn(h * w, width, generator=g)
+        for _ in range(case.group_size):
+            completion = Completion(words(case.response).tolist(), [-1.0] * case.response, True)
+            prompts.append(Prompt(i, "", "", "", [], encoded) if not aug or aug[-1] is not corrupted
+                           else prompts[-1])  # fmt: skip
+            completions.append(completion)
+            aug.append(corrupted)
+    right = [i % 2 for i in range(len(prompts))]
+    return Experience(
+        prompts=prompts,
+        completions=completions,
+        scores=[Score(float(r), float(r), 1.0, False) for r in right],
+        advantages_B=torch.randn(len(prompts), generator=g),
+        aug_pixels=aug,
+    )
+
+
+def peak_of_update(case, config):
+    """Bytes held at most by a policy, its reference and two updates, beyond the data.
+
+    The first update is a small one: it makes the optimizer's moments.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    libc.mallopt(M_ARENA_MAX, 1)
+    torch.set_num_threads(1)
+    data, device, memory = experience(case), torch.device("cpu"), PeakMemory()
+    memory.start()
+    before = memory.before
+    policy = Policy.load(config.model, [], device, config.parallel)
+    reference = policy.reference(config)
+    updater = Updater(config, policy, reference, total_updates=2)
+    gc.collect()
+    memory.start()  # what loading took is not asked
+    memory.before = before
+    score_without_gradient(data, policy, reference, config, on_policy=True)
+    for count in (case.group_size, len(data)):
+        updater.update(data, range(count), lambda _: None)
+    return memory.read()
+
+
+def warm_up():
+    """An update of next to nothing, for all that Python imports when it is first needed."""
+    case = Case("qwen2_5_vl", 128, 64, 1, 100, 32, 1, (4, 4), 8, 4, 2, 2, 1)
+    for lora_rank in (0, 2) if importlib.util.find_spec("peft") else (0,):
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(case, folder)
+            peak_of_update(case, configuration(case, folder, {"lora_rank": lora_rank}))
+
+
+def _child(pipe, case, config, rank, ranks, port):
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    warm_up()  # a fork does not inherit which pages of the libraries are in memory
+    with process_group(torch.device("cpu")):
+        peak = peak_of_update(case, config)
+    if rank == 0:
+        pipe.send(peak)
+
+
+def measure(case, config, ranks=1):
+    """Peak bytes of a fresh process, the main one of `ranks`."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [
+        fork.Process(target=_child, args=(theirs, case, config, rank, ranks, port))
+        for rank in range(ranks)
+    ]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join()
+    if any(p.exitcode for p in processes):
+        raise RuntimeError(f"a measured process ended with {[p.exitcode for p in processes]}")
+    return ours.recv()
+
+
+def planned(case, config, ranks=1):
+    """The plan of the same update on the CPU; no sampler is there."""
+    config = replace(config, rollout=replace(config.rollout, engine="vllm_server"))
+    return plan_memory(config, ModelSizes.of(config.model), case.lengths, Layout(ranks=ranks))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, default="qwen2.5")
+    parser.add_argument("--ranks", action="store_true", help="also two processes")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    case, rows = CASES[arguments.case], []
+    console = Console()
+    table = Table(title=f"peak of an update, MiB; {arguments.case}")
+    for heading in ("way", "measured", "planned", "error", "the plan's largest parts"):
+        table.add_column(heading, justify="left" if heading in ("way",) else "right")
+    transformers.logging.disable_progress_bar()
+    warm_up()
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(case, folder)
+        for name, (model, parallel, ranks) in WAYS.items():
+            if ranks > 1 and not arguments.ranks:
+                continue
+            config = configuration(case, folder, model, parallel)
+            got, plan = measure(case, config, ranks), planned(case, config, ranks)
+            parts = sorted(plan.update.items(), key=lambda x: -x[1])[:4]
+            told = sum(plan.update.values()) + plan.host
+            text = ", ".join(f"{k} {v / 2**20:.0f}" for k, v in parts)
+            error = told / got - 1
+            table.add_row(name, f"{got / 2**20:.0f}", f"{told / 2**20:.0f}", f"{error:+.0%}", text)
+            rows.append({"way": name, "measured": got, "planned": told})
+    console.print(table)
+    if arguments.json:
+        about = {"machine": machine(), "case": dataclasses.asdict(case), "rows": rows}
+        arguments.json.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

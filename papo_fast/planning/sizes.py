@@ -1,0 +1,191 @@
+"""Widths and parameter counts of a model's parts, from an empty model built of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from papo_fast.config import ModelConfig
+from papo_fast.errors import InputError
+from papo_fast.flops import ModelShape
+from papo_fast.loading import load_model
+from papo_fast.processing import FAMILIES
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules of one kind: `count` of them with `parameters` each.
+
+    `largest` is the largest matrix; `linear` holds the names of the linear layers in one of them
+    and their inputs and outputs together, which LoRA of rank r has r parameters for each of.
+    """
+
+    count: int
+    parameters: int
+    largest: int
+    linear: tuple[tuple[str, int], ...] = ()
+
+    def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Parameters that adapters add to one of them; no targets: all linear layers."""
+        return sum(rank * width for name, width in self.linear if not targets or name in targets)
+
+    @property
+    def total(self) -> int:
+        return self.count * self.parameters
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One decoder layer's widths: residual, MLP, queries, keys; and heads."""
+
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    normed_queries: bool
+
+
+@dataclass(frozen=True)
+class Vision:
+    """One vision block's widths, per patch before merging."""
+
+    hidden: int
+    inner: int
+    heads: int
+    pixels: int
+    merge: int
+    mergers: int
+    rms_norm: bool
+    inner_saved: int
+    """How many tensors of width `inner` the MLP keeps for its backward."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    family: str
+    vocab: int
+    tied: bool
+    layers: Part
+    blocks: Part
+    embedding: Part
+    head: Part
+    """Nothing where it is the embedding (`tied`)."""
+    norm: Part
+    vision_rest: Part
+    """Patch embedding and mergers."""
+    decoder: Decoder
+    vision: Vision
+    flops: ModelShape
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.total for part in self.text_parts + self.vision_parts)
+
+    @property
+    def text_parts(self) -> tuple[Part, ...]:
+        return self.layers, self.embedding, self.head, self.norm
+
+    @property
+    def vision_parts(self) -> tuple[Part, ...]:
+        return self.blocks, self.vision_rest
+
+    @property
+    def root(self) -> int:
+        """Parameters outside decoder layers and vision blocks, which FSDP gathers as one unit."""
+        return self.parameters - self.layers.total - self.blocks.total
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> ModelSizes:
+        """Sizes of `config.path`, a checkpoint's folder or its config.json.
+
+        Raises:
+            InputError: there is no such file, or it is not of a family that can be trained.
+        """
+        settings = _settings(config)
+        model = load_model(config, empty=True)
+        text, vision = settings.text_config, settings.vision_config
+        decoder, tower = model.model.language_model, model.model.visual
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        tied = model.lm_head.weight is decoder.embed_tokens.weight
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        family = settings.model_type
+        merger_count = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return cls(
+            family=family,
+            vocab=text.vocab_size,
+            tied=tied,
+            layers=_part(decoder.layers),
+            blocks=_part(tower.blocks),
+            embedding=_part([decoder.embed_tokens]),
+            head=Part(0, 0, 0) if tied else _part([model.lm_head]),
+            norm=_part([decoder.norm]),
+            vision_rest=_rest(tower),
+            decoder=Decoder(
+                hidden=text.hidden_size,
+                inner=text.intermediate_size,
+                queries=text.num_attention_heads * head_size,
+                keys=text.num_key_value_heads * head_size,
+                heads=text.num_attention_heads,
+                normed_queries=family == "qwen3_vl",
+            ),
+            vision=Vision(
+                hidden=width,
+                inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
+                heads=vision.num_heads,
+                pixels=vision.patch_size**2 * vision.temporal_patch_size * vision.in_channels,
+                merge=vision.spatial_merge_size**2,
+                mergers=merger_count,
+                rms_norm=family == "qwen2_5_vl",
+                # gate, its activation, up, product; fc1, (a sigmoid), its activation
+                inner_saved={"qwen2_5_vl": 4, "qwen2_vl": 3}.get(family, 2),
+            ),
+            flops=ModelShape.of(settings),
+        )
+
+
+def _settings(config: ModelConfig) -> Any:
+    path = Path(config.path).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not config.path:
+        raise InputError("model.path is empty: pass --model.path, a checkpoint or its config.json")
+    if not file.is_file():
+        raise InputError(
+            f"model.path = {config.path!r}: there is no file {file}; expected a local checkpoint "
+            "folder or its config.json"
+        )
+    try:
+        settings = AutoConfig.from_pretrained(file, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as a model's configuration: {error}") from error
+    if settings.model_type not in FAMILIES:
+        raise InputError(
+            f"{file} is of a model of type {settings.model_type!r}: expected one of "
+            + ", ".join(FAMILIES)
+        )
+    return settings
+
+
+def _part(modules: Iterable[nn.Module]) -> Part:
+    modules = list(modules)
+    first = modules[0]
+    weights = list(first.parameters())
+    linear = [(n, m) for n, m in first.named_modules() if isinstance(m, nn.Linear)]
+    return Part(
+        count=len(modules),
+        parameters=sum(p.numel() for p in weights),
+        largest=max(p.numel() for p in weights),
+        linear=tuple((n.rpartition(".")[2], m.in_features + m.out_features) for n, m in linear),
+    )
+
+
+def _rest(tower: nn.Module) -> Part:
+    """All of the vision tower but its blocks."""
+    inside = {id(p) for p in tower.blocks.parameters()}
+    rest = [p.numel() for p in tower.parameters() if id(p) not in inside]
+    return Part(1, sum(rest), max(rest))

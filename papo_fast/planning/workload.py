@@ -1,0 +1,133 @@
+"""The micro-batch and the step that a configuration makes of prompts and responses of given size.
+
+The same arithmetic as `papo_fast.packing`, on averages instead of sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from papo_fast.config import Config
+from papo_fast.errors import InputError
+from papo_fast.experience import needs_aug_forward
+from papo_fast.flops import ModelShape
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a typical prompt and response."""
+
+    image: int = 640
+    """Image tokens of a prompt; one is 28 x 28 pixels in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
+    text: int = 120
+    """Text tokens of a prompt."""
+    response: int = 350
+    """Tokens of a response."""
+
+    @property
+    def prompt(self) -> int:
+        return self.image + self.text
+
+    def tree(self, responses: float) -> float:
+        """Tokens of a prompt and its responses in one stream."""
+        return self.prompt + responses * self.response
+
+    def check(self) -> None:
+        for name, least in (("image", 0), ("text", 1), ("response", 1)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"lengths.{name} is {getattr(self, name)}: it must be at least {least}"
+                )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass; numbers of tokens are of all streams together."""
+
+    tokens: int
+    keys: int
+    """Keys that attention gathers: a response's own and its prompt's."""
+    patches: int
+    rows: int
+    """Response tokens of one stream, which go through the lm_head."""
+    streams: int
+    segments: int
+    """Prompts and responses, which attention pads to one length where it runs by SDPA."""
+    accumulated: bool
+    """Gradients of an earlier micro-batch are there."""
+
+
+def update_streams(config: Config) -> int:
+    return 2 if needs_aug_forward(config) and config.objective.resolved().aug_gradient else 1
+
+
+def micro_batch(config: Config, lengths: Lengths, merge: int, ranks: int) -> MicroBatch:
+    """The largest one that `packing.plan` makes of an update, on every one of `ranks` ranks.
+
+    Args:
+        merge: patches of an image token.
+    """
+    streams, n = update_streams(config), config.rollout.group_size
+    room = config.train.max_tokens // streams
+    # responses that share one copy of their prompt
+    together = max(1, min(n, (room - lengths.prompt) // lengths.response))
+    pieces = config.train.update_prompts * -(-n // together)
+    trees = config.train.update_prompts * n / together
+    tokens = trees * lengths.tree(together)
+    batches = max(1, -(-int(tokens) // room))
+    batches += -batches % ranks
+    batches = min(batches, max(ranks, pieces - pieces % ranks))
+    trees /= batches
+    prompt, responses = trees * lengths.prompt, trees * together * lengths.response
+    return MicroBatch(
+        tokens=round(streams * (prompt + responses)),
+        keys=round(streams * (prompt + responses + trees * together * lengths.prompt)),
+        patches=round(streams * trees * lengths.image * merge),
+        rows=round(responses),
+        streams=streams,
+        segments=round(streams * trees * (1 + together)),
+        accumulated=batches > ranks,
+    )
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """FLOPs of one step over all ranks, by phase, and what the sampler makes."""
+
+    experience: float
+    update: float
+    prefill: float
+    sequences: int
+
+
+def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
+    """Work of one rollout and its updates.
+
+    A backward pass counts twice its forward, once where weights are frozen; checkpointing repeats
+    the forward. The lm_head counts dense, which is more than its sparse backward does.
+    """
+    objective, model, n = config.objective.resolved(), config.model, config.rollout.group_size
+    prompts = config.rollout.prompts
+    length, prompt = lengths.response, lengths.prompt
+    pairs = prompt * (prompt + 1) // 2 + n * (length * prompt + length * (length + 1) // 2)
+    text = prompts * shape.language(round(lengths.tree(n)), pairs)
+    head = prompts * n * shape.head(length)
+    vision = prompts * shape.vision(lengths.image)
+    forward = text + head + vision
+    several = prompts > config.train.update_prompts
+    passes = (
+        (objective.needs_reference and objective.kl_estimator == "sampled")
+        + (several and config.rollout.old_logprobs == "recompute")
+        + (objective.needs_aug and not needs_aug_forward(config))
+    )
+    again = int(model.gradient_checkpointing)
+    text_factor = 2 + again + (model.lora_rank == 0)
+    vision_factor = 1
+    if model.train_vision:
+        vision_factor = 2 + again + (model.lora_rank == 0)
+    update = update_streams(config) * (
+        text_factor * text + vision_factor * vision + (4 - (model.lora_rank > 0)) * head
+    )
+    copies = n if config.rollout.engine == "hf" else 1  # generate repeats the prompt
+    prefill = copies * (vision + prompts * shape.language(prompt, prompt * (prompt + 1) // 2))
+    return StepWork(passes * forward, update, prefill, prompts * n)

@@ -1,0 +1,33 @@
+"""The engine that a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from papo_fast.config import Config
+from papo_fast.parallel import world_size
+from papo_fast.policy import Policy
+from papo_fast.processing import PromptEncoder
+from papo_fast.rollout import RolloutEngine
+from papo_fast.rollout.hf import HFRollout
+
+
+def make_engine(
+    config: Config, policy: Policy, encoder: PromptEncoder, run_dir: Path
+) -> RolloutEngine:
+    """`rollout.engine` for this rank. Every rank makes its own, at the same time."""
+    if config.rollout.engine == "vllm":
+        from papo_fast.rollout.vllm import VLLMRollout
+
+        return VLLMRollout(config, encoder, policy.device)
+    if config.rollout.engine == "vllm_server":
+        from papo_fast.rollout.vllm_server import VLLMServerRollout
+
+        return VLLMServerRollout(config, encoder, run_dir)
+    sampler = policy
+    if world_size() > 1:  # transformers' generate needs whole weights
+        sampler = Policy.load(config.model, encoder.banned_token_ids, policy.device)
+        sampler.requires_grad_(False)
+    return HFRollout(
+        sampler, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size
+    )

