@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import sys
 from dataclasses import replace
 
@@ -283,20 +284,26 @@ def test_a_group_shares_one_mask_of_the_asked_share(files):
     assert not torch.equal(masks[0], masks[4])
 
 
-def test_two_pictures_one_picture_and_none_in_a_batch(files):
+def test_two_pictures_of_one_prompt(files):
     papo = build(files, "qwen3_vl", **TERMS)
-    rows = [papo.train_dataset[i] for i in range(3)]
-    text = [{"role": "user", "content": [{"type": "text", "text": "Compute 1+1."}]}]
-    rows[0] = {**rows[0], "prompt": text, "images": []}
-    two = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
-    rows[1] = {**rows[1], "prompt": two, "images": rows[1]["images"] * 2}
-    batch = papo._generate_and_score_completions([row for row in rows for _ in range(4)])
+    one, two = papo.train_dataset[0], papo.train_dataset[1]
+    places = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    two = {**two, "prompt": places, "images": two["images"] * 2}
+    batch = papo._generate_and_score_completions([one] * 4 + [two] * 4)
     loss, gradients = loss_and_gradients(papo, batch)
-    assert torch.isfinite(torch.tensor(loss)) and gradients
-    papo.compute_loss(papo.model, batch)
+    assert math.isfinite(loss) and gradients
     kl = papo._head.stats.kl_prcp[:, -batch["completion_ids"].shape[1] :] * batch["completion_mask"]
-    assert not kl[:4].any()  # no picture, nothing to corrupt
-    assert (kl[4:].sum(-1) > 1e-4).all()
+    assert (kl.sum(-1) > 1e-4).all()
+    # the masks follow the sequences, also where one of them has no picture at all
+    whole = papo.corrupted(batch).split(batch["image_grid_thw"].prod(-1).tolist())
+    later = {
+        "pixel_values": batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist())[4:6],
+        "image_grid_thw": batch["image_grid_thw"][4:6],
+        "num_images": [0, 2],
+        "mask_seeds": batch["mask_seeds"][[0, 4]],
+    }
+    alone = papo.corrupted({**later, "pixel_values": torch.cat(later["pixel_values"])})
+    assert torch.equal(alone, torch.cat(whole[4:6]))
 
 
 def test_a_batch_without_pictures_has_no_perception_kl(files):
@@ -389,16 +396,17 @@ def test_two_epochs_raise_the_reward(files, family):
         **TERMS,
         num_train_epochs=2,
         per_device_train_batch_size=16,
-        num_generations=8,
+        num_generations=16,
         learning_rate=2e-2,
         lr_scheduler_type="constant",
         beta=0.0,
         grad_budget=3e-3,
     )
+    papo.train_dataset = papo.train_dataset.select(range(8))
     papo.train()
     log = [entry for entry in papo.state.log_history if "reward" in entry]
     assert log[-1]["epoch"] == 2 and len(log) == 16
     rewards = torch.tensor([entry["reward"] for entry in log])
-    print(family, rewards.tolist(), log[-1]["kl_prcp"])
-    assert rewards[-4:].mean() > rewards[:4].mean() + 0.2
-    assert all(entry["kl_prcp"] > 0 and entry["aug_entropy"] > 0 for entry in log)
+    assert rewards[-4:].mean() > rewards[:4].mean() + 0.5, rewards.tolist()
+    assert all(entry["kl_prcp"] >= 0 and entry["aug_entropy"] >= 0 for entry in log)
+    assert log[0]["kl_prcp"] > 0.01
