@@ -11,14 +11,13 @@ is an option; `--help` lists them.
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from tiny import tiny_files
+from tiny import reward, tiny_files
 from trl import TrlParser
 
 from papo_fast.config import DataConfig
 from papo_fast.integrations.conversations import conversations
 from papo_fast.integrations.processor import load_processor
 from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer
-from papo_fast.rewards import equal_as_text, has_format, last_boxed
 
 
 @dataclass
@@ -28,11 +27,8 @@ class Script:
     lora: int = field(default=0, metadata={"help": "Rank of the adapter; 0: train all weights."})
 
 
-def accuracy(completions, answer, **_):
-    """0.9 for the right answer in \\boxed{}, 0.1 for the format (numbers and words, no algebra)."""
-    texts = [completion[0]["content"] for completion in completions]
-    right = [equal_as_text(a, last_boxed(t) or "") is True for a, t in zip(answer, texts)]
-    return [0.9 * r + 0.1 * has_format(t) for r, t in zip(right, texts, strict=True)]
+def rewards(completions, answer, **_):
+    return [reward(c[0]["content"], a) for c, a in zip(completions, answer, strict=True)]
 
 
 def main() -> None:
@@ -45,7 +41,7 @@ def main() -> None:
     pixels = dict(min_pixels=28 * 28, max_pixels=28 * 28 * 64) if small else {}
     trainer = PAPOTrainer(
         script.model,
-        accuracy,
+        rewards,
         config,
         train_dataset=conversations(script.data, DataConfig(prompt_suffix="") if small else None),
         processing_class=load_processor(script.model, **pixels),

@@ -24,7 +24,13 @@ def test_the_page_is_up_to_date(make_api):
 
 def test_the_page_has_what_users_call(make_api):
     text = make_api.page()
-    for name in ("token_stats(", "class PAPOTrainer", "papo_loss(", "use_token_stats(", "objective("):
+    for name in (
+        "token_stats(",
+        "class PAPOTrainer",
+        "papo_loss(",
+        "use_token_stats(",
+        "objective(",
+    ):
         assert name in text
     # an argument's explanation is there, and a field's
     assert "- `hidden`: (N, D) floating" in text

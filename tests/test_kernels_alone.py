@@ -47,7 +47,9 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     if Version(importlib.metadata.version("setuptools")) < Version("70.1"):
-        pytest.skip("setuptools 70.1 or later is needed to build a wheel: pip install -U setuptools")
+        pytest.skip(
+            "setuptools 70.1 or later is needed to build a wheel: pip install -U setuptools"
+        )
     folder = tmp_path_factory.mktemp("wheel")
     # a copy, so that the build leaves nothing in the repository
     source = shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=_built)

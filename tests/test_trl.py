@@ -1,6 +1,6 @@
 """PAPO on TRL's trainer: its loss beside TRL's own and beside ours, and that it learns."""
 
-import importlib.util
+# ruff: noqa: E402, what is imported needs TRL
 import itertools
 import math
 import sys
@@ -9,10 +9,7 @@ from dataclasses import replace
 import pytest
 
 for _package in ("trl", "peft"):
-    if importlib.util.find_spec(_package) is None:
-        pytest.skip(
-            f"{_package} is not installed: pip install '.[peers,lora]'", allow_module_level=True
-        )
+    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[peers,lora]'")
 
 import torch
 from family_checkpoints import FAMILIES, write_checkpoint

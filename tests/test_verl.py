@@ -135,9 +135,7 @@ def test_a_models_forward_gives_both_streams_of_whole_logits(folder, family):
         "kl_prcp": (p.exp() * (p - q)).sum(-1),
     }
     model.forward = types.MethodType(verl.forward_with_token_stats, model)
-    out = model(
-        **inputs, temperature=0.7, aug_pixel_values=aug, use_cache=False, return_dict=True
-    )
+    out = model(**inputs, temperature=0.7, aug_pixel_values=aug, use_cache=False, return_dict=True)
     for name, theirs in expected.items():
         assert torch.allclose(out[name].double(), theirs, atol=1e-5), name
     assert expected["kl_prcp"].mean() > 1e-3

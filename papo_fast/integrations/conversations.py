@@ -39,7 +39,12 @@ def conversations(source: str | Path, data: DataConfig | None = None) -> dataset
             for values in rows[data.images_key]
         ]
         prompts = [
-            [{"role": "user", "content": content_parts(problem + data.prompt_suffix, len(pictures))}]
+            [
+                {
+                    "role": "user",
+                    "content": content_parts(problem + data.prompt_suffix, len(pictures)),
+                }
+            ]
             for problem, pictures in zip(rows[data.problem_key], images, strict=True)
         ]
         return {"prompt": prompts, "images": images, "answer": list(rows[data.answer_key])}
