@@ -398,6 +398,7 @@ def test_two_epochs_raise_the_reward(files, family):
         lr_scheduler_type="constant",
         beta=0.0,
         grad_budget=3e-3,
+        gradient_checkpointing=family == "qwen3_vl",
     )
     papo.train_dataset = papo.train_dataset.select(range(8))
     papo.train()
