@@ -192,6 +192,12 @@ class PAPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "papo"]
+    _name = "PAPO"
+    _paper = {
+        "title": "Perception-Aware Policy Optimization for Multimodal Reasoning",
+        "id": "2507.06448",
+        "citation": "",
+    }
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **kwargs: Any):
         if not isinstance(args, PAPOConfig):
