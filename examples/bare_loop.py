@@ -21,7 +21,7 @@ G, TOKENS, GAMMA, ETA = 8, 12, 0.01, 0.001
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--model")
 parser.add_argument("--data", help=".parquet or .jsonl with problem, images and answer")
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, default=24)
 parser.add_argument("--lr", type=float, default=3e-3, help="for a real model 1e-6")
 args = parser.parse_args()
 if args.model is None:

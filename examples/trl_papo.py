@@ -36,7 +36,7 @@ def main() -> None:
     small = script.model is None
     if small:
         script.model, script.data = tiny_files()
-        config.max_steps, config.max_completion_length, config.logging_steps = 10, 12, 1
+        config.max_steps, config.max_completion_length, config.logging_steps = 5, 12, 1
         config.report_to, config.gradient_checkpointing, config.save_strategy = [], False, "no"
     pixels = dict(min_pixels=28 * 28, max_pixels=28 * 28 * 64) if small else {}
     trainer = PAPOTrainer(
