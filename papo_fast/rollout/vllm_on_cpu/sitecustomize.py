@@ -7,8 +7,9 @@ declares the operators when torchvision is first imported, and hides the other t
 
 Python runs a `sitecustomize` on its path at start-up, and so this one reaches the processes that
 vLLM starts: `papo_fast.rollout.vllm_setup` puts this folder, which holds nothing else, on the
-PYTHONPATH of runs that sample with vLLM, and of no others. Where torch is a CUDA build, or
-torchvision's compiled part loads, nothing happens.
+PYTHONPATH of runs that sample with vLLM. Beside vLLM all that imports transformers needs it, so
+`make` has .venv run a copy at start-up, too. Where torch is a CUDA build, or torchvision's compiled
+part loads, nothing happens.
 """
 
 import importlib.machinery
@@ -54,7 +55,9 @@ def declare_operators(torchvision: Path) -> None:
 
 
 def install() -> None:
-    if torch_is_cpu_build() and not any(isinstance(f, DeclareOperators) for f in sys.meta_path):
+    # by name: `make` copies this file into .venv, where a start-up hook imports it as well
+    present = any(type(finder).__name__ == "DeclareOperators" for finder in sys.meta_path)
+    if torch_is_cpu_build() and "torchvision" not in sys.modules and not present:
         sys.modules.setdefault("torchaudio", None)
         sys.modules.setdefault("torchcodec", None)
         sys.meta_path.insert(0, DeclareOperators())

@@ -1,0 +1,315 @@
+"""PAPO on TRL's own `GRPOTrainer`, and a hook that only replaces its log-probs and entropies.
+
+TRL scores a batch by `model(..., labels=labels, fused_lm_head=True)`. `use_token_stats` answers
+that call by `token_stats`; `PAPOTrainer` lets it answer for both streams and adds PAPO's terms to
+whatever loss TRL computes. Generation, rewards, advantages, clipping, reference KL, importance
+sampling, logging and saving remain TRL's. Written for TRL 1.16.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from papo_fast.config import ObjectiveConfig
+from papo_fast.errors import InputError
+from papo_fast.integrations.streams import AugStream, two_streams
+from papo_fast.masking import PatchCorruption, prompt_seed
+from papo_fast.objective import TERMS, annealed
+from papo_fast.token_batch import TokenBatch
+from papo_kernels import TokenStats
+
+OUR_TERMS = ("kl_prcp", "entropy", "aug_entropy")
+"""The terms of the objective that TRL does not have."""
+
+
+@dataclass
+class PAPOConfig(GRPOConfig):
+    """`GRPOConfig` with PAPO's settings; defaults are those of PAPO-G for Qwen2.5-VL-3B.
+
+    `entropy_coef` is TRL's own and rewards entropy; PAPO's double entropy loss lowers it and has
+    names of its own. TRL's `loss_type` decides what all terms are averaged over ("bnpo" is the
+    authors' token mean per micro-batch, "grpo" the paper's mean of sequence means), its `beta` is
+    the weight of the reference KL and its `delta` the dual clip.
+    """
+
+    epsilon_high: float | None = field(
+        default=0.3, metadata={"help": "Policy ratio is clipped above at 1 + epsilon_high."}
+    )
+    delta: float | None = field(default=3.0, metadata={"help": "Dual clip."})
+    beta: float = field(default=0.01, metadata={"help": "Weight of the reference KL."})
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "Multiply the reference KL by the policy ratio; PAPO does not."},
+    )
+    kl_prcp_coef: float = field(
+        default=0.02, metadata={"help": "γ, weight of the perception KL, which is maximised."}
+    )
+    kl_prcp_clip: float | None = field(
+        default=None, metadata={"help": "Upper bound of a token's perception KL."}
+    )
+    kl_prcp_anneal_steps: int = field(
+        default=0, metadata={"help": "Steps over which γ falls linearly to 0; 0: constant."}
+    )
+    entropy_loss_coef: float = field(
+        default=0.0, metadata={"help": "η₁, weight of the entropy, which is minimised."}
+    )
+    aug_entropy_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "η₂, weight of the entropy given the corrupted image, minimised."},
+    )
+    parity: str = field(
+        default="ours",
+        metadata={
+            "help": "`ours`: exact terms, gradients into both streams; `official`: sampled terms, "
+            "no gradient into the corrupted stream; `paper`: sampled terms, both gradients."
+        },
+    )
+    mask_ratio: float = field(
+        default=0.6, metadata={"help": "Share of an image's patches that turns black."}
+    )
+    grad_budget: float = field(
+        default=3e-3,
+        metadata={"help": "Share of a token's gradient the backward may leave out; 0: none."},
+    )
+
+    def objective(self) -> ObjectiveConfig:
+        """The same settings for `papo_fast.objective`; raises `InputError` where they clash."""
+        if self.entropy_coef != 0 and self.entropy_loss_coef != 0:
+            raise InputError(
+                f"entropy_coef = {self.entropy_coef} rewards the entropy that entropy_loss_coef = "
+                f"{self.entropy_loss_coef} lowers: set one of them"
+            )
+        if self.parity not in ("ours", "official", "paper"):
+            raise InputError(f"parity = {self.parity!r}: expected ours, official or paper")
+        return ObjectiveConfig(
+            parity=self.parity,
+            clip_low=self.epsilon,
+            clip_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            clip_dual=self.delta,
+            kl_coef=self.beta,
+            kl_prcp_coef=self.kl_prcp_coef,
+            kl_prcp_clip=self.kl_prcp_clip,
+            entropy_coef=self.entropy_loss_coef,
+            aug_entropy_coef=self.aug_entropy_loss_coef,
+        ).resolved()
+
+
+@dataclass
+class TwoStreamOutput(FusedCausalLMOutput):
+    """What TRL reads (`log_probs`, `entropy`) and the corrupted stream's, (B, S − 1) each."""
+
+    aug_log_probs: Tensor | None = None
+    aug_entropy: Tensor | None = None
+    kl_prcp: Tensor | None = None
+
+
+class StatsHead:
+    """Answers a model's calls with `fused_lm_head=True` by `token_stats`, and keeps the last.
+
+    Attributes:
+        aug: the corrupted stream that the next call scores too; taken away by that call.
+        stats: `TokenStats` of the last call, (B, S − 1) each, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, temperature: float, grad_budget: float, keep_dtype: bool
+    ):
+        self.aug: AugStream | None = None
+        self.stats: TokenStats | None = None
+        inner = model.forward
+
+        # the signature stays: `generate` checks its keywords against it
+        @functools.wraps(type(model).forward)
+        def forward(
+            model: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any
+        ) -> Any:
+            if not fused_lm_head:
+                return inner(*args, **kwargs)
+            if args or kwargs.get("output_router_logits") or "labels" not in kwargs:
+                raise InputError(
+                    "use_token_stats expects keywords with labels and no router loss: set "
+                    "router_aux_loss_coef=0 for mixture-of-experts models"
+                )
+            # labels stand one position behind the token that predicts them; the last predicts none
+            labels = kwargs.pop("labels").roll(-1, 1)
+            labels[:, -1] = -100
+            aug, self.aug = self.aug, None
+            stats, _ = two_streams(
+                model,
+                kwargs,
+                labels,
+                aug=aug,
+                temperature=temperature,
+                grad_budget=grad_budget,
+                keep_dtype=keep_dtype,
+            )
+            self.stats = TokenStats(*(None if x is None else x[:, :-1] for x in stats))
+            logprobs, entropy, *rest = self.stats
+            return TwoStreamOutput(None, logprobs, entropy, **dict(zip(_AUG, rest, strict=True)))
+
+        model.forward = types.MethodType(forward, model)
+
+
+_AUG = ("aug_log_probs", "aug_entropy", "kl_prcp")
+
+
+def use_token_stats(trainer: GRPOTrainer, *, grad_budget: float = 3e-3) -> StatsHead:
+    """Let `token_stats` compute the log-probs and entropies of a `GRPOTrainer`, in place.
+
+    Call it between making the trainer and `train()`. The loss is TRL's own; logits are float32
+    (TRL's are of the model's dtype unless `cast_lm_head_to_fp32`), and rows of padding cost
+    nothing. Models that need a router loss, scaled logits or DeepSpeed ZeRO-3 are refused.
+    """
+    options = dict(
+        temperature=trainer.temperature,
+        grad_budget=grad_budget,
+        keep_dtype=trainer.args.cast_lm_head_to_fp32,
+    )
+    if trainer.ref_model is not None:
+        StatsHead(trainer.accelerator.unwrap_model(trainer.ref_model), **options)
+    model = trainer.model
+    # TRL put its own head below an adapter, too
+    return StatsHead(
+        model.get_base_model() if hasattr(model, "get_base_model") else model, **options
+    )
+
+
+class PAPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` that adds PAPO's terms to TRL's loss; takes a `PAPOConfig` as `args`.
+
+    Of TRL it overrides the three methods below. Pictures are corrupted on the processor's own patch
+    grid, one mask per prompt and rollout for all of its responses. With `parity="official"` the
+    corrupted stream's log-probs are taken at each update, without gradient; the authors take them
+    once per rollout, which is the same where a rollout makes one update.
+    """
+
+    _tag_names = ["trl", "grpo", "papo"]
+    _name = "PAPO"
+    _paper = {
+        "title": "Perception-Aware Policy Optimization for Multimodal Reasoning",
+        "id": "2507.06448",
+        "citation": "",
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, **kwargs: Any):
+        if not isinstance(args, PAPOConfig):
+            raise InputError(f"args is a {type(args).__name__}: expected a PAPOConfig")
+        self.goal = args.objective()
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self._head = use_token_stats(self, grad_budget=args.grad_budget)
+        self._corruption = None
+        if self.goal.needs_aug:
+            processor = getattr(self.processing_class, "image_processor", None)
+            if processor is None:
+                raise InputError(
+                    f"processing_class is a {type(self.processing_class).__name__} without an "
+                    "image processor: PAPO compares pictures, pass the model's AutoProcessor"
+                )
+            self._corruption = PatchCorruption.of(processor, args.mask_ratio)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, with a seed per sequence: responses to one prompt share their mask."""
+        batch = super()._generate_and_score_completions(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        batch["mask_seeds"] = torch.tensor(
+            [
+                prompt_seed(self.args.seed, self.state.global_step, (first + i) // size)
+                for i in range(len(inputs))
+            ]
+        )
+        return batch
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss − γ KL_prcp + η₁ H + η₂ H_aug."""
+        self._head.stats = None
+        if self.goal.needs_aug:
+            pixels = self.corrupted(inputs) if "pixel_values" in inputs else None
+            self._head.aug = AugStream(pixels, bool(self.goal.aug_gradient))
+        loss = super()._compute_loss(model, inputs)
+        stats = self._head.stats
+        if stats is None or self._head.aug is not None:
+            raise InputError(
+                "TRL did not call the model with fused_lm_head=True: this version of TRL is not "
+                "supported, install trl 1.16"
+            )
+        return loss + self._our_terms(stats, inputs)
+
+    def corrupted(self, inputs: dict[str, Any]) -> Tensor:
+        """`inputs["pixel_values"]` with the share `mask_ratio` of each image's patches black."""
+        pixels, grid, counts = (inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images"))
+        rows = grid.prod(-1).split(counts)
+        parts = pixels.split([int(r.sum()) for r in rows])
+        seeds = inputs["mask_seeds"].tolist()
+        return torch.cat(
+            [
+                self._corruption(part, grids, seed)
+                for part, grids, seed in zip(parts, grid.split(counts), seeds, strict=True)
+            ]
+        )
+
+    def _our_terms(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        counted = mask.bool()
+        weights = self.token_weights(mask, inputs)[counted]
+        # the columns that score the completion are the last
+        vectors = {
+            name: None if x is None else x[:, -mask.shape[1] :][counted]
+            for name, x in stats._asdict().items()
+        }
+        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[counted]
+        batch = TokenBatch(
+            old_logprobs=vectors["logprobs"].detach(),
+            advantages=torch.zeros_like(vectors["logprobs"]),
+            sequence_ids=rows,
+            **vectors,
+        )
+        gamma = annealed(
+            self.goal.kl_prcp_coef, self.state.global_step, self.args.kl_prcp_anneal_steps
+        )
+        loss = vectors["logprobs"].new_zeros(())
+        for term in TERMS:
+            if term.name not in OUR_TERMS or term.coef(self.goal) == 0:
+                continue
+            values = term.values(batch, self.goal)
+            coef = -gamma if term.name == "kl_prcp" else term.coef(self.goal)
+            loss = loss + coef * (weights * values).sum()
+            if term.name != "entropy":  # TRL logs that one
+                self._log_mean(term.name, values)
+        return loss
+
+    def token_weights(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """(B, T) the weight that TRL's loss of this `loss_type` gives each token."""
+        training = self.model.training
+        accumulated = self.current_gradient_accumulation_steps if training else 1
+        if self.loss_type in ("grpo", "sapo"):
+            return mask / mask.sum(-1, keepdim=True).clamp(min=1) / len(mask) / accumulated
+        if self.loss_type == "bnpo":
+            return mask / mask.sum().clamp(min=1) / accumulated
+        if self.loss_type == "dr_grpo":
+            return mask / (len(mask) * self.max_completion_length) / accumulated
+        if self.loss_type == "luspo":
+            return mask / len(mask) / accumulated
+        if self.loss_type in ("dapo", "cispo", "vespo"):
+            # the count is of all that was sampled together, which may make several updates
+            total = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if training:
+                total = total * accumulated / self.args.steps_per_generation
+            return mask / total
+        raise InputError(f"loss_type = {self.loss_type!r} is not known to PAPOTrainer")
+
+    def _log_mean(self, name: str, values: Tensor) -> None:
+        count = torch.tensor(float(values.numel()), device=values.device)
+        total, n = self.accelerator.reduce(torch.stack([values.detach().sum(), count]))
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append((total / n.clamp(min=1)).item())

@@ -1,0 +1,93 @@
+"""Each example runs by the command written above it."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from family_checkpoints import write_checkpoint
+
+from papo_fast.digits.task import write_questions
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def command_above(path):
+    """The first indented command in the file's head."""
+    found = re.search(r"^#? {4,5}((?:NPROC=\d )?\S*(?:python|bash) examples/.*)$",
+                      path.read_text(encoding="utf-8"), re.M)  # fmt: skip
+    assert found, f"{path.name} does not say how it is run"
+    return found[1]
+
+
+def run(path, *more, **environment):
+    words = shlex.split(command_above(path))
+    while "=" in words[0]:
+        name, value = words.pop(0).split("=")
+        environment.setdefault(name, value)
+    words[0] = {".venv/bin/python": sys.executable}.get(words[0], words[0])
+    assert words[1] == f"examples/{path.name}"
+    done = subprocess.run(
+        [*words, *map(str, more)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *_given_path()]),
+            "PYTHON": sys.executable,
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def _given_path():
+    return filter(None, [os.environ.get("PYTHONPATH")])
+
+
+def test_the_bare_loop_learns():
+    output = run(EXAMPLES / "bare_loop.py")
+    rewards = [float(x) for x in re.findall(r"reward (\S+),", output)]
+    assert len(rewards) == 24
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.01
+    assert max(float(x) for x in re.findall(r"kl_prcp (\S+)", output)) > 0
+
+
+def test_the_bare_loop_is_short():
+    assert len((EXAMPLES / "bare_loop.py").read_text().splitlines()) < 60
+
+
+def test_trls_trainer_runs(tmp_path):
+    for package in ("trl", "peft"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install '.[peers,lora]'")
+    output = run(EXAMPLES / "trl_papo.py", "--output_dir", tmp_path, "--lora", 4)
+    assert len(re.findall(r"'kl_prcp': '?[\d.]+", output)) == 5
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_torchrun_starts_the_trainer(tmp_path):
+    write_checkpoint(tmp_path / "model", "qwen2_5_vl")
+    write_questions(tmp_path / "train.parquet", 4, "train", 0)
+    settings = {
+        "model.path": tmp_path / "model",
+        "data.train": tmp_path / "train.parquet",
+        "rollout.prompts": 2,
+        "rollout.group-size": 2,
+        "rollout.max-new-tokens": 4,
+        "train.update-prompts": 2,
+        "train.steps": 1,
+        "out": tmp_path / "runs",
+    }
+    options = [text for k, v in settings.items() for text in (f"--{k}", v)]
+    run(EXAMPLES / "torchrun.sh", "--digits.no-enabled", *options, NPROC="1")
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) == 1
