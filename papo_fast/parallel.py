@@ -59,7 +59,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM ends it where an engine has joined it
+            dist.destroy_process_group()
 
 
 def share_of(items: Sequence[Any]) -> list[int]:
