@@ -104,11 +104,11 @@ class StandIn(BaseHTTPRequestHandler):
         if self.path == "/reset_prefix_cache":
             self.answer({"success": True})
         elif self.path == "/inference/v1/generate":
-            self.answer(self.responses())
+            self.answer(self.sampled())
         else:
             self.answer(b"")
 
-    def responses(self) -> dict:
+    def sampled(self) -> dict:
         sampling, encoder = self.body["sampling_params"], self.format.encoder
         pictures, ids = len(self.body.get("content_parts", [])), self.body["token_ids"]
         at = ids.index(encoder.image_token_id) if pictures else 0
@@ -192,7 +192,7 @@ def break_off(handler):
 
 def changed(**fields):
     def fault(handler):
-        answer = handler.responses()
+        answer = handler.sampled()
         answer["choices"][0].update(fields)
         return handler.answer(answer)
 
@@ -200,7 +200,7 @@ def changed(**fields):
 
 
 def unscored(handler):
-    answer = handler.responses()
+    answer = handler.sampled()
     answer["choices"][0]["logprobs"]["content"][0]["logprob"] = float("nan")
     return handler.answer(answer)
 
@@ -212,7 +212,7 @@ FAULTS = {
     "html": (lambda handler: handler.answer(b"<html>"), "no JSON but b'<html>'"),
     "a list": (lambda handler: handler.answer([1]), "no responses"),
     "too few": (
-        lambda handler: handler.answer(handler.responses() | {"choices": []}),
+        lambda handler: handler.answer(handler.sampled() | {"choices": []}),
         "0 responses instead of 2",
     ),
     "no log-probs": (changed(logprobs=None), "no responses"),
@@ -220,7 +220,7 @@ FAULTS = {
     "aborted": (changed(finish_reason="abort"), "ended for the reason 'abort'"),
     "NaN": (unscored, "numbers that are no log-probs"),
     "another prompt": (
-        lambda handler: handler.answer(handler.responses() | {"prompt_token_ids": [1, 2]}),
+        lambda handler: handler.answer(handler.sampled() | {"prompt_token_ids": [1, 2]}),
         "turned a prompt of .* tokens into 2 others.*data.min_pixels",
     ),
 }
