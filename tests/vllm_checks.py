@@ -37,6 +37,7 @@ def untrained(folder, **rollout):
         preset,
         device="cpu",
         model=replace(preset.model, path=str(folder)),
+        data=replace(preset.data, max_prompt_length=300),
         rollout=replace(preset.rollout, batch_size=32, **rollout),
         digits=replace(preset.digits, enabled=False),
     )
@@ -45,12 +46,13 @@ def untrained(folder, **rollout):
 
 
 def mixed_prompts(encoder):
-    """Two pictures that need resizing, one, the same once more, and none."""
+    """Two pictures, one of them resized, one, the same once more, none, and several blocks long."""
     return [
         encoder.encode("1+1?", [picture(1, (100, 60)), picture(2)]),
         encoder.encode("3-2?", [picture(3)]),
         encoder.encode("3-2?", [picture(3)]),
         encoder.encode("12+30?", []),
+        encoder.encode("1+23?" * 53, [picture(4)]),
     ]
 
 

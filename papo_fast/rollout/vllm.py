@@ -138,4 +138,5 @@ class VLLMRollout:
             self.asleep = True
 
     def close(self) -> None:
-        """Nothing was started outside this process."""
+        """Free what the engine holds; ends the default process group too, which it has joined."""
+        self.llm.llm_engine.engine_core.shutdown()

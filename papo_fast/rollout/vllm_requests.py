@@ -19,6 +19,9 @@ from papo_fast.policy import BANNED_LOGIT
 from papo_fast.processing import EncodedPrompt, PromptEncoder
 from papo_fast.sequences import Completion
 
+CPU_BLOCK = 128
+"""Tokens of a block of keys and values on the CPU, vLLM's default there."""
+
 
 def require_vllm() -> None:
     """Raise `InputError` with the command that installs vLLM where it is missing."""
@@ -64,16 +67,25 @@ def engine_options(config: Config) -> dict[str, Any]:
 
 
 def cpu_options(config: Config, text_config: Any) -> dict[str, Any]:
-    """Engine arguments for machines without a GPU: no compiler needed, no more cache than used."""
-    rollout = config.rollout
-    length = config.data.max_prompt_length + rollout.max_new_tokens
-    blocks = -(-length // 128)  # vLLM's block on the CPU holds 128 tokens
+    """Engine arguments for machines without a GPU.
+
+    No compiler is needed and no more cache is taken than can be used. A step has room for all
+    prompts whole: vLLM cannot take back the draw of a prompt that was cut where the request has a
+    seed and the device is the CPU (`CPU Generator does not use offset`).
+    """
+    options = engine_options(config)
+    sequences, length = options["max_num_seqs"], options["max_model_len"]
     head = getattr(text_config, "head_dim", None)
     head = head or text_config.hidden_size // text_config.num_attention_heads
     width = 2 if config.model.dtype == "bfloat16" else 4
     per_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head * width
-    cache = rollout.batch_size * blocks * 128 * per_token
-    return {"enforce_eager": True, "kv_cache_memory_bytes": max(cache, 64 << 20)}
+    blocks = -(-length // CPU_BLOCK)
+    return {
+        "enforce_eager": True,
+        "max_num_batched_tokens": sequences * length,
+        "block_size": CPU_BLOCK,
+        "kv_cache_memory_bytes": max(sequences * blocks * CPU_BLOCK * per_token, 64 << 20),
+    }
 
 
 class RequestFormat:
