@@ -26,7 +26,8 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from papo_kernels import token_stats
+from papo_kernels import cpu_kernels, token_stats
+cpu_kernels.LEAST_LOGITS = 0  # its C++ must have come along
 torch.manual_seed(0)
 hidden, aug_hidden = torch.randn(2, 6, 8, requires_grad=True)
 weight = torch.randn(40, 8, requires_grad=True)
@@ -38,6 +39,7 @@ ours, theirs = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0]
                 for x in (stats.kl_prcp, truth))
 print(json.dumps({
     "where": sys.modules["papo_kernels"].__file__,
+    "sources": sorted(p.name for p in cpu_kernels.SOURCES.iterdir()),
     "value": (stats.kl_prcp - truth).abs().max().item(),
     "gradient": (ours - theirs).norm().item() / theirs.norm().item(),
 }))
@@ -90,6 +92,8 @@ def test_it_runs_where_transformers_is_not(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert Path(result["where"]).is_relative_to(tmp_path)
+    cpp = ROOT / "kernels" / "papo_kernels" / "cpp"
+    assert result["sources"] == sorted(p.name for p in cpp.iterdir())
     assert result["value"] < 1e-5 and result["gradient"] < 1e-5
 
 

@@ -181,7 +181,7 @@ def _library():
     if not compiler():
         return None
     command = [compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp")))]
-    kept = _cache_folder() / f"cpu_kernels-{_fingerprint(command)}.so"
+    kept = _cache_folder() / f"cpu_kernels-{_fingerprint()}.so"
     if not kept.exists():
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
@@ -215,12 +215,12 @@ def _cache_folder():
     return Path(root, "papo_kernels")
 
 
-def _fingerprint(command):
-    """Of the source, the command and the processor: homes are shared by unlike machines."""
-    about = platform.machine() + platform.processor()
+def _fingerprint():
+    """Of sources, flags, compiler and processor: homes are shared by unlike machines."""
+    about = [platform.machine(), platform.processor(), compiler(), *FLAGS]
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():
-        lines = cpu.read_text().splitlines()
-        about += "".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model"))}))
-    text = about + " ".join(command) + "".join(p.read_text() for p in sorted(SOURCES.iterdir()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        lines = set(cpu.read_text().splitlines())
+        about += sorted(x for x in lines if x.startswith(("flags", "Features", "model")))
+    about += [p.read_text() for p in sorted(SOURCES.iterdir())]
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
