@@ -12,8 +12,8 @@ from papo_kernels.tiles import Tile
 # A tile that keeps more of the vocabulary than this gains nothing from gathering; nor from reading
 # rows of the weight in place, as the C++ does, where it keeps more than the second.
 DENSE_SHARE, CPP_DENSE_SHARE = 1 / 2, 0.85
-# Shares add up to errors of .5 to 1.7 of them (the last: aug_entropy alone, SmolLM2 at 1.3 nats), and
-# 4e-3 is promised at a budget of 3e-3.
+# Shares add up to errors of .5 to 1.7 of them (aug_entropy alone, SmolLM2 at 1.3 nats), and 4e-3 is
+# promised at a budget of 3e-3.
 RESERVE = 0.65
 # Candidate sets tried before a tile is done densely.
 ATTEMPTS = 3
