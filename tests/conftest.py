@@ -8,6 +8,8 @@ import tempfile
 import hypothesis
 import pytest
 
+import papo_fast  # noqa: F401  mends torchvision before a test imports transformers
+
 # Set before transformers or datasets is imported anywhere; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -191,6 +191,9 @@ def test_with_a_cuda_build_of_torch_nothing_is_touched(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").touch()
     (tmp_path / "torch" / "version.py").write_text("cuda = '13.0'\n")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    (tmp_path / "torchvision" / "version.py").write_text("__version__ = '0.28.0+cu130'\n")
     code = "import sys; print(sys.meta_path[0], sys.modules.get('torchaudio', 'free'))"
     seen = python(code, os.pathsep.join([str(ON_CPU), str(tmp_path)]))
     assert "DeclareOperators" not in seen and seen.endswith("free")

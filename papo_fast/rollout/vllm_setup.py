@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 from papo_fast.rollout.vllm_requests import require_vllm
 
 # Holds a sitecustomize.py for vLLM's processes, and nothing else; see there.
-ON_CPU = Path(__file__).with_name("vllm_on_cpu")
+ON_CPU = Path(__file__).parents[1] / "vllm_on_cpu"
 
 
 def set_environment(environment: MutableMapping[str, str], *, on_cpu: bool) -> None:
@@ -41,6 +40,3 @@ def prepare_this_process(*, on_cpu: bool) -> None:
     warnings.filterwarnings("ignore", "`torch.distributed.reduce_op`", FutureWarning)
     # weights go straight from the policy's tensors to the engine's: one process for both
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if on_cpu:
-        spec = importlib.util.spec_from_file_location("_vllm_on_cpu", ON_CPU / "sitecustomize.py")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
