@@ -111,8 +111,19 @@ def chunk_rows(vocab):
     return size // TILE_ROWS * TILE_ROWS or size
 
 
-def row_chunks(targets, kept, size):
-    """Index objects that cover the kept rows, `size` at a time."""
+def row_chunks(targets, kept, vocab):
+    """(size, index objects that cover the kept rows so many at a time).
+
+    Chunks are alike in size: a short one costs nearly as much as a whole one.
+    """
+    size, count = chunk_rows(vocab), len(targets) if kept is None else len(kept)
+    if size >= TILE_ROWS and count:
+        size = -(-count // -(-count // size))
+        size = -(-size // TILE_ROWS) * TILE_ROWS
+    return size, _split(targets, kept, size)
+
+
+def _split(targets, kept, size):
     if kept is not None:
         return kept.split(size) if len(kept) else ()
     return tuple(slice(n, n + size) for n in range(0, len(targets), size))
@@ -151,12 +162,12 @@ def forward(hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard
     two = aug_hidden is not None
     rows = torch.zeros(saved_rows(two), n, dtype=head.dtype, device=targets.device)
     levels = rows.new_zeros(levels_shape(n, vocab, head.dtype, sparse), dtype=torch.uint8)
-    size = chunk_rows(vocab)
-    tile = min(TILE_ROWS, size)
+    tile = min(TILE_ROWS, chunk_rows(vocab))
     kept = kept_rows(targets, ignore_index)
     count = n if kept is None else len(kept)
+    size, chunks = row_chunks(targets, kept, vocab)
     buffers = [rows.new_empty(min(size, count), vocab) for _ in range(1 + two)]
-    for first, at in zip(range(0, count, size), row_chunks(targets, kept, size), strict=True):
+    for first, at in zip(range(0, count, size), chunks, strict=True):
         if not vocab:
             _fill_without_words(rows, at, two)
             continue
@@ -221,15 +232,16 @@ def _weighted(w, x):
 def backward(upstream, operands, needs, targets, rows, levels, ignore_index, head, shard, budget):
     """Gradients of the four operands, or None where `needs` is False."""
     run = Backward(operands, needs, upstream, rows, targets, head, shard)
-    size = chunk_rows(len(run.weight))
     tiles = []
+    kept = kept_rows(targets, ignore_index)
+    size, chunks = row_chunks(targets, kept, len(run.weight))
     if levels is not None:  # as the forward made them
         everything = torch.arange(len(targets), device=targets.device)
-        for at in row_chunks(targets, kept_rows(targets, ignore_index), size):
+        for at in chunks:
             at = everything[at]
             s = RowStats(*(None if x is None else x[at] for x in run.stats))
             tiles += at[flat_rows_together(s)].split(min(TILE_ROWS, size))
     else:
-        tiles = row_chunks(targets, kept_rows(targets, ignore_index), size)
+        tiles = chunks
     run.run(tiles, None if levels is None else levels[: len(tiles)], budget, size)
     return run.gradients()
