@@ -240,7 +240,9 @@ def _child(pipe, case, config, rank, ranks, port):
 
 def measure(case, config, ranks=1):
     """Peak bytes of a fresh process, the main one of `ranks`."""
-    fork = multiprocessing.get_context("fork")
+    # forked off a process that has imported what is needed and done nothing else
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["update_memory"])
     ours, theirs = fork.Pipe()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -136,7 +136,9 @@ def flat(batch, values):
 def packed(trainer, batch, counted=None, **changes):
     """Our trainer's own loss and gradients of the same batch: packed, no padding, both streams."""
     goal = replace(trainer.goal, **changes)
-    policy = Policy.load(ModelConfig(str(trainer.model.name_or_path), "float32"), [], "cpu")
+    policy = Policy.load(
+        ModelConfig(str(trainer.model.name_or_path), "float32"), [], torch.device("cpu")
+    )
     corrupted = trainer.corrupted(batch).split(batch["image_grid_thw"].prod(-1).tolist())
     pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist())
     groups = []

@@ -184,7 +184,6 @@ def test_on_cpu_torchvision_imports_in_vllms_processes_and_start_up_stays_light(
     assert python("import torchvision; print('works')", str(ON_CPU)) == "works"
     code = "import sys; print('torch' in sys.modules, sys.modules.get('torchaudio', 'free'))"
     assert python(code, str(ON_CPU)) == "False None"
-    assert python(code) == "False free"
 
 
 def test_with_a_cuda_build_of_torch_nothing_is_touched(tmp_path):
@@ -219,6 +218,7 @@ def test_two_sharded_ranks_sample_with_an_engine_each_and_no_copy_of_the_model(t
         "rollout.prompts": 4,
         "rollout.group-size": 4,
         "rollout.batch-size": 16,
+        "rollout.filter-prompts": 4,
         "train.update-prompts": 2,
         "train.steps": 3,
         "train.lr": 1e-3,

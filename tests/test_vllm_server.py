@@ -26,6 +26,7 @@ from vllm_checks import (
 
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
+from papo_fast.presets import get_preset
 from papo_fast.rollout import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_serve import serve, server_command
@@ -33,6 +34,7 @@ from papo_fast.rollout.vllm_server import VLLMServerRollout
 from papo_fast.trainer import train
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
+MODEL_LEN = 300 + get_preset("tiny").rollout.max_new_tokens  # prompts of `untrained`, responses
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ class StandIn(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/health":
             return self.answer(b"")
-        model = {"logprobs_mode": "processed_logprobs", "max_model_len": 320}
+        model = {"logprobs_mode": "processed_logprobs", "max_model_len": MODEL_LEN}
         return self.fault(self) or self.answer({"vllm_config": {"model_config": model}})
 
     def do_POST(self):
@@ -161,7 +163,7 @@ def test_the_server_is_started_with_what_a_run_checks_for(model):
         "--host": "node7",
         "--port": "8123",
         "--dtype": "float32",
-        "--max-model-len": "320",
+        "--max-model-len": str(MODEL_LEN),
         "--logprobs-mode": "processed_logprobs",
     }.items():
         assert options[flag] == value
@@ -246,10 +248,10 @@ def test_each_fault_while_generating_names_the_server_and_what_to_do(name, model
 
 def test_a_server_with_other_options_is_refused_at_once(model, tmp_path):
     config, encoder, _ = model
-    raw = {"logprobs_mode": "raw_logprobs", "max_model_len": 320}
+    raw = {"logprobs_mode": "raw_logprobs", "max_model_len": MODEL_LEN}
     other = {"vllm_config": {"model_config": raw}}
     with standing_in(encoder, lambda handler: handler.answer(other)) as url:
-        with pytest.raises(RolloutError, match="needs processed_logprobs and 320"):
+        with pytest.raises(RolloutError, match=f"needs processed_logprobs and {MODEL_LEN}"):
             VLLMServerRollout(at(config, url), encoder, tmp_path)
     with standing_in(encoder, lambda handler: handler.answer(b"gone", 404)) as url:
         with pytest.raises(RolloutError, match="refused /server_info.*papo-fast serve"):
@@ -275,7 +277,7 @@ def test_a_run_whose_server_dies_goes_on_from_the_step_before_as_if_it_had_not(m
 
     def run(url, name, resume=False):
         whole = replace(
-            at(config, url, prompts=4, group_size=4),
+            at(config, url, prompts=4, group_size=4, dynamic_filter=False),
             out=str(tmp_path),
             name=name,
             resume=resume,

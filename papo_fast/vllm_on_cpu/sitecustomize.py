@@ -11,6 +11,7 @@ operators when torchvision is first imported, and hides the other two packages.
 Where torch is a CUDA build, or torchvision is not or is not there, nothing happens.
 """
 
+import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 def wheels_disagree() -> bool:
     """Read off their version files: importing torch in every process would cost a second."""
-    torch, torchvision = map(importlib.util.find_spec, ("torch", "torchvision"))
+    # not util.find_spec, which would ask DeclareOperators
+    torch, torchvision = map(importlib.machinery.PathFinder.find_spec, ("torch", "torchvision"))
     if torch is None or torchvision is None or not torch.origin or not torchvision.origin:
         return False
     spec = importlib.util.spec_from_file_location("_", Path(torch.origin).with_name("version.py"))
@@ -44,7 +46,8 @@ def declare_operators() -> None:
     import torch
 
     for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", SCHEMA)
+        if not hasattr(torch.ops.torchvision, name):  # another copy of this file may have
+            torch.library.define(f"torchvision::{name}", SCHEMA)
 
 
 def install() -> None:
