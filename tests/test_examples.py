@@ -81,6 +81,7 @@ def test_torchrun_starts_the_trainer(tmp_path):
         "model.path": tmp_path / "model",
         "data.train": tmp_path / "train.parquet",
         "rollout.prompts": 2,
+        "rollout.filter-prompts": 2,
         "rollout.group-size": 2,
         "rollout.max-new-tokens": 4,
         "train.update-prompts": 2,
