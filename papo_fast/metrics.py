@@ -128,6 +128,21 @@ class MetricsLog:
         self.close()
 
 
+SAMPLER_MISMATCH = 0.1
+"""Nats per token beyond what rounding explains; bfloat16 makes some hundredths."""
+
+
+def mismatch_alarm(row: Mapping[str, Any]) -> list[str]:
+    """An alarm where the policy that samples is not the one that is scored, else nothing."""
+    mismatch = row.get("sampler_mismatch")
+    if mismatch is None or mismatch <= SAMPLER_MISMATCH:
+        return []
+    return [
+        f"sampler and trainer differ by {mismatch:.2g} nats per token, more than rounding does: "
+        "they do not compute the same policy. --rollout.engine hf samples with the trainer's model"
+    ]
+
+
 @dataclass
 class CollapseMonitor:
     """Alarms for the collapse signs that PAPO's paper reports for a perception term set too high.

@@ -25,7 +25,13 @@ from papo_fast.device import pick_device
 from papo_fast.errors import InputError
 from papo_fast.evaluate import Evaluation, Evaluator
 from papo_fast.experience import Collector, Experience, score_without_gradient
-from papo_fast.metrics import CollapseMonitor, MetricsLog, json_line, read_metrics
+from papo_fast.metrics import (
+    CollapseMonitor,
+    MetricsLog,
+    json_line,
+    mismatch_alarm,
+    read_metrics,
+)
 from papo_fast.parallel import (
     gather,
     is_main,
@@ -289,7 +295,7 @@ class Trainer:
             "skipped_samples": self.train_data.skipped.total(),
             "bad_updates": self.updater.bad_updates,
         }
-        row["alarms"] = self.monitor.update(row)
+        row["alarms"] = [*self.monitor.update(row), *mismatch_alarm(row)]
         if self.scorer.last_failure:
             row["alarms"].append(f"an answer could not be compared: {self.scorer.last_failure}")
             self.scorer.last_failure = ""

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from papo_fast.errors import InputError
-from papo_fast.metrics import CollapseMonitor, MetricsLog, read_json_lines, read_metrics
+from papo_fast.metrics import (
+    CollapseMonitor,
+    MetricsLog,
+    mismatch_alarm,
+    read_json_lines,
+    read_metrics,
+)
 
 ROW = {
     "step": 1,
@@ -214,3 +220,9 @@ def test_a_single_spike_is_no_alarm():
     rows[30] |= {"kl_prcp": 40.0, "reward": 0.0, "entropy": 9.0, "aug_entropy": 9.0}
     rows[30] |= {"clip_fraction_high": 0.5}
     assert alarms_of(rows) == []
+
+
+def test_a_sampler_that_is_not_the_policy_is_named_and_rounding_is_not():
+    assert mismatch_alarm({}) == mismatch_alarm({"sampler_mismatch": 0.05}) == []
+    (alarm,) = mismatch_alarm({"sampler_mismatch": 0.7})
+    assert "0.7 nats" in alarm and "--rollout.engine hf" in alarm
