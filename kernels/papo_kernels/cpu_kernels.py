@@ -130,15 +130,39 @@ def drop_least(g, streams, net, room):
     return count, order, dropped
 
 
-def add_picked_gradients(g, weight, cols, x, d_x, d_weight):
-    """Adds g.T @ weight[cols] to d_x and g @ x to rows `cols` of d_weight, where there are these.
+class TileGradients(ctypes.Structure):
+    """As in `cpp/products.cpp`."""
 
-    g: (K, R); x, d_x: (R, D) float32, filled up to a multiple of `feature_block` features.
+    _fields_ = [
+        ("g", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("d_x", ctypes.c_void_p),
+    ]
+
+
+def add_picked_gradients(tiles, weight, cols, d_weight):
+    """Adds g.T @ weight[cols[places]] to each tile's d_x and g @ x to those rows of d_weight.
+
+    tiles: (g, places, x, d_x) of each: (K, R) and (K,) int32 ascending places in `cols`; (R, D)
+    float32 states and their gradients, filled up to a multiple of `feature_block` features. d_x and
+    d_weight may be None.
     """
+    given = (TileGradients * len(tiles))(
+        *(
+            TileGradients(
+                g.data_ptr(), places.data_ptr(), len(g), g.shape[1], x.data_ptr(),
+                None if d_x is None else d_x.data_ptr(),
+            )
+            for g, places, x, d_x in tiles
+        )
+    )  # fmt: skip
     _library().picked_gradients(
         weight.data_ptr(), weight.dtype == torch.bfloat16, weight.stride(0), cols.data_ptr(),
-        len(cols), g.data_ptr(), g.shape[1], x.data_ptr(), None if d_x is None else d_x.data_ptr(),
-        None if d_weight is None else d_weight.data_ptr(), weight.shape[1], x.shape[1], _threads(),
+        len(cols), given, len(tiles), None if d_weight is None else d_weight.data_ptr(),
+        weight.shape[1], tiles[0][2].shape[1], _threads(),
     )  # fmt: skip
 
 
@@ -201,7 +225,7 @@ def _library():
     library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
     library.product.argtypes = [p, n, n, p, n, n, n, p, n, i]
     library.picked_logits.argtypes = [p, i, n, p, n, p, n, n, p, i]
-    library.picked_gradients.argtypes = [p, i, n, p, n, p, n, p, p, p, n, n, i]
+    library.picked_gradients.argtypes = [p, i, n, p, n, p, n, p, n, n, i]
     library.column_gradients.argtypes = [p, p, n, n, n, p, p, p]
     library.column_needs.argtypes = [p, n, n, n, i, p, p]
     library.droppable.argtypes = [p, p, n, n, n, i, p, p]

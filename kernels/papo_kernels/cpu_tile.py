@@ -15,6 +15,9 @@ class CppTile:
     stream are filled up to whole vectors.
     """
 
+    # Tiles have most of their columns in common: together they read each of them once.
+    most_waiting = 1 << 22
+
     def __init__(self, states, weight, bias, head, full, aug, states_too):
         self.present = [x is not None for x in states]
         states = [x for x in states if x is not None]
@@ -75,16 +78,27 @@ class CppTile:
         found = dict(zip([*order, 2], dropped[:, : self.count, None], strict=False))
         return [found.get(i, 0) for i in range(3)]
 
-    def add_gradients(self, d_weight, d_bias):
+    def finish(self):
         if self.head.softcap is not None or self.head.temperature != 1:
             self.g *= slope(self.z, self.head.temperature, self.head.softcap)
-        block, width = cpu_kernels.feature_block(), self.weight.shape[1]
-        x = F.pad(self.rows.float(), (0, -width % block))
-        d_x = torch.zeros_like(x) if self.states_too else None
-        cpu_kernels.add_picked_gradients(self.g, self.weight, self.cols, x, d_x, d_weight)
-        if d_bias is not None:
-            d_bias.index_add_(0, self.cols, self.g.sum(1))
-        if d_x is None:
-            return [None, None]
-        parts = iter([part[: self.count, :width] for part in d_x.split(self.padded)])
-        return [next(parts) if present else None for present in self.present]
+        self.z = None
+
+    @staticmethod
+    def add_gradients(tiles, d_weight, d_bias):
+        weight = tiles[0].weight
+        cols = torch.cat([t.cols for t in tiles]).unique()
+        block, width = cpu_kernels.feature_block(), weight.shape[1]
+        given = []
+        for t in tiles:
+            x = F.pad(t.rows.float(), (0, -width % block))
+            d_x = torch.zeros_like(x) if t.states_too else None
+            given.append((t.g, torch.searchsorted(cols, t.cols).int(), x, d_x))
+        cpu_kernels.add_picked_gradients(given, weight, cols, d_weight)
+        found = []
+        for t, (g, _, _, d_x) in zip(tiles, given, strict=True):
+            if d_bias is not None:
+                d_bias.index_add_(0, t.cols, g.sum(1))
+            parts = (None, None) if d_x is None else d_x.split(t.padded)
+            parts = iter([x if x is None else x[: t.count, :width] for x in parts])
+            found.append([next(parts) if present else None for present in t.present])
+        return found

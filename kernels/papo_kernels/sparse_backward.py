@@ -53,6 +53,7 @@ class Backward:
         # One rounding at the end: sums over rows in 16 bits diverge.
         self.d_weight = torch.zeros_like(self.weight, dtype=head.dtype) if needs_weight else None
         self.d_bias = torch.zeros_like(self.bias, dtype=head.dtype) if needs_bias else None
+        self._waiting = []
         logits = len(self.labels) * len(self.weight)
         self._cpp = head.dtype == torch.float32 and cpu_kernels.usable(
             logits, self.hidden, self.aug_hidden, self.weight
@@ -84,6 +85,7 @@ class Backward:
                 self._sparse_tile(at, level, budget, sizes, guess)
                 for at, level in zip(tiles, levels, strict=True)
             ]
+            self._add_waiting()
             dense = [at for at, sparse in zip(tiles, done, strict=True) if not sparse]
         if dense:
             everything = torch.arange(len(self.labels), device=self.labels.device)
@@ -160,11 +162,24 @@ class Backward:
         dropped = tile.drop_least([room.get(i) for i in range(3)])
         beyond = [b + dropped[i] for i, b in zip(streams, beyond, strict=True)]
         record(len(labels), len(tile.cols), len(mask), _largest_share(beyond, wholes))
-        parts = tile.add_gradients(self.d_weight, self.d_bias)
-        for d_states, part in zip((self.d_hidden, self.d_aug), parts, strict=True):
-            if d_states is not None and part is not None:
-                d_states[at] = part.to(d_states.dtype)
+        tile.finish()
+        self._waiting.append((at, tile))
+        waiting = sum(len(t.cols) * len(t.rows) for _, t in self._waiting)
+        if waiting > tile.most_waiting:
+            self._add_waiting()
         return lost, True
+
+    def _add_waiting(self):
+        """Adds the gradients of the tiles that are done and wait."""
+        if not self._waiting:
+            return
+        at, tiles = zip(*self._waiting, strict=True)
+        self._waiting = []
+        found = tiles[0].add_gradients(tiles, self.d_weight, self.d_bias)
+        for rows, parts in zip(at, found, strict=True):
+            for d_states, part in zip((self.d_hidden, self.d_aug), parts, strict=True):
+                if d_states is not None and part is not None:
+                    d_states[rows] = part.to(d_states.dtype)
 
     def _outside(self, sums, s, g):
         """(R, 1) bounds on sum |dz| over the columns that are not candidates, in both streams and

@@ -32,6 +32,9 @@ class Tile:
     One product serves both streams: a tile alone is too thin to keep the arithmetic busy.
     """
 
+    # Gradients that may wait for those of other tiles.
+    most_waiting = 0
+
     def __init__(self, states, weight, bias, head, full, aug, states_too):
         """states: (R, D) of both streams, None where logits are not needed; full, aug: whose
         gradients are; states_too: whether the states' are, beside the weight's."""
@@ -103,12 +106,23 @@ class Tile:
         found = dict(zip(kinds, dropped, strict=True))
         return [found.get(i, 0) for i in range(3)]
 
-    def add_gradients(self, d_weight, d_bias):
-        """Adds to (V, D) `d_weight` and (V,) `d_bias`, where given; the states' gradients, (R, D)
-        of both streams, None where there is none."""
+    def finish(self):
+        """From gradients of the logits to those of x @ weight.T + bias."""
         for grad, z in zip(self.grads, self.z, strict=True):
             if grad is not None:
                 grad.mul_(slope(z, self.head.temperature, self.head.softcap))
+        self.z = None
+
+    @staticmethod
+    def add_gradients(tiles, d_weight, d_bias):
+        """Adds those of finished tiles to (V, D) `d_weight` and (V,) `d_bias`, where given.
+
+        Returns of each tile the gradients of its states, (R, D) of both streams, None where there
+        is none.
+        """
+        return [t._add(d_weight, d_bias) for t in tiles]
+
+    def _add(self, d_weight, d_bias):
         none = self.head.empty(self.rows[: self.count], len(self.cols)).zero_()
         pairs = zip(self.grads, self.present, strict=True)
         grads = torch.cat([none if g is None else g for g, present in pairs if present])

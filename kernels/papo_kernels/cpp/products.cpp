@@ -235,17 +235,17 @@ extern "C" int picked_logits(const void *weight, int is_bf16, int64_t stride_w, 
 #endif
 }
 
-// d_x[r][:] += sum over columns g[c][r] w[c][:], one block of 4 vectors of features.
+// d_x[r][:] += sum over columns g[c][r] w[at[c]][:], M vectors of features; rows of w are as long.
 template <int R, int M>
-static void state_block(const float *g, int64_t rows, const float *w, int64_t count, float *d_x,
-                        int64_t stride)
+static void state_block(const float *g, int64_t rows, const float *w, const int32_t *at,
+                        int64_t count, float *d_x, int64_t stride)
 {
     vf acc[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) acc[r][m] = load(d_x + r * stride + m * LANES);
     for (int64_t c = 0; c < count; c++) {
         vf v[M];
-        for (int m = 0; m < M; m++) v[m] = load(w + c * M * LANES + m * LANES);
+        for (int m = 0; m < M; m++) v[m] = load(w + at[c] * M * LANES + m * LANES);
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++) acc[r][m] += g[c * rows + r] * v[m];
     }
@@ -253,10 +253,10 @@ static void state_block(const float *g, int64_t rows, const float *w, int64_t co
         for (int m = 0; m < M; m++) store(d_x + r * stride + m * LANES, acc[r][m]);
 }
 
-// d_w[c][:] += sum over rows g[c][r] x[r][:]
+// d_w[at[c]][:] += sum over rows g[c][r] x[r][:]
 template <int C, int M>
-static void weight_block(const float *g, int64_t rows, const float *x, int64_t stride,
-                         float *const *d_w, int64_t features)
+static void weight_block(const float *g, int64_t rows, const float *x, int64_t stride, float *d_w,
+                         const int32_t *at)
 {
     vf acc[C][M] = {};
     for (int64_t r = 0; r < rows; r++) {
@@ -266,82 +266,107 @@ static void weight_block(const float *g, int64_t rows, const float *x, int64_t s
             for (int m = 0; m < M; m++) acc[c][m] += g[c * rows + r] * v[m];
     }
     for (int c = 0; c < C; c++)
-        if (features == M * LANES)
-            for (int m = 0; m < M; m++)
-                store(d_w[c] + m * LANES, load(d_w[c] + m * LANES) + acc[c][m]);
-        else
-            for (int64_t d = 0; d < features; d++) d_w[c][d] += acc[c][d / LANES][d % LANES];
+        for (int m = 0; m < M; m++) {
+            float *to = d_w + at[c] * M * LANES + m * LANES;
+            store(to, load(to) + acc[c][m]);
+        }
 }
 
-// Adds to d_x (rows, stride) and to rows `cols` of d_weight (of `width` features), where not null,
-// the gradients of states x (rows, stride) from g (columns, rows). stride is a multiple of
-// WIDEST * LANES, beyond `width` filled with 0.
+// A tile's gradients g (count, rows) of the logits on `count` columns, given by their ascending places
+// in the call's list of columns; its states x and, or null, d_x, (rows, stride).
+struct TileGradients {
+    const float *g;
+    const int32_t *places;
+    int64_t count, rows;
+    const float *x;
+    float *d_x;
+};
+
+// Adds the gradients of all tiles to their d_x and to rows `cols` of d_weight (of `width` features),
+// where not null. stride is a multiple of WIDEST * LANES, x beyond `width` filled with 0. Column by
+// column for all tiles, so that each row of the weight and of its gradient is touched once.
 template <typename T>
 static void gradients_of(const T *weight, int64_t stride_w, const int64_t *cols, int64_t count,
-                         const float *g, int64_t rows, const float *x, float *d_x, float *d_weight,
+                         const TileGradients *tiles, int64_t n_tiles, float *d_weight,
                          int64_t width, int64_t stride, int threads)
 {
     enum { M = WIDEST, WIDTH = M * LANES, B = ACCUMULATORS / M };
-    // to w: WIDTH features of all columns, one block of features after the other
-    auto unpack = [=](const int64_t *at, int64_t size, int64_t from, int64_t to, float *w) {
-        for (int64_t i = 0; i < size; i++)
-            for (int64_t d = from; d < to; d += WIDTH) {
-                const T *row = weight + at[i] * stride_w + d;
-                float *out = w + ((d - from) * COLUMNS + i * WIDTH);
-                int64_t k = 0, features = width - d < WIDTH ? width - d : WIDTH;
-                if (features == WIDTH)
-                    for (; k < WIDTH; k++) out[k] = widen(row[k]);
-                for (; k < features; k++) out[k] = widen(row[k]);
-                for (; k < WIDTH; k++) out[k] = 0;
-            }
-    };
-    split(stride, WIDTH, threads, [=](int64_t first, int64_t last) {
+    split((width + WIDTH - 1) / WIDTH * WIDTH, WIDTH, threads, [=](int64_t first, int64_t last) {
+        // (WIDTH features of COLUMNS columns), one block of features after the other
         float *w = (float *)aligned_alloc(64, COLUMNS * PANEL * 4);
-        for (int64_t from = first; from < last; from += PANEL)
+        float *d_w = (float *)aligned_alloc(64, COLUMNS * PANEL * 4);
+        std::vector<int64_t> at(n_tiles);
+        std::vector<int32_t> place(COLUMNS);
+        for (int64_t from = first; from < last; from += PANEL) {
+            int64_t to = last - from < PANEL ? last : from + PANEL;
+            for (auto &i : at) i = 0;
             for (int64_t c = 0; c < count; c += COLUMNS) {
                 int64_t size = count - c < COLUMNS ? count - c : COLUMNS;
-                int64_t to = last - from < PANEL ? last : from + PANEL;
-                const float *gc = g + c * rows;
-                if (d_x) unpack(cols + c, size, from, to < width ? to : width, w);
-                for (int64_t d = from; d_x && d < to && d < width; d += WIDTH) {
-                    const float *wd = w + (d - from) * COLUMNS;
-                    int64_t r = 0;
-                    for (; r + B <= rows; r += B)
-                        state_block<B, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
-                    for (; r + 2 <= rows; r += 2)
-                        state_block<2, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
-                    for (; r < rows; r++)
-                        state_block<1, M>(gc + r, rows, wd, size, d_x + r * stride + d, stride);
+                for (int64_t i = 0; i < size; i++)
+                    for (int64_t d = from; d < to; d += WIDTH) {
+                        const T *row = weight + cols[c + i] * stride_w + d;
+                        float *out = w + ((d - from) * COLUMNS + i * WIDTH);
+                        int64_t k = 0, features = width - d < WIDTH ? width - d : WIDTH;
+                        if (features == WIDTH)
+                            for (; k < WIDTH; k++) out[k] = widen(row[k]);
+                        for (; k < features; k++) out[k] = widen(row[k]);
+                        for (; k < WIDTH; k++) out[k] = 0;
+                    }
+                memset(d_w, 0, COLUMNS * (to - from) * 4);
+                for (int64_t t = 0; t < n_tiles; t++) {
+                    const TileGradients &tile = tiles[t];
+                    int64_t rows = tile.rows, some = 0;
+                    const float *g = tile.g + at[t] * rows;
+                    for (; at[t] < tile.count && tile.places[at[t]] < c + size; at[t]++)
+                        place[some++] = (int32_t)(tile.places[at[t]] - c);
+                    for (int64_t d = from; some && d < to; d += WIDTH) {
+                        const float *wd = w + (d - from) * COLUMNS;
+                        float *dd = d_w + (d - from) * COLUMNS;
+                        int64_t r = 0, i = 0;
+                        if (float *dx = tile.d_x ? tile.d_x + d : nullptr) {
+                            for (; r + B <= rows; r += B)
+                                state_block<B, M>(g + r, rows, wd, place.data(), some,
+                                                  dx + r * stride, stride);
+                            for (; r + 2 <= rows; r += 2)
+                                state_block<2, M>(g + r, rows, wd, place.data(), some,
+                                                  dx + r * stride, stride);
+                            for (; r < rows; r++)
+                                state_block<1, M>(g + r, rows, wd, place.data(), some,
+                                                  dx + r * stride, stride);
+                        }
+                        if (!d_weight) continue;
+                        for (; i + B <= some; i += B)
+                            weight_block<B, M>(g + i * rows, rows, tile.x + d, stride, dd,
+                                               place.data() + i);
+                        for (; i < some; i++)
+                            weight_block<1, M>(g + i * rows, rows, tile.x + d, stride, dd,
+                                               place.data() + i);
+                    }
                 }
-                for (int64_t i = 0; d_weight && i < size;) {
-                    float *row[B];
-                    int64_t some = i + B <= size ? B : 1;
+                for (int64_t i = 0; d_weight && i < size; i++)
                     for (int64_t d = from; d < to && d < width; d += WIDTH) {
                         int64_t features = width - d < WIDTH ? width - d : WIDTH;
-                        for (int64_t b = 0; b < some; b++)
-                            row[b] = d_weight + cols[c + i + b] * width + d;
-                        if (some == B)
-                            weight_block<B, M>(gc + i * rows, rows, x + d, stride, row, features);
-                        else
-                            weight_block<1, M>(gc + i * rows, rows, x + d, stride, row, features);
+                        float *out = d_weight + cols[c + i] * width + d;
+                        const float *add = d_w + (d - from) * COLUMNS + i * WIDTH;
+                        for (int64_t k = 0; k < features; k++) out[k] += add[k];
                     }
-                    i += some;
-                }
             }
+        }
         free(w);
+        free(d_w);
     });
 }
 
 extern "C" void picked_gradients(const void *weight, int is_bf16, int64_t stride_w,
-                                 const int64_t *cols, int64_t count, const float *g, int64_t rows,
-                                 const float *x, float *d_x, float *d_weight, int64_t width,
-                                 int64_t stride, int threads)
+                                 const int64_t *cols, int64_t count, const TileGradients *tiles,
+                                 int64_t n_tiles, float *d_weight, int64_t width, int64_t stride,
+                                 int threads)
 {
     if (is_bf16)
-        gradients_of((const uint16_t *)weight, stride_w, cols, count, g, rows, x, d_x, d_weight,
+        gradients_of((const uint16_t *)weight, stride_w, cols, count, tiles, n_tiles, d_weight,
                      width, stride, threads);
     else
-        gradients_of((const float *)weight, stride_w, cols, count, g, rows, x, d_x, d_weight, width,
+        gradients_of((const float *)weight, stride_w, cols, count, tiles, n_tiles, d_weight, width,
                      stride, threads);
 }
 
