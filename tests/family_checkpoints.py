@@ -80,8 +80,9 @@ def image_processor_dict(family: str) -> dict[str, Any]:
     }
 
 
-def family_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The family's configuration at hidden size 32, two layers, two vision blocks."""
+def family_config(family: str, tokenizer: PreTrainedTokenizerFast, head_dim: int = 16) -> Any:
+    """The family's configuration with two layers, two vision blocks, two heads of `head_dim`."""
+    width = 2 * head_dim
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in (
@@ -93,7 +94,7 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     }
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
+        "hidden_size": width,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -105,27 +106,28 @@ def family_config(family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000.0,
-            "mrope_section": [2, 3, 3],
+            "mrope_section": [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16],
         },
     }
     vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     if family == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 14}
+        vision |= {"embed_dim": width, "hidden_size": width, "mlp_ratio": 2, "patch_size": 14}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
-    vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    vision |= {"hidden_size": width, "intermediate_size": 64, "out_hidden_size": width}
     if family == "qwen2_5_vl":
         vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-    text["head_dim"] = 16
+    text["head_dim"] = head_dim
+    text["rope_parameters"]["mrope_interleaved"] = True  # vLLM goes by it
     return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
 
 
-def write_processor_files(path: Path, family: str) -> Path:
+def write_processor_files(path: Path, family: str, head_dim: int = 16) -> Path:
     """config.json, tokenizer, chat template, image processor and generation config; no weights."""
     tokenizer = byte_tokenizer()
     path.mkdir(parents=True, exist_ok=True)
-    family_config(family, tokenizer).save_pretrained(path)
+    family_config(family, tokenizer, head_dim).save_pretrained(path)
     tokenizer.save_pretrained(path)
     if family == "qwen2_vl":  # before transformers 5 the template had a JSON file of its own
         (path / "chat_template.jinja").unlink()
@@ -136,9 +138,11 @@ def write_processor_files(path: Path, family: str) -> Path:
     return path
 
 
-def write_checkpoint(path: Path, family: str, generation: dict[str, Any] | None = None) -> Path:
+def write_checkpoint(
+    path: Path, family: str, generation: dict[str, Any] | None = None, head_dim: int = 16
+) -> Path:
     """`write_processor_files` plus random weights, the same each time, and sampling options."""
-    write_processor_files(path, family)
+    write_processor_files(path, family, head_dim)
     options = json.loads((path / "generation_config.json").read_text()) | (generation or {})
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -55,6 +55,37 @@ def test_sampler_and_trainer_agree_after_every_sync(engine_policy_encoder):
     check_agreement_after_every_sync(*engine_policy_encoder)
 
 
+FAMILY = """
+import sys
+from pathlib import Path
+from family_checkpoints import write_checkpoint
+from vllm_checks import CPU, at_hand, check_agreement_after_every_sync
+from papo_fast.rollout.vllm import VLLMRollout
+
+config, encoder, policy = at_hand(write_checkpoint(Path(sys.argv[1]), sys.argv[2], head_dim=32))
+engine = VLLMRollout(config, encoder, CPU)
+check_agreement_after_every_sync(engine, policy, encoder)
+engine.close()
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_the_other_families_agree_too(family, tmp_path):
+    """In a process of its own, since an engine is already in this one."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-c", FAMILY, str(tmp_path), family],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @needs_vllm
 def test_banned_tokens_are_never_sampled(engine_policy_encoder):
     check_bans(*engine_policy_encoder)

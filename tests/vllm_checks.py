@@ -32,6 +32,11 @@ def picture(seed: int, size: tuple[int, int] = (140, 28)) -> Image.Image:
 def untrained(folder, **rollout):
     """Configuration, encoder and policy of the default job's model before any training."""
     build_checkpoint(folder, seed=0)
+    return at_hand(folder, **rollout)
+
+
+def at_hand(folder, **rollout):
+    """Configuration, encoder and policy of the checkpoint in `folder`."""
     preset = get_preset("tiny")
     config = replace(
         preset,
