@@ -28,9 +28,8 @@ class CppTile:
             rows[i, : self.count] = x
         self.rows = rows.flatten(0, 1)
         self.weight, self.bias, self.head = weight, bias, head
-        self.full, self.aug, self.states_too = full, aug, states_too
+        self.states_too = states_too
         self.cols = self.z = self.g = None
-        self.net = False
 
     def differentiate(self, cols, place, valid, s, g):
         self.cols = cols
