@@ -1,7 +1,5 @@
 """`python -m papo_fast`, and so `torchrun --nproc-per-node 8 -m papo_fast train ...`."""
 
-import sys
+from papo_fast.cli import run
 
-from papo_fast.cli import main
-
-sys.exit(main())
+run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import difflib
 import logging
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -56,6 +58,26 @@ class ReportArguments:
 
     run: str
     """The run's folder, e.g. runs/tiny-seed0."""
+
+
+def run() -> NoReturn:
+    """The `papo-fast` command and `python -m papo_fast`: `main` on the command line's words."""
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`; one of several goes without tearing the interpreter down.
+
+    FSDP2's caches hold the mesh, so the groups' threads outlive `destroy_process_group`. One that
+    asks for the GIL while the interpreter goes is unwound through C++ and takes the process with
+    it ("terminate called without an active exception"), after all its work was done.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()  # as multiprocessing ends its own processes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,9 +5,8 @@ python fault_worker.py ARGUMENTS OF papo-fast
 
 import os
 import signal
-import sys
 
-from papo_fast.cli import main
+from papo_fast.cli import run
 from papo_fast.parallel import rank
 from papo_fast.trainer import Trainer
 
@@ -22,4 +21,4 @@ def step_or_die(self, number):
 
 if __name__ == "__main__":
     Trainer.step = step_or_die
-    sys.exit(main(sys.argv[1:]))
+    run()

@@ -14,6 +14,7 @@ import torch
 from torch.distributed import barrier
 from torch.distributed.tensor import DTensor
 
+from papo_fast.cli import leave
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, score_without_gradient
 from papo_fast.parallel import is_main, process_group, rank, world_size
@@ -80,3 +81,4 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

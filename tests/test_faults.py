@@ -31,6 +31,7 @@ def metrics(folder):
 
 
 def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_resumes(tmp_path):
+    pytest.importorskip("peft", reason="pip install -e '.[lora]'")
     rows = [{"problem": "What?", "answer": "1", "images": [png(i)]} for i in range(8)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     options = {
@@ -91,6 +92,8 @@ def test_checkpoints_hold_what_is_trained_and_resume_exactly(
     tmp_path,
     frozen,
 ):
+    if "lora_rank" in frozen:
+        pytest.importorskip("peft", reason="pip install -e '.[lora]'")
     config = small(get_preset("papo-g-7b"), checkpoints["qwen3_vl"], questions, tmp_path / "a")
     config = dataclasses.replace(
         config,

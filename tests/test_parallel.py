@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -209,3 +210,27 @@ def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_their_weights(tmp_pat
     for name, value in two.items():
         torch.testing.assert_close(one[name], value, rtol=0, atol=0, msg=name)
     assert metrics("b") == metrics("a")
+
+
+GOODBYE = """
+import atexit, os
+from papo_fast.cli import leave
+
+class Thread:  # stands in for one that does not survive the interpreter's teardown
+    def __del__(self):
+        os.abort()
+
+keep = Thread()
+atexit.register(print, "logs are closed", end="")
+print("work is done", end=", ")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(("ranks", "status"), [(1, -signal.SIGABRT), (2, 3)])
+def test_a_rank_leaves_without_tearing_down_what_its_threads_use(ranks, status):
+    environment = os.environ | {"WORLD_SIZE": str(ranks)}
+    done = subprocess.run(
+        [sys.executable, "-c", GOODBYE], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (status, "work is done, logs are closed")
