@@ -36,8 +36,11 @@ TIMEOUT = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
 
 
+_alone = False  # the main process, while the others wait for it in `main_first`
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
@@ -110,12 +113,18 @@ def wait_for_all() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the block, then the others do."""
+    """The main process runs the block as if it were alone, then the others do."""
+    global _alone
     if not is_main():
         dist.barrier()
-    yield
-    if is_main() and world_size() > 1:
-        dist.barrier()
+        yield
+        return
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+    wait_for_all()
 
 
 def device_mesh(device: torch.device, replicas: int) -> DeviceMesh | None:

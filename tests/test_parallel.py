@@ -212,6 +212,28 @@ def test_two_ranks_run_the_whole_loop_and_one_goes_on_with_their_weights(tmp_pat
     assert metrics("b") == metrics("a")
 
 
+MAIN_FIRST = """
+import sys
+from pathlib import Path
+import torch
+from papo_fast.cli import leave
+from papo_fast.parallel import gather, gather_in_order, is_main, main_first, process_group, share_of
+
+made = Path(sys.argv[1])
+with process_group(torch.device("cpu")):
+    with main_first():  # as the warm start, which evaluates on the way
+        if is_main():
+            made.write_text(str(gather_in_order(share_of("abc"), 3) + gather("alone")))
+        assert made.read_text() == "[0, 1, 2, 'alone']"
+    assert gather_in_order(share_of("abc"), 3) + gather("x") == [0, 1, 2, "x", "x"]
+leave(0)
+"""
+
+
+def test_the_main_process_goes_first_without_waiting_for_the_others(tmp_path):
+    launch(2, ["-c", MAIN_FIRST, str(tmp_path / "made")], timeout=60)
+
+
 GOODBYE = """
 import atexit, os
 from papo_fast.cli import leave
