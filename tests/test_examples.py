@@ -1,6 +1,7 @@
 """Each example runs by the command written above it."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 def command_above(path):
     """The first indented command in the file's head."""
-    found = re.search(r"^#? {4,5}((?:NPROC=\d )?\S*(?:python|bash) examples/.*)$",
+    found = re.search(r"^#? {3,5}((?:NPROC=\d )?\S*(?:python|bash|sbatch) .*examples/.*)$",
                       path.read_text(encoding="utf-8"), re.M)  # fmt: skip
     assert found, f"{path.name} does not say how it is run"
     return found[1]
@@ -32,8 +33,12 @@ def run(path, *more, **environment):
         environment.setdefault(name, value)
     words[0] = {".venv/bin/python": sys.executable}.get(words[0], words[0])
     assert words[1] == f"examples/{path.name}"
+    return run_words([*words, *map(str, more)], environment)
+
+
+def run_words(words, environment):
     done = subprocess.run(
-        [*words, *map(str, more)],
+        words,
         cwd=ROOT,
         env={
             **os.environ,
@@ -74,7 +79,9 @@ def test_trls_trainer_runs(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
-def test_torchrun_starts_the_trainer(tmp_path):
+@pytest.fixture
+def one_step(tmp_path):
+    """Options of a run of one step, and what tells that it was run."""
     write_checkpoint(tmp_path / "model", "qwen2_5_vl")
     write_questions(tmp_path / "train.parquet", 4, "train", 0)
     settings = {
@@ -88,7 +95,54 @@ def test_torchrun_starts_the_trainer(tmp_path):
         "train.steps": 1,
         "out": tmp_path / "runs",
     }
-    options = [text for k, v in settings.items() for text in (f"--{k}", v)]
-    run(EXAMPLES / "torchrun.sh", "--digits.no-enabled", *options, NPROC="1")
-    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
-    assert len(metrics.read_text().splitlines()) == 1
+    options = ["--digits.no-enabled"]
+    options += [str(text) for k, v in settings.items() for text in (f"--{k}", v)]
+
+    def check():
+        (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+        assert len(metrics.read_text().splitlines()) == 1
+        config = json.loads((metrics.parent / "config.json").read_text())
+        return config["parallel"]
+
+    return options, check
+
+
+def test_torchrun_starts_the_trainer(one_step):
+    options, check = one_step
+    run(EXAMPLES / "torchrun.sh", *options, NPROC="1")
+    assert check()["replicas"] == 1
+
+
+# What SLURM gives a job, on one machine that stands for two nodes.
+SLURM = {
+    "scontrol": 'test "$*" = "show hostnames node[1-2]" && printf "localhost\\nlocalhost\\n"',
+    "srun": """
+test "$1 $2 $3" = "--kill-on-bad-exit=1 --cpus-per-task 2" && shift 3
+for node in $(seq "$SLURM_NNODES"); do "$@" & tasks="$tasks $!"; done
+for task in $tasks; do wait "$task" || status=$?; done
+exit "${status:-0}"
+""",
+    "torchrun": 'exec "$PYTHON" -m torch.distributed.run "$@"',
+}
+
+
+def test_slurm_starts_the_trainer_on_two_nodes(one_step, tmp_path):
+    options, check = one_step
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in SLURM.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+    }
+    # the job's own command, without the options of sbatch and of the user's model
+    script = ["bash", "examples/slurm.sbatch", "papo-g-7b"]
+    assert " ".join(script[1:]) in command_above(EXAMPLES / "slurm.sbatch")
+    run_words([*script, *options, "--model.dtype", "float32"], environment)
+    assert check()["replicas"] == 2
