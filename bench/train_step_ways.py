@@ -67,22 +67,23 @@ OURS = {
     "official": "papo_fast, official parity",
     "grpo": "papo_fast, GRPO",
 }
+PACKED, PROMPTS_ONCE = "+ packed, no padding", "+ prompts once"
 UNSHARED = "papo_fast, nothing shared"
 # Several updates per rollout, as in the paper: the old log-probs need their pass.
 OFF_POLICY = ", old pass"
 WAYS = (
     Way(PADDED["both"], "both", "padded"),
-    Way("+ packed, no padding", "both", "packed"),
+    Way(PACKED, "both", "packed"),
     Way("+ pictures once", "both", "packed", "pictures"),
-    Way("+ prompts once", "both", "packed", "prompts"),
+    Way(PROMPTS_ONCE, "both", "packed", "prompts"),
     Way("+ both streams in one pass", "both", "packed", "prompts", one_pass=True),
     Way("+ no old-log-prob pass", "both", "packed", "prompts", one_pass=True, old_pass=False),
     Way(OURS["both"], "both", "trainer", "prompts", one_pass=True, old_pass=False),
     Way(UNSHARED, "both", "trainer", "nothing", one_pass=True, old_pass=False),
     Way(PADDED["official"], "official", "padded"),
-    Way("+ packed, no padding", "official", "packed"),
+    Way(PACKED, "official", "packed"),
     Way("+ pictures once", "official", "packed", "pictures"),
-    Way("+ prompts once", "official", "packed", "prompts"),
+    Way(PROMPTS_ONCE, "official", "packed", "prompts"),
     Way("+ no old-log-prob pass", "official", "packed", "prompts", old_pass=False),
     Way(OURS["official"], "official", "trainer", "prompts", old_pass=False),
     Way(OURS["grpo"], "grpo", "trainer", "prompts", old_pass=False),
