@@ -80,24 +80,49 @@ def product(x, weight, out):
     return True
 
 
-def picked_logits(rows, weight, cols):
-    """(K, R) float32 products of rows `cols` (K,) of (V, D) weight with (R, D) rows.
+class TileLogits(ctypes.Structure):
+    """As in `cpp/products.cpp`."""
 
-    R is a multiple of `whole_vectors`; rows of weight are contiguous each.
+    _fields_ = [
+        ("cols", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+    ]
+
+
+def picked_logits(tiles, weight):
+    """Of each tile (rows, cols) the (K, R) float32 products of rows `cols` of weight with rows.
+
+    tiles: (R, D) and ascending (K,) int64 each; R is a multiple of `whole_vectors`. Rows of (V, D)
+    weight are contiguous each.
     """
-    pairs = weight.dtype == rows.dtype == torch.bfloat16 and _multiplies_bf16()
-    if pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0:
-        x = rows.view(torch.int32).T.contiguous()
-    else:
-        pairs, x = False, rows.float().T.contiguous()
-        if weight.dtype != torch.float32:
-            weight, cols = weight[cols].float(), torch.arange(len(cols))
-    z = torch.empty(len(cols), len(rows))
+    bf16 = weight.dtype == torch.bfloat16
+    pairs = bf16 and all(rows.dtype == weight.dtype for rows, _ in tiles) and _multiplies_bf16()
+    pairs = pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0
+    if bf16 and not pairs:
+        return [
+            _picked_logits([(r, torch.arange(len(c)))], weight[c].float(), False)[0]
+            for r, c in tiles
+        ]
+    return _picked_logits(tiles, weight, pairs)
+
+
+def _picked_logits(tiles, weight, pairs):
+    xs = [(r.view(torch.int32) if pairs else r.float()).T.contiguous() for r, _ in tiles]
+    zs = [torch.empty(len(cols), len(rows)) for rows, cols in tiles]
+    given = (TileLogits * len(tiles))(
+        *(
+            TileLogits(cols.data_ptr(), len(cols), len(rows), x.data_ptr(), z.data_ptr())
+            for (rows, cols), x, z in zip(tiles, xs, zs, strict=True)
+        )
+    )
     _library().picked_logits(
-        weight.data_ptr(), pairs, weight.stride(0), cols.data_ptr(), len(cols), x.data_ptr(),
-        len(rows), rows.shape[1], z.data_ptr(), _threads(),
+        weight.data_ptr(), pairs, weight.stride(0), len(weight), given, len(tiles),
+        weight.shape[1], _threads(),
     )  # fmt: skip
-    return z
+    return zs
 
 
 def column_gradients(z, streams, rows, labels):
@@ -115,23 +140,21 @@ def column_gradients(z, streams, rows, labels):
 
 
 def drop_least(g, streams, net, room):
-    """(count, order, dropped): the first `count` columns of (K,) `order` fit into `room`.
+    """(keep, dropped): which columns of (K, R) g stay, ascending, and what the others hold.
 
-    room: (streams + net, R / streams) sums of |g| that rows may drop, `net` of the streams' sum.
+    room: (streams + net, R / streams) sums of |g| that rows may drop, `net` of the streams' sum;
+    dropped is alike.
     """
-    need, dropped = g.new_empty(len(g)), torch.zeros_like(room)
-    shape = (len(g), streams, room.shape[1], net)
-    inverse = 1 / room.clamp_min(1e-38)
-    _library().column_needs(g.data_ptr(), *shape, inverse.data_ptr(), need.data_ptr())
-    order = need.argsort()
-    count = _library().droppable(
-        g.data_ptr(), order.data_ptr(), *shape, room.data_ptr(), dropped.data_ptr()
-    )
-    return count, order, dropped
+    keep, dropped = torch.empty(len(g), dtype=torch.int64), torch.empty_like(room)
+    kept = _library().drop_least(
+        g.data_ptr(), len(g), streams, room.shape[1], net, room.data_ptr(), dropped.data_ptr(),
+        keep.data_ptr(),
+    )  # fmt: skip
+    return keep[:kept], dropped
 
 
 class TileGradients(ctypes.Structure):
-    """As in `cpp/products.cpp`."""
+    """As in `cpp/gradients.cpp`."""
 
     _fields_ = [
         ("g", ctypes.c_void_p),
@@ -144,11 +167,11 @@ class TileGradients(ctypes.Structure):
 
 
 def add_picked_gradients(tiles, weight, cols, d_weight):
-    """Adds g.T @ weight[cols[places]] to each tile's d_x and g @ x to those rows of d_weight.
+    """g.T @ weight[cols[places]] to each tile's d_x, and g @ x added to those rows of d_weight.
 
     tiles: (g, places, x, d_x) of each: (K, R) and (K,) int32 ascending places in `cols`; (R, D)
-    float32 states and their gradients, filled up to a multiple of `feature_block` features. d_x and
-    d_weight may be None.
+    contiguous states and the memory for their gradients, which may be the states' own. d_x and
+    d_weight may be None; a bfloat16 d_weight loses what it held in those rows.
     """
     given = (TileGradients * len(tiles))(
         *(
@@ -159,20 +182,18 @@ def add_picked_gradients(tiles, weight, cols, d_weight):
             for g, places, x, d_x in tiles
         )
     )  # fmt: skip
+    kinds = (weight, *tiles[0][2:], d_weight)
+    halves = [t is not None and t.dtype == torch.bfloat16 for t in kinds]
     _library().picked_gradients(
-        weight.data_ptr(), weight.dtype == torch.bfloat16, weight.stride(0), cols.data_ptr(),
-        len(cols), given, len(tiles), None if d_weight is None else d_weight.data_ptr(),
-        weight.shape[1], tiles[0][2].shape[1], _threads(),
+        weight.data_ptr(), halves[0], weight.stride(0), cols.data_ptr(), len(cols), given,
+        len(tiles), *halves[1:3], None if d_weight is None else d_weight.data_ptr(), halves[3],
+        weight.shape[1], _threads(),
     )  # fmt: skip
 
 
 def whole_vectors(rows):
     """The least multiple of the vectors' length that is not below `rows`."""
     return -(-rows // _library().lanes()) * _library().lanes()
-
-
-def feature_block():
-    return _library().feature_block()
 
 
 def _threads():
@@ -224,12 +245,11 @@ def _library():
     library.statistics.argtypes = [p, p, n, n, p, n, i]
     library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
     library.product.argtypes = [p, n, n, p, n, n, n, p, n, i]
-    library.picked_logits.argtypes = [p, i, n, p, n, p, n, n, p, i]
-    library.picked_gradients.argtypes = [p, i, n, p, n, p, n, p, n, n, i]
+    library.picked_logits.argtypes = [p, i, n, n, p, n, n, i]
+    library.picked_gradients.argtypes = [p, i, n, p, n, p, n, i, i, p, i, n, i]
     library.column_gradients.argtypes = [p, p, n, n, n, p, p, p]
-    library.column_needs.argtypes = [p, n, n, n, i, p, p]
-    library.droppable.argtypes = [p, p, n, n, n, i, p, p]
-    library.droppable.restype = n
+    library.drop_least.argtypes = [p, n, n, n, i, p, p, p]
+    library.drop_least.restype = n
     return library
 
 

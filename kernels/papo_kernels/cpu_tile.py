@@ -1,7 +1,6 @@
 """`tiles.Tile` by the C++ of `cpu_kernels`: rows of the weight are read in place."""
 
 import torch
-import torch.nn.functional as F
 
 from papo_kernels import cpu_kernels
 from papo_kernels.row_math import slope
@@ -16,7 +15,8 @@ class CppTile:
     """
 
     # Tiles have most of their columns in common: together they read each of them once.
-    most_waiting = 1 << 22
+    together, most_waiting = 32, 1 << 22
+    rounds_weight = True
 
     def __init__(self, states, weight, bias, head, full, aug, states_too):
         self.present = [x is not None for x in states]
@@ -31,9 +31,13 @@ class CppTile:
         self.states_too = states_too
         self.cols = self.z = self.g = None
 
-    def differentiate(self, cols, place, valid, s, g):
-        self.cols = cols
-        z = self.z = cpu_kernels.picked_logits(self.rows, self.weight, cols)
+    @staticmethod
+    def logits(tiles, cols):
+        rows = [t.rows for t in tiles]
+        return cpu_kernels.picked_logits(list(zip(rows, cols, strict=True)), tiles[0].weight)
+
+    def differentiate(self, cols, z, place, valid, s, g):
+        self.cols, self.z = cols, z
         self.head.finish(z.T, None if self.bias is None else self.bias[cols])
         nothing = torch.zeros_like(s.peak)
         fields = []
@@ -67,10 +71,9 @@ class CppTile:
         for to, allowance in zip(room, given, strict=True):
             if allowance is not None:
                 to[: self.count] = allowance.squeeze(1)
-        count, by_need, dropped = cpu_kernels.drop_least(self.g, self.streams, net, room)
-        if count <= WORTH_DROPPING * len(self.cols):
+        keep, dropped = cpu_kernels.drop_least(self.g, self.streams, net, room)
+        if len(self.cols) - len(keep) <= WORTH_DROPPING * len(self.cols):
             return [0, 0, 0]
-        keep = by_need[count:].sort().values
         self.cols, self.g = self.cols[keep], self.g[keep]
         if self.head.softcap is not None:
             self.z = self.z[keep]
@@ -83,21 +86,21 @@ class CppTile:
         self.z = None
 
     @staticmethod
-    def add_gradients(tiles, d_weight, d_bias):
+    def add_gradients(tiles, d_weight, d_bias, dtype):
         weight = tiles[0].weight
         cols = torch.cat([t.cols for t in tiles]).unique()
-        block, width = cpu_kernels.feature_block(), weight.shape[1]
         given = []
         for t in tiles:
-            x = F.pad(t.rows.float(), (0, -width % block))
-            d_x = torch.zeros_like(x) if t.states_too else None
-            given.append((t.g, torch.searchsorted(cols, t.cols).int(), x, d_x))
+            d_x = None
+            if t.states_too:  # over the states themselves, which are not needed again
+                d_x = t.rows if t.rows.dtype == dtype else torch.empty_like(t.rows, dtype=dtype)
+            given.append((t.g, torch.searchsorted(cols, t.cols).int(), t.rows, d_x))
         cpu_kernels.add_picked_gradients(given, weight, cols, d_weight)
         found = []
         for t, (g, _, _, d_x) in zip(tiles, given, strict=True):
             if d_bias is not None:
                 d_bias.index_add_(0, t.cols, g.sum(1))
             parts = (None, None) if d_x is None else d_x.split(t.padded)
-            parts = iter([x if x is None else x[: t.count, :width] for x in parts])
+            parts = iter([x if x is None else x[: t.count] for x in parts])
             found.append([next(parts) if present else None for present in t.present])
         return found

@@ -1,5 +1,7 @@
 """The backward of the torch backend: few columns where few matter, all of them elsewhere."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -17,6 +19,22 @@ DENSE_SHARE, CPP_DENSE_SHARE = 1 / 2, 0.85
 RESERVE = 0.65
 # Candidate sets tried before a tile is done densely.
 ATTEMPTS = 3
+
+
+@dataclass
+class _Try:
+    """A tile and the candidates it is tried with."""
+
+    at: object
+    levels: torch.Tensor
+    s: RowStats
+    g: Upstream
+    highest: float
+    tile: object
+    level: tuple | None = None
+    cols: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
 
 
 class Backward:
@@ -50,8 +68,7 @@ class Backward:
         wide = {} if shard.group is None else {"dtype": head.dtype}
         self.d_hidden = torch.zeros_like(self.hidden, **wide) if needs_hidden else None
         self.d_aug = torch.zeros_like(self.aug_hidden, **wide) if needs_aug else None
-        # One rounding at the end: sums over rows in 16 bits diverge.
-        self.d_weight = torch.zeros_like(self.weight, dtype=head.dtype) if needs_weight else None
+        self._needs_weight, self.d_weight = needs_weight, None
         self.d_bias = torch.zeros_like(self.bias, dtype=head.dtype) if needs_bias else None
         self._waiting = []
         logits = len(self.labels) * len(self.weight)
@@ -60,10 +77,24 @@ class Backward:
         )
         if self._cpp and self.weight.stride(1) != 1:
             self.weight = self.weight.contiguous()
+        self._tiles = CppTile if self._cpp else Tile
+        self._most_waiting = self._tiles.most_waiting
+        # 16-bit weights: where all tiles are sparse and can wait for the last, their gradients' sum
+        # is rounded at once, and no float32 copy of the weight's gradient is ever made.
+        self._may_round = self._tiles.rounds_weight and self.weight.dtype != head.dtype
+        if self._may_round:
+            self._most_waiting = max(self._most_waiting, self.weight.numel() // 4)
+
+    def _sum_of_weight(self):
+        """Where the weight's gradient is summed; None where it is not asked for."""
+        # One rounding at the end: sums over rows in 16 bits diverge.
+        if self._needs_weight and self.d_weight is None:
+            self.d_weight = torch.zeros_like(self.weight, dtype=self.head.dtype)
+        return self.d_weight
 
     def gradients(self):
         """d_hidden, d_aug_hidden, d_weight, d_bias in their operands' dtypes, or None."""
-        grads = (self.d_hidden, self.d_aug, self.d_weight, self.d_bias)
+        grads = (self.d_hidden, self.d_aug, self._sum_of_weight(), self.d_bias)
         if self.shard.group is not None:
             for g in grads[:2]:
                 if g is not None:
@@ -81,12 +112,16 @@ class Backward:
         if levels is not None:
             budget = RESERVE * budget
             sizes, guess = self._typical_sizes(tiles), LevelGuess()
-            done = [
-                self._sparse_tile(at, level, budget, sizes, guess)
-                for at, level in zip(tiles, levels, strict=True)
-            ]
+            dense, first = [], 0
+            while first < len(tiles):
+                # the first one alone: the others learn from it
+                end = first + self._tiles.together if first else 1
+                some = zip(tiles[first:end], levels[first:end], strict=True)
+                dense += self._sparse_tiles(some, budget, sizes, guess)
+                first = end
+            if self._may_round and self._needs_weight and not dense and self.d_weight is None:
+                self.d_weight = torch.zeros_like(self.weight)
             self._add_waiting()
-            dense = [at for at, sparse in zip(tiles, done, strict=True) if not sparse]
         if dense:
             everything = torch.arange(len(self.labels), device=self.labels.device)
             for at in torch.cat([everything[t] for t in dense]).split(dense_rows):
@@ -121,35 +156,65 @@ class Backward:
         g = Upstream(*(None if x is None else x[at][:, None] for x in self.upstream))
         return s, g
 
-    def _sparse_tile(self, at, levels, budget, typical, guess):
-        """Adds one tile's gradients and returns True, or returns False if it should be dense."""
-        s, g = self._columns(at)
-        if not any(x is not None and x.any() for x in g):
-            record(len(self.labels[at]), 0, len(levels), 0.0)
-            return True
-        entropies = [x.max() for x in (s.entropy, s.aug_entropy) if x is not None]
-        highest = float(max(entropies))
-        if highest != highest:
-            return False
-        most = (CPP_DENSE_SHARE if self._cpp else DENSE_SHARE) * len(levels)
-        tile = self._tile(at)
+    def _sparse_tiles(self, tiles, budget, typical, guess):
+        """Adds the gradients of some (rows, levels); returns rows that should be done densely."""
+        tries, dense = [], []
+        for at, levels in tiles:
+            s, g = self._columns(at)
+            if not any(x is not None and x.any() for x in g):
+                record(len(self.labels[at]), 0, len(levels), 0.0)
+                continue
+            entropies = [x.max() for x in (s.entropy, s.aug_entropy) if x is not None]
+            highest = float(max(entropies))
+            if highest != highest:
+                dense.append(at)
+                continue
+            tries.append(_Try(at, levels, s, g, highest, self._tile(at)))
+        share = CPP_DENSE_SHARE if self._cpp else DENSE_SHARE
         for _ in range(ATTEMPTS):
-            found = guess.level(levels, budget, highest, most)
-            if found is None:
-                return False
-            level, bound = found
-            share, done = self._try_columns(at, tile, levels <= level, s, g, budget, typical)
-            guess.learn(share, bound, done)
-            if done:
-                return True
-        return False
+            for t in tries:
+                t.level = guess.level(t.levels, budget, t.highest, share * len(t.levels))
+            dense += [t.at for t in tries if t.level is None]
+            tries = [t for t in tries if t.level is not None]
+            if not tries:
+                break
+            for t in tries:
+                self._choose_columns(t)
+            left = []
+            for some in self._that_fit(tries):
+                logits = self._tiles.logits([t.tile for t in some], [t.cols for t in some])
+                for t, z in zip(some, logits, strict=True):
+                    lost, done = self._try_columns(t, z, budget, typical)
+                    guess.learn(lost, t.level[1], done)
+                    if not done:
+                        left.append(t)
+            tries = left
+        return dense + [t.at for t in tries]
 
-    def _try_columns(self, at, tile, mask, s, g, budget, typical):
-        """(largest share of a row's gradient outside `mask`, whether the tile is done with it)."""
-        valid, _, labels = self.shard.place(self.labels[at], len(mask))
+    def _that_fit(self, tries):
+        """`tries` in parts, of one tile or of no more logits than gradients may wait."""
+        part, size = [], 0
+        for t in tries:
+            more = len(t.cols) * len(t.tile.rows)
+            if part and size + more > self._tiles.most_waiting:
+                yield part
+                part, size = [], 0
+            part.append(t)
+            size += more
+        yield part
+
+    def _choose_columns(self, t):
+        """Candidates of a tile: all up to a level, and its labels."""
+        mask = t.levels <= t.level[0]
+        t.valid, _, labels = self.shard.place(self.labels[t.at], len(mask))
         mask[labels] = True
-        cols = mask.nonzero().squeeze(1)
-        sums = tile.differentiate(cols, torch.searchsorted(cols, labels), valid, s, g)
+        t.cols = mask.nonzero().squeeze(1)
+        t.place = torch.searchsorted(t.cols, labels)
+
+    def _try_columns(self, t, logits, budget, typical):
+        """(largest share of a row's gradient that no candidate has, whether these are enough)."""
+        s, g, tile = t.s, t.g, t.tile
+        sums = tile.differentiate(t.cols, logits, t.place, t.valid, s, g)
         streams = [i for i, wanted in enumerate((self.full, self.aug, self.net)) if wanted]
         sizes, outside = (sums.size, sums.aug_size, sums.net_size), self._outside(sums, s, g)
         wholes = [sizes[i].clamp_min(typical[i]) for i in streams]
@@ -161,11 +226,11 @@ class Backward:
         room = dict(zip(streams, allowances, strict=True))
         dropped = tile.drop_least([room.get(i) for i in range(3)])
         beyond = [b + dropped[i] for i, b in zip(streams, beyond, strict=True)]
-        record(len(labels), len(tile.cols), len(mask), _largest_share(beyond, wholes))
+        record(len(t.place), len(tile.cols), len(t.levels), _largest_share(beyond, wholes))
         tile.finish()
-        self._waiting.append((at, tile))
+        self._waiting.append((t.at, tile))
         waiting = sum(len(t.cols) * len(t.rows) for _, t in self._waiting)
-        if waiting > tile.most_waiting:
+        if waiting > self._most_waiting:
             self._add_waiting()
         return lost, True
 
@@ -175,7 +240,9 @@ class Backward:
             return
         at, tiles = zip(*self._waiting, strict=True)
         self._waiting = []
-        found = tiles[0].add_gradients(tiles, self.d_weight, self.d_bias)
+        states = self.d_hidden if self.d_hidden is not None else self.d_aug
+        dtype = None if states is None else states.dtype
+        found = self._tiles.add_gradients(tiles, self._sum_of_weight(), self.d_bias, dtype)
         for rows, parts in zip(at, found, strict=True):
             for d_states, part in zip((self.d_hidden, self.d_aug), parts, strict=True):
                 if d_states is not None and part is not None:
@@ -243,7 +310,7 @@ class Backward:
             )
         ]
         wanted = (self.full, self.aug, self.d_hidden is not None or self.d_aug is not None)
-        return (CppTile if self._cpp else Tile)(states, self.weight, self.bias, self.head, *wanted)
+        return self._tiles(states, self.weight, self.bias, self.head, *wanted)
 
     def _add_all(self, at, dz):
         """Adds gradients dz (R, V), one per stream or None, of rows `at`."""
@@ -257,8 +324,8 @@ class Backward:
                 for block, weight in self.head.blocks(self.weight):
                     total.addmm_(grad[:, block], weight)
                 d_states[at] = total.to(d_states.dtype)
-            if self.d_weight is not None:
-                self.d_weight.addmm_(grad.T, x)
+            if self._needs_weight:
+                self._sum_of_weight().addmm_(grad.T, x)
             if self.d_bias is not None:
                 self.d_bias += grad.sum(0)
 

@@ -32,8 +32,11 @@ class Tile:
     One product serves both streams: a tile alone is too thin to keep the arithmetic busy.
     """
 
-    # Gradients that may wait for those of other tiles.
-    most_waiting = 0
+    # Most tiles whose logits are computed in one call; most elements of those, and of finished
+    # tiles' gradients that wait for those of others.
+    together, most_waiting = 1, 0
+    # Whether `add_gradients` can round the weight's gradient itself.
+    rounds_weight = False
 
     def __init__(self, states, weight, bias, head, full, aug, states_too):
         """states: (R, D) of both streams, None where logits are not needed; full, aug: whose
@@ -45,13 +48,18 @@ class Tile:
         self.full, self.aug, self.states_too = full, aug, states_too
         self.cols = self.z = self.grads = None
 
-    def differentiate(self, cols, place, valid, s, g):
+    @staticmethod
+    def logits(tiles, cols):
+        """What `differentiate` takes, of each tile on its own (K,) columns."""
+        return [t._logits(c) for t, c in zip(tiles, cols, strict=True)]
+
+    def differentiate(self, cols, logits, place, valid, s, g):
         """Sums over the columns `cols` (K,), where labels stand at `place` (R,) among them.
 
         s, g: RowStats and Upstream of (R, 1). valid: (R,) labels that are in the vocabulary.
         """
         self.cols = cols
-        z, z_aug = self.z = self._logits(cols)
+        z, z_aug = self.z = logits
         log_p = p = log_q = q = None
         sums = {}
         if z is not None:
@@ -114,11 +122,11 @@ class Tile:
         self.z = None
 
     @staticmethod
-    def add_gradients(tiles, d_weight, d_bias):
+    def add_gradients(tiles, d_weight, d_bias, dtype):
         """Adds those of finished tiles to (V, D) `d_weight` and (V,) `d_bias`, where given.
 
         Returns of each tile the gradients of its states, (R, D) of both streams, None where there
-        is none.
+        is none; in `dtype` or, here, in the logits'. A tile is done with after it.
         """
         return [t._add(d_weight, d_bias) for t in tiles]
 

@@ -11,8 +11,8 @@ from papo_kernels.reference import LOG_ZERO, compute_dtype
 from papo_kernels.row_math import RowStats, row_statistics
 from papo_kernels.sparse_backward import Backward
 
-# Logits of one chunk and stream: 64 MiB of float32.
-CHUNK_ELEMENTS = 1 << 24
+# Logits of one chunk and stream: 128 MiB of float32. A product packs the weight anew for each.
+CHUNK_ELEMENTS = 1 << 25
 # Elements of the weight that are gathered or upcast at a time: 16 MiB of float32.
 COPY_ELEMENTS = 1 << 22
 

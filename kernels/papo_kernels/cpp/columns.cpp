@@ -86,44 +86,68 @@ struct Sizes {  // |dz| of LANES rows of one column: both streams' and of their 
     }
 };
 
-// need[c]: the largest over rows of |dz| in units of what the row may still drop, which `room`
-// (2 or 3, padded) gives the inverse of.
-extern "C" void column_needs(const float *g, int64_t count, int64_t streams, int64_t padded, int net,
-                             const float *room, float *need)
+// The largest over rows of |dz| in units of what the row may still drop, which `room` gives the
+// inverse of.
+static float column_need(const float *g, int64_t streams, int64_t padded, bool net,
+                         const std::vector<float> &room)
 {
-    for (int64_t c = 0; c < count; c++) {
-        vf worst = {};
-        for (int64_t r = 0; r < padded; r += LANES) {
-            Sizes s(g + c * streams * padded + r, streams, padded, net);
-            for (int i = 0; i < s.count; i++)
-                worst = larger(s.x[i] * load(room + i * padded + r), worst);
-        }
-        float most = 0;
-        for (int i = 0; i < LANES; i++) most = worst[i] > most ? worst[i] : most;
-        need[c] = most;
+    vf worst = {};
+    for (int64_t r = 0; r < padded; r += LANES) {
+        Sizes s(g + r, streams, padded, net);
+        for (int i = 0; i < s.count; i++)
+            worst = larger(s.x[i] * load(room.data() + i * padded + r), worst);
     }
+    float most = 0;
+    for (int i = 0; i < LANES; i++) most = worst[i] > most ? worst[i] : most;
+    return most;
 }
 
-// How many columns, in this order, every row can drop within its allowance; what that drops.
-extern "C" int64_t droppable(const float *g, const int64_t *order, int64_t count, int64_t streams,
-                             int64_t padded, int net, const float *allowed, float *dropped)
+// Columns by how much some row needs them, least first, to an eighth of a power of two.
+static std::vector<int32_t> by_need(const std::vector<float> &need)
 {
-    int64_t fields = streams + net;
-    std::vector<float> next(fields * padded);
-    for (int64_t n = 0; n < count; n++) {
+    auto bucket = [&](size_t c) {
+        int32_t bits;
+        memcpy(&bits, &need[c], 4);
+        return bits >> 20;
+    };
+    std::vector<int32_t> start(2050), order(need.size());
+    for (size_t c = 0; c < need.size(); c++) start[bucket(c) + 1]++;
+    for (size_t b = 1; b < start.size(); b++) start[b] += start[b - 1];
+    for (size_t c = 0; c < need.size(); c++) order[start[bucket(c)]++] = (int32_t)c;
+    return order;
+}
+
+// Drops the columns that matter least for as long as every row stays within what it may drop,
+// `allowed` (2 or 3, padded). keep: the other columns, ascending; returns how many those are.
+// dropped (2 or 3, padded): sums of |dz| over what is dropped.
+extern "C" int64_t drop_least(const float *g, int64_t count, int64_t streams, int64_t padded, int net,
+                              const float *allowed, float *dropped, int64_t *keep)
+{
+    int64_t size = streams * padded, fields = (streams + net) * padded;
+    std::vector<float> room(fields), need(count), next(fields);
+    for (int64_t i = 0; i < fields; i++) room[i] = 1 / (allowed[i] > 1e-38f ? allowed[i] : 1e-38f);
+    for (int64_t c = 0; c < count; c++)
+        need[c] = column_need(g + c * size, streams, padded, net, room);
+    std::vector<char> gone(count);
+    memset(dropped, 0, fields * 4);
+    for (int64_t c : by_need(need)) {
         vi over = {};
         for (int64_t r = 0; r < padded; r += LANES) {
-            Sizes s(g + order[n] * streams * padded + r, streams, padded, net);
+            Sizes s(g + c * size + r, streams, padded, net);
             for (int i = 0; i < s.count; i++) {
-                int64_t at = i * padded + r;
-                vf sum = load(dropped + at) + s.x[i];
-                over |= sum > load(allowed + at);
-                store(next.data() + at, sum);
+                vf sum = load(dropped + i * padded + r) + s.x[i];
+                over |= sum > load(allowed + i * padded + r);
+                store(next.data() + i * padded + r, sum);
             }
         }
-        for (int i = 0; i < LANES; i++)
-            if (over[i]) return n;
-        memcpy(dropped, next.data(), next.size() * 4);
+        bool full = false;
+        for (int i = 0; i < LANES; i++) full |= over[i] != 0;
+        if (full) break;
+        memcpy(dropped, next.data(), fields * 4);
+        gone[c] = 1;
     }
-    return count;
+    int64_t kept = 0;
+    for (int64_t c = 0; c < count; c++)
+        if (!gone[c]) keep[kept++] = c;
+    return kept;
 }

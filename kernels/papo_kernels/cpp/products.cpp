@@ -3,14 +3,12 @@
 
 #include "vectors.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
-
-// Columns and features of `weight` that are unpacked at a time; they stay in the second-level cache.
-enum { COLUMNS = 128, PANEL = 512 };
 
 // ---- Whole products of bfloat16
 
@@ -112,26 +110,22 @@ extern "C" int multiplies_bf16()
 
 // ---- Products with picked rows of weight
 
-static inline float widen(float x) { return x; }
-
-static inline float widen(uint16_t x)  // bfloat16
-{
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
+// Those of which some tile picks are a part; they stay in the second-level cache.
+enum { WORDS_AT_ONCE = 256 };
 
 // acc[w][m] += sum over k of weight[w][k] * x[k][m]: lanes are rows of x, which stands transposed,
 // so that rows of weight are read in place.
+// `next` are as many rows that are read next: the processor does not foresee picked ones.
 template <int M, int W>
-static void logit_block(const float *const *weight, const float *x, int64_t stride_x, int64_t size,
-                        float *const *z, bool add)
+static void logit_block(const float *const *weight, const float *const *next, const float *x,
+                        int64_t stride_x, int64_t size, float *const *z, bool add)
 {
     vf acc[W][M];
     for (int w = 0; w < W; w++)
         for (int m = 0; m < M; m++) acc[w][m] = add ? load(z[w] + m * LANES) : (vf){};
     for (int64_t k = 0; k < size; k++) {
+        if (k % 16 == 0)
+            for (int w = 0; w < W; w++) __builtin_prefetch(next[w] + k);
         vf v[M];
         for (int m = 0; m < M; m++) v[m] = load(x + k * stride_x + m * LANES);
         for (int w = 0; w < W; w++)
@@ -144,13 +138,15 @@ static void logit_block(const float *const *weight, const float *x, int64_t stri
 #ifdef __AVX512BF16__
 // The same for pairs of bfloat16 features.
 template <int M, int W>
-static void logit_block(const uint32_t *const *weight, const uint32_t *x, int64_t stride_x,
-                        int64_t size, float *const *z, bool add)
+static void logit_block(const uint32_t *const *weight, const uint32_t *const *next,
+                        const uint32_t *x, int64_t stride_x, int64_t size, float *const *z, bool add)
 {
     vf acc[W][M];
     for (int w = 0; w < W; w++)
         for (int m = 0; m < M; m++) acc[w][m] = add ? load(z[w] + m * LANES) : (vf){};
     for (int64_t k = 0; k < size; k++) {
+        if (k % 16 == 0)
+            for (int w = 0; w < W; w++) __builtin_prefetch(next[w] + k);
         __m512bh v[M];
         for (int m = 0; m < M; m++)
             v[m] = (__m512bh)_mm512_loadu_si512(x + k * stride_x + m * LANES);
@@ -165,210 +161,128 @@ static void logit_block(const uint32_t *const *weight, const uint32_t *x, int64_
 }
 #endif
 
-// T: float, or uint32_t for a pair of bfloat16. M vectors of rows from x; z is (columns, stride_z).
+// T: float, or uint32_t for a pair of bfloat16. Columns [first, last) of `cols` for M vectors of
+// rows from x; z is (columns, stride_z). W columns at a time, and returns the first that is left.
+template <int M, int W, typename T>
+static int64_t logit_columns(const T *weight, int64_t stride_w, const int64_t *cols, int64_t first,
+                             int64_t last, const T *x, int64_t stride_x, int64_t width, float *z,
+                             int64_t stride_z)
+{
+    int64_t step = std::is_same<T, float>::value ? FEATURES : FEATURES / 2, c = first;
+    for (; c + W <= last; c += W)
+        for (int64_t k = 0; k < width; k += step) {
+            int64_t size = width - k < step ? width - k : step;
+            const T *rows[W], *next[W];
+            float *to[W];
+            for (int w = 0; w < W; w++) {
+                int64_t then = c + w + W < last ? c + w + W : last - 1;
+                rows[w] = weight + cols[c + w] * stride_w + k;
+                next[w] = weight + cols[then] * stride_w + k;
+                to[w] = z + (c + w) * stride_z;
+            }
+            logit_block<M, W>(rows, next, x + k * stride_x, stride_x, size, to, k > 0);
+        }
+    return c;
+}
+
 template <int M, typename T>
 static void logit_rows(const T *weight, int64_t stride_w, const int64_t *cols, int64_t first,
                        int64_t last, const T *x, int64_t stride_x, int64_t width, float *z,
                        int64_t stride_z)
 {
     enum { W = ACCUMULATORS / M > 12 ? 12 : ACCUMULATORS / M };
-    int64_t step = std::is_same<T, float>::value ? FEATURES : FEATURES / 2;
-    for (int64_t c = first; c < last; c += W) {
-        int64_t count = last - c < W ? last - c : W;
-        for (int64_t k = 0; k < width; k += step) {
-            int64_t size = width - k < step ? width - k : step;
-            const T *rows[W];
-            float *to[W];
-            for (int w = 0; w < W; w++) {
-                int64_t at = c + (w < count ? w : count - 1);
-                rows[w] = weight + cols[at] * stride_w + k;
-                to[w] = z + at * stride_z;
-            }
-            if (count == W)
-                logit_block<M, W>(rows, x + k * stride_x, stride_x, size, to, k > 0);
-            else
-                for (int w = 0; w < count; w++)
-                    logit_block<M, 1>(rows + w, x + k * stride_x, stride_x, size, to + w, k > 0);
+#define COLUMNS_BY(n)                                                                           \
+    first = logit_columns<M, n>(weight, stride_w, cols, first, last, x, stride_x, width, z, stride_z);
+    COLUMNS_BY(W) COLUMNS_BY((W > 4 ? 4 : 1)) COLUMNS_BY(1)
+}
+
+// The products of one tile: z[c][r] = sum over k of weight[cols[c]][k] * x[k][r] for `count`
+// ascending cols and `rows` (a multiple of LANES) rows.
+struct TileLogits {
+    const int64_t *cols;
+    int64_t count, rows;
+    const void *x;
+    float *z;
+};
+
+template <typename T>
+static void tile_logits(const T *weight, int64_t stride_w, const TileLogits &tile, int64_t first,
+                        int64_t last, int64_t width)
+{
+    int64_t rows = tile.rows;
+    for (int64_t r = 0; r < rows;) {
+        int64_t left = (rows - r) / LANES;
+        const T *x = (const T *)tile.x + r;
+        float *z = tile.z + r;
+        if (WIDEST >= 4 && left >= 4) {
+            logit_rows<WIDEST>(weight, stride_w, tile.cols, first, last, x, rows, width, z, rows);
+            r += WIDEST * LANES;
+        } else if (left >= 2) {
+            logit_rows<2>(weight, stride_w, tile.cols, first, last, x, rows, width, z, rows);
+            r += 2 * LANES;
+        } else {
+            logit_rows<1>(weight, stride_w, tile.cols, first, last, x, rows, width, z, rows);
+            r += LANES;
         }
     }
 }
 
-// z[c][r] = sum over k of weight[cols[c]][k] * x[k][r], for `rows` (a multiple of LANES) rows.
+// All tiles' products word by word, so that a row of the weight that many tiles pick is read once.
 template <typename T>
-static void logits_of(const T *weight, int64_t stride_w, const int64_t *cols, int64_t count,
-                      const T *x, int64_t rows, int64_t width, float *z, int threads)
+static void logits_of(const T *weight, int64_t stride_w, int64_t vocab, const TileLogits *tiles,
+                      int64_t n_tiles, int64_t width, int threads)
 {
-    split(count, 64, threads, [=](int64_t first, int64_t last) {
-        for (int64_t r = 0; r < rows;) {
-            int64_t left = (rows - r) / LANES;
-            const T *from = x + r;
-            float *to = z + r;
-            if (WIDEST >= 4 && left >= 4) {
-                logit_rows<WIDEST>(weight, stride_w, cols, first, last, from, rows, width, to, rows);
-                r += WIDEST * LANES;
-            } else if (left >= 2) {
-                logit_rows<2>(weight, stride_w, cols, first, last, from, rows, width, to, rows);
-                r += 2 * LANES;
-            } else {
-                logit_rows<1>(weight, stride_w, cols, first, last, from, rows, width, to, rows);
-                r += LANES;
+    auto place = [=](int64_t t, int64_t word) {
+        const int64_t *cols = tiles[t].cols;
+        return std::lower_bound(cols, cols + tiles[t].count, word) - cols;
+    };
+    auto below = [=](int64_t word) {
+        int64_t n = 0;
+        for (int64_t t = 0; t < n_tiles; t++) n += place(t, word);
+        return n;
+    };
+    // frequent words have small numbers: shares of the columns, not of the vocabulary
+    std::vector<int64_t> bounds(threads + 1, 0);
+    for (int i = 1; i <= threads; i++) {
+        int64_t low = 0, high = vocab, wanted = below(vocab) * i / threads;
+        while (low < high) {
+            int64_t middle = (low + high) / 2;
+            if (below(middle) < wanted)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        bounds[i] = i == threads ? vocab : low;
+    }
+    split(threads, 1, threads, [&](int64_t part, int64_t end) {
+        for (; part < end; part++) {
+            std::vector<int64_t> at(n_tiles);
+            for (int64_t t = 0; t < n_tiles; t++) at[t] = place(t, bounds[part]);
+            for (int64_t word = bounds[part]; word < bounds[part + 1]; word += WORDS_AT_ONCE) {
+                int64_t last = std::min<int64_t>(word + WORDS_AT_ONCE, bounds[part + 1]);
+                for (int64_t t = 0; t < n_tiles; t++) {
+                    int64_t first = at[t];
+                    while (at[t] < tiles[t].count && tiles[t].cols[at[t]] < last) at[t]++;
+                    tile_logits(weight, stride_w, tiles[t], first, at[t], width);
+                }
             }
         }
     });
 }
 
-extern "C" int picked_logits(const void *weight, int is_bf16, int64_t stride_w, const int64_t *cols,
-                             int64_t count, const void *x, int64_t rows, int64_t width, float *z,
-                             int threads)
+extern "C" int picked_logits(const void *weight, int is_bf16, int64_t stride_w, int64_t vocab,
+                             const TileLogits *tiles, int64_t n_tiles, int64_t width, int threads)
 {
     if (!is_bf16) {
-        logits_of((const float *)weight, stride_w, cols, count, (const float *)x, rows, width, z,
-                  threads);
+        logits_of((const float *)weight, stride_w, vocab, tiles, n_tiles, width, threads);
         return 0;
     }
 #ifdef __AVX512BF16__
-    logits_of((const uint32_t *)weight, stride_w / 2, cols, count, (const uint32_t *)x, rows,
-              width / 2, z, threads);
+    logits_of((const uint32_t *)weight, stride_w / 2, vocab, tiles, n_tiles, width / 2, threads);
     return 0;
 #else
     return 1;
 #endif
 }
 
-// d_x[r][:] += sum over columns g[c][r] w[at[c]][:], M vectors of features; rows of w are as long.
-template <int R, int M>
-static void state_block(const float *g, int64_t rows, const float *w, const int32_t *at,
-                        int64_t count, float *d_x, int64_t stride)
-{
-    vf acc[R][M];
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) acc[r][m] = load(d_x + r * stride + m * LANES);
-    for (int64_t c = 0; c < count; c++) {
-        vf v[M];
-        for (int m = 0; m < M; m++) v[m] = load(w + at[c] * M * LANES + m * LANES);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) acc[r][m] += g[c * rows + r] * v[m];
-    }
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) store(d_x + r * stride + m * LANES, acc[r][m]);
-}
-
-// d_w[at[c]][:] += sum over rows g[c][r] x[r][:]
-template <int C, int M>
-static void weight_block(const float *g, int64_t rows, const float *x, int64_t stride, float *d_w,
-                         const int32_t *at)
-{
-    vf acc[C][M] = {};
-    for (int64_t r = 0; r < rows; r++) {
-        vf v[M];
-        for (int m = 0; m < M; m++) v[m] = load(x + r * stride + m * LANES);
-        for (int c = 0; c < C; c++)
-            for (int m = 0; m < M; m++) acc[c][m] += g[c * rows + r] * v[m];
-    }
-    for (int c = 0; c < C; c++)
-        for (int m = 0; m < M; m++) {
-            float *to = d_w + at[c] * M * LANES + m * LANES;
-            store(to, load(to) + acc[c][m]);
-        }
-}
-
-// A tile's gradients g (count, rows) of the logits on `count` columns, given by their ascending places
-// in the call's list of columns; its states x and, or null, d_x, (rows, stride).
-struct TileGradients {
-    const float *g;
-    const int32_t *places;
-    int64_t count, rows;
-    const float *x;
-    float *d_x;
-};
-
-// Adds the gradients of all tiles to their d_x and to rows `cols` of d_weight (of `width` features),
-// where not null. stride is a multiple of WIDEST * LANES, x beyond `width` filled with 0. Column by
-// column for all tiles, so that each row of the weight and of its gradient is touched once.
-template <typename T>
-static void gradients_of(const T *weight, int64_t stride_w, const int64_t *cols, int64_t count,
-                         const TileGradients *tiles, int64_t n_tiles, float *d_weight,
-                         int64_t width, int64_t stride, int threads)
-{
-    enum { M = WIDEST, WIDTH = M * LANES, B = ACCUMULATORS / M };
-    split((width + WIDTH - 1) / WIDTH * WIDTH, WIDTH, threads, [=](int64_t first, int64_t last) {
-        // (WIDTH features of COLUMNS columns), one block of features after the other
-        float *w = (float *)aligned_alloc(64, COLUMNS * PANEL * 4);
-        float *d_w = (float *)aligned_alloc(64, COLUMNS * PANEL * 4);
-        std::vector<int64_t> at(n_tiles);
-        std::vector<int32_t> place(COLUMNS);
-        for (int64_t from = first; from < last; from += PANEL) {
-            int64_t to = last - from < PANEL ? last : from + PANEL;
-            for (auto &i : at) i = 0;
-            for (int64_t c = 0; c < count; c += COLUMNS) {
-                int64_t size = count - c < COLUMNS ? count - c : COLUMNS;
-                for (int64_t i = 0; i < size; i++)
-                    for (int64_t d = from; d < to; d += WIDTH) {
-                        const T *row = weight + cols[c + i] * stride_w + d;
-                        float *out = w + ((d - from) * COLUMNS + i * WIDTH);
-                        int64_t k = 0, features = width - d < WIDTH ? width - d : WIDTH;
-                        if (features == WIDTH)
-                            for (; k < WIDTH; k++) out[k] = widen(row[k]);
-                        for (; k < features; k++) out[k] = widen(row[k]);
-                        for (; k < WIDTH; k++) out[k] = 0;
-                    }
-                memset(d_w, 0, COLUMNS * (to - from) * 4);
-                for (int64_t t = 0; t < n_tiles; t++) {
-                    const TileGradients &tile = tiles[t];
-                    int64_t rows = tile.rows, some = 0;
-                    const float *g = tile.g + at[t] * rows;
-                    for (; at[t] < tile.count && tile.places[at[t]] < c + size; at[t]++)
-                        place[some++] = (int32_t)(tile.places[at[t]] - c);
-                    for (int64_t d = from; some && d < to; d += WIDTH) {
-                        const float *wd = w + (d - from) * COLUMNS;
-                        float *dd = d_w + (d - from) * COLUMNS;
-                        int64_t r = 0, i = 0;
-                        if (float *dx = tile.d_x ? tile.d_x + d : nullptr) {
-                            for (; r + B <= rows; r += B)
-                                state_block<B, M>(g + r, rows, wd, place.data(), some,
-                                                  dx + r * stride, stride);
-                            for (; r + 2 <= rows; r += 2)
-                                state_block<2, M>(g + r, rows, wd, place.data(), some,
-                                                  dx + r * stride, stride);
-                            for (; r < rows; r++)
-                                state_block<1, M>(g + r, rows, wd, place.data(), some,
-                                                  dx + r * stride, stride);
-                        }
-                        if (!d_weight) continue;
-                        for (; i + B <= some; i += B)
-                            weight_block<B, M>(g + i * rows, rows, tile.x + d, stride, dd,
-                                               place.data() + i);
-                        for (; i < some; i++)
-                            weight_block<1, M>(g + i * rows, rows, tile.x + d, stride, dd,
-                                               place.data() + i);
-                    }
-                }
-                for (int64_t i = 0; d_weight && i < size; i++)
-                    for (int64_t d = from; d < to && d < width; d += WIDTH) {
-                        int64_t features = width - d < WIDTH ? width - d : WIDTH;
-                        float *out = d_weight + cols[c + i] * width + d;
-                        const float *add = d_w + (d - from) * COLUMNS + i * WIDTH;
-                        for (int64_t k = 0; k < features; k++) out[k] += add[k];
-                    }
-            }
-        }
-        free(w);
-        free(d_w);
-    });
-}
-
-extern "C" void picked_gradients(const void *weight, int is_bf16, int64_t stride_w,
-                                 const int64_t *cols, int64_t count, const TileGradients *tiles,
-                                 int64_t n_tiles, float *d_weight, int64_t width, int64_t stride,
-                                 int threads)
-{
-    if (is_bf16)
-        gradients_of((const uint16_t *)weight, stride_w, cols, count, tiles, n_tiles, d_weight,
-                     width, stride, threads);
-    else
-        gradients_of((const float *)weight, stride_w, cols, count, tiles, n_tiles, d_weight, width,
-                     stride, threads);
-}
-
 extern "C" int lanes() { return LANES; }
-extern "C" int feature_block() { return WIDEST * LANES; }
