@@ -1,5 +1,7 @@
 """One rank of a test: three updates on a fixed experience; the main rank saves what came out.
 
+With `checkpoint` in the job it keeps what stands after two updates; with `resume` it starts there.
+
     python parallel_worker.py CONFIG.pt OUT
 
 Run by test_parallel.py, with torchrun's variables in the environment. Of several ranks each then
@@ -14,6 +16,7 @@ import torch
 from torch.distributed import barrier
 from torch.distributed.tensor import DTensor
 
+from papo_fast.checkpoint import CheckpointStore
 from papo_fast.cli import leave
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, score_without_gradient
@@ -33,9 +36,15 @@ def main(job_path: str, out: str) -> None:
         experience = Experience(**job["experience"])
         updater = Updater(config, policy, reference, total_updates=3)
         score_without_gradient(experience, policy, reference, config, on_policy=False)
+        store = CheckpointStore(Path(job.get("resume") or out) / "checkpoints")
+        if job.get("resume"):
+            updater.restore(store.load(policy, updater.optimizer)["updater"])
         n, rows = len(experience) // 3, []
-        for i in range(3):
+        for i in range(updater.updates, 3):
             rows.append(updater.update(experience, range(i * n, (i + 1) * n), lambda _: None))
+            if i == 1 and job.get("checkpoint"):
+                progress = {"score": 0.0, "updater": updater.counters()}
+                store.save(2, policy, updater.optimizer, progress)
         policy.save(Path(out))
         if is_main():
             torch.save(rows, Path(out) / "rows.pt")

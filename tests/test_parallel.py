@@ -108,11 +108,13 @@ def job(tmp_path_factory):
     )
 
     @functools.cache
-    def run(ranks, name, **parallel):
+    def run(ranks, name, resume=None, **parallel):
         job = {
             "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
             "bans": encoder.banned_token_ids,
             "experience": fixed_experience(encoder),
+            "checkpoint": ranks > 1,
+            "resume": resume and str(folder / resume),
         }
         torch.save(job, folder / f"{name}.pt")
         worker = str(TESTS / "parallel_worker.py")
@@ -146,6 +148,18 @@ def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_one_process_goes_on_where_two_stopped(job):
+    _, _, run = job
+    two, rows, _ = run(2, "2-")
+    one, rows_of_one, _ = run(1, "one-after-2", resume="2-")
+    (row,) = rows_of_one  # the third update; the first two are in the checkpoint
+    print(f"loss {row['loss']:.6f}, on two ranks {rows[2]['loss']:.6f}")
+    assert row["loss"] == pytest.approx(rows[2]["loss"], rel=1e-5)
+    worst = max((one[n] - two[n]).abs().max().item() for n in two)
+    print(f"parameters differ by up to {worst:.1e}")
+    assert worst < 1e-5
 
 
 @LAYOUTS
