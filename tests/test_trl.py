@@ -1,28 +1,19 @@
-"""PAPO on TRL's trainer: its loss beside TRL's own and beside ours, and that it learns."""
+"""PAPO on TRL's trainer: its loss beside TRL's own and beside ours."""
 
-# ruff: noqa: E402, what is imported needs TRL
 import itertools
 import math
-import sys
 from dataclasses import replace
 
 import pytest
-
-for _package in ("trl", "peft"):
-    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[peers,lora]'")
-
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
-from peft import LoraConfig
-from transformers.integrations.liger import apply_liger_kernel
+from family_checkpoints import FAMILIES
+from trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
+
+# isort: split
 from trl import GRPOConfig, GRPOTrainer
 
-from papo_fast.config import DataConfig, ModelConfig
-from papo_fast.digits.task import write_questions
-from papo_fast.errors import InputError
-from papo_fast.integrations.conversations import conversations
-from papo_fast.integrations.processor import load_processor
-from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer, use_token_stats
+from papo_fast.config import ModelConfig
+from papo_fast.integrations.trl import PAPOTrainer, use_token_stats
 from papo_fast.objective import objective
 from papo_fast.packing import Group, pack
 from papo_fast.policy import Policy
@@ -30,60 +21,13 @@ from papo_fast.processing import EncodedPrompt
 from papo_fast.token_batch import Denominators, TokenBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TERMS = dict(kl_prcp_coef=0.02, entropy_loss_coef=0.05, aug_entropy_loss_coef=0.03)
 NO_TERMS = dict(kl_prcp_coef=0.0)
 LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Checkpoints of the three families and a small set of questions."""
-    folder = tmp_path_factory.mktemp("trl")
-    write_questions(folder / "train.parquet", 16, "train", 0)
-    for family in FAMILIES:
-        write_checkpoint(folder / family, family)
-    return folder
-
-
-def digits_reward(completions, **_):
-    """Share of a response's characters that are digits: a random model learns it in seconds."""
-    texts = [completion[0]["content"] for completion in completions]
-    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in texts]
-
-
-def build(files, family, trainer=PAPOTrainer, config=PAPOConfig, peft_config=None, **settings):
-    settings = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "gradient_checkpointing": False,
-        "model_init_kwargs": {"dtype": "float32"},
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        **settings,
-    }
-    if config is PAPOConfig:
-        settings.setdefault("grad_budget", 0.0)
-    made = trainer(
-        str(files / family),
-        digits_reward,
-        config(
-            output_dir=str(files / "out"),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            **settings,
-        ),
-        train_dataset=conversations(files / "train.parquet", DataConfig(prompt_suffix="")),
-        processing_class=load_processor(
-            files / family, min_pixels=28 * 28, max_pixels=28 * 28 * 64
-        ),
-        peft_config=peft_config,
-    )
-    made.current_gradient_accumulation_steps = made.args.gradient_accumulation_steps
-    made.model.train()
-    return made
+    return write_files(tmp_path_factory.mktemp("trl"))
 
 
 def sampled(trainer, prompts=2):
@@ -112,14 +56,6 @@ def sampled(trainer, prompts=2):
         "old_per_token_logps": logprobs + noise,
         "ref_per_token_logps": logprobs - 0.3 * noise,
     }
-
-
-def loss_and_gradients(trainer, batch):
-    trainer.model.zero_grad(set_to_none=True)
-    loss = trainer.compute_loss(trainer.model, dict(batch))
-    loss.backward()
-    parameters = trainer.model.named_parameters()
-    return loss.item(), {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
 
 def relative_error(ours, theirs):
@@ -331,83 +267,3 @@ def test_the_small_hook_leaves_trls_loss_as_it_is(files, plain):
     assert trainer.ref_model.forward.__func__.__code__.co_filename.endswith("integrations/trl.py")
     trainer.compute_loss(trainer.model, again)
     assert trainer._metrics["train"]["kl"][-1] == pytest.approx(0, abs=1e-6)
-
-
-def test_only_the_adapter_of_lora_is_trained(files):
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    papo = build(files, "qwen2_5_vl", peft_config=lora, **TERMS)
-    assert papo.ref_model is None
-    batch = papo._generate_and_score_completions([papo.train_dataset[0]] * 4)
-    batch["advantages"] = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    _, gradients = loss_and_gradients(papo, batch)
-    assert gradients and all("lora_" in name for name in gradients)
-    assert any(x.any() for x in gradients.values())
-    # the reference is the model below the adapter, also once the adapter has moved
-    for name, parameter in papo.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    papo.compute_loss(papo.model, batch)
-    assert papo._metrics["train"]["kl"][-1] > 1e-3
-
-
-def test_an_adapter_on_the_output_embedding_is_refused(files):
-    with pytest.raises(ValueError, match="lm_head"):
-        build(files, "qwen2_5_vl", peft_config=LoraConfig(target_modules=["lm_head"]))
-
-
-def test_ligers_layers_leave_the_head_in_place(files):
-    pytest.importorskip("liger_kernel")
-    papo = build(files, "qwen2_5_vl", use_liger_kernel=True)
-    forward, norm = papo.model.forward, papo.model.model.language_model.norm
-    plain_norm = norm.forward.__func__
-    # Liger replaces classes of transformers' modules, for the whole process
-    found = [m for n, m in sys.modules.items() if n.startswith("transformers.models.qwen2")]
-    before = [(m, dict(vars(m))) for m in found]
-    apply_liger_kernel(papo.model, papo.args.liger_kernel_config)  # what `train` does first
-    for module, members in before:
-        vars(module).update(members)
-    assert papo.model.forward == forward
-    assert norm.forward.__func__ is not plain_norm  # its layers are Liger's
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"entropy_coef": 0.1, "entropy_loss_coef": 0.1}, "entropy_coef"),
-        ({"parity": "exact"}, "parity"),
-        ({"mask_ratio": 1.5}, "mask.ratio"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(files, changes, message):
-    with pytest.raises(InputError, match=message):
-        build(files, "qwen2_5_vl", **changes)
-
-
-def test_a_config_of_trls_own_is_refused(files):
-    with pytest.raises(InputError, match="expected a PAPOConfig"):
-        build(files, "qwen2_5_vl", PAPOTrainer, GRPOConfig)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_epochs_raise_the_reward(files, family):
-    papo = build(
-        files,
-        family,
-        **TERMS,
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
-        num_generations=16,
-        learning_rate=2e-2,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        grad_budget=3e-3,
-        gradient_checkpointing=family == "qwen3_vl",
-    )
-    papo.train_dataset = papo.train_dataset.select(range(8))
-    papo.train()
-    log = [entry for entry in papo.state.log_history if "reward" in entry]
-    assert log[-1]["epoch"] == 2 and len(log) == 16
-    rewards = torch.tensor([entry["reward"] for entry in log])
-    assert rewards[-4:].mean() > rewards[:4].mean() + 0.5, rewards.tolist()
-    assert all(entry["kl_prcp"] >= 0 and entry["aug_entropy"] >= 0 for entry in log)
-    assert log[0]["kl_prcp"] > 0.01
