@@ -30,39 +30,42 @@ LABELS = {"vision": "vision tower", "language": "language model", "lm_head": "lm
 
 @dataclass(frozen=True)
 class Target:
-    """Seconds of `above` over those of `below`, both with those of sampling or without."""
+    """Seconds of `above` over those of `below`, both with those of sampling or without.
+
+    Both are (objective, name) of a way: steps of the ladders have the same names.
+    """
 
     name: str
-    above: str
-    below: str
+    above: tuple[str, str]
+    below: tuple[str, str]
     bound: dict
     at_least: bool = True
     sampling: bool = False
 
 
 def _targets():
-    sharing = {5: 2.5, 16: 4.0}
-    # the first records of these names are those with gradients in both streams
-    yield Target("both streams, packed / pictures and prompts once", PACKED, PROMPTS_ONCE, sharing)
-    yield Target(f"{UNSHARED} / shared, one update per rollout", UNSHARED, OURS["both"], sharing)
-    yield Target("both streams one by one, padded / papo_fast", PADDED["both"], OURS["both"], {})
-    three = {5: 3.0, 16: 3.0}
+    ours = {objective: (objective, name) for objective, name in OURS.items()}
+    padded = {objective: (objective, name) for objective, name in PADDED.items()}
+    packed, once, unshared = (("both", name) for name in (PACKED, PROMPTS_ONCE, UNSHARED))
+    sharing, three = {5: 2.5, 16: 4.0}, {5: 3.0, 16: 3.0}
+    yield Target("both streams, packed / pictures and prompts once", packed, once, sharing)
+    yield Target(f"{UNSHARED} / shared, one update per rollout", unshared, ours["both"], sharing)
+    yield Target("both streams one by one, padded / papo_fast", padded["both"], ours["both"], {})
     yield Target(
-        "authors' schedule / papo_fast, official", PADDED["official"], OURS["official"], three
+        "authors' schedule / papo_fast, official", padded["official"], ours["official"], three
     )
-    yield Target("TRL / papo_fast, GRPO", TRL, OURS["grpo"], {})
-    for name, objective, bound in (("both streams", "both", 1.7), ("official", "official", 1.15)):
-        bounds = {5: bound, 16: bound}
+    yield Target("TRL / papo_fast, GRPO", ("grpo", TRL), ours["grpo"], {})
+    for title, objective, bound in (("both streams", "both", 1.7), ("official", "official", 1.15)):
         for label, suffix, sampling in (
             ("one update per rollout", "", False),
             ("several updates per rollout", OFF_POLICY, False),
             ("one update, with sampling", "", True),
         ):
             yield Target(
-                f"PAPO / GRPO, {name}: {label}",
-                OURS[objective] + suffix,
-                OURS["grpo"] + suffix,
-                bounds,
+                f"PAPO / GRPO, {title}: {label}",
+                (objective, OURS[objective] + suffix),
+                ("grpo", OURS["grpo"] + suffix),
+                {5: bound, 16: bound},
                 at_least=False,
                 sampling=sampling,
             )
@@ -80,7 +83,7 @@ def ratios(content):
     rows = []
     for target in TARGETS:
         for g in group_sizes(content):
-            above, below = (_record(content, g, name) for name in (target.above, target.below))
+            above, below = (_record(content, g, *way) for way in (target.above, target.below))
             more = content["sampling_seconds"][str(g)] if target.sampling else 0.0
             ratio = (above["seconds"] + more) / (below["seconds"] + more)
             flops = sum(above["flops"].values()) / sum(below["flops"].values())
@@ -91,8 +94,9 @@ def ratios(content):
     return rows
 
 
-def _record(content, group_size, name):
-    return next(r for r in content["records"] if r["group_size"] == group_size and r["way"] == name)
+def _record(content, group_size, objective, name):
+    rows = of_objective(content, group_size, objective)
+    return next(r for r in rows if r["way"] == name)
 
 
 def of_objective(content, group_size, objective):
@@ -172,7 +176,7 @@ Measured in float32 with {threads} CPU threads, without rewards and, but in the 
 without sampling, on a Qwen2.5-VL with random weights, image : text : response = {lengths} tokens.
 Shares of a sequence's FLOPs, in brackets those of the 3B model: {shares}.
 With sampling, the ratios are of whole steps, as the published ones are (+19 % and +42 % for the
-authors' code). FLOPs alone give 3.6 for sharing at G = 16 and this shape.
+authors' code).
 Each line that begins with + adds to the one before; papo_fast itself adds that response rows alone
 go through the lm_head, with its sparse backward. Memory is what the process held beyond weights,
 optimizer state and data. All ways of one objective gave the same loss, and the same gradients to
