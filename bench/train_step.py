@@ -41,8 +41,8 @@ from train_step_report import show
 from train_step_trl import TRL
 from train_step_ways import OBJECTIVES, OURS, WAYS
 
-from papo_fast.packing import pack
-from papo_fast.policy import inference
+from papo_fast.model.packing import pack
+from papo_fast.model.policy import inference
 from papo_fast.rollout.hf import HFRollout
 
 RESULT = Path(__file__).parent / "results" / "cpu" / "train_step.json"

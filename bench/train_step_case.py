@@ -14,15 +14,16 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from papo_fast.advantages import group_advantages
 from papo_fast.config import ModelConfig
-from papo_fast.data import Prompt
+from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.prompts import Prompt
 from papo_fast.experience import Experience
-from papo_fast.flops import ModelShape
-from papo_fast.policy import Policy
-from papo_fast.processing import EncodedPrompt
-from papo_fast.rewards import Score
-from papo_fast.sequences import Completion, pad_left
+from papo_fast.model.flops import ModelShape
+from papo_fast.model.policy import Policy
+from papo_fast.rewards.scorer import Score
+from papo_fast.rewards.shaping import group_advantages
+from papo_fast.rollout.hf import pad_left
+from papo_fast.samples import Completion
 
 EOS, VISION_START, VISION_END, IMAGE, VIDEO = range(5)
 CORRUPTED_SHARE = 0.6

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from papo_fast import policy as policy_module
-from papo_fast.flops import ModelShape
+from papo_fast.model import policy as policy_module
+from papo_fast.model.flops import ModelShape
 from papo_kernels import record_certificates, token_stats
 
 PARTS = ("vision", "language", "lm_head")

@@ -13,9 +13,9 @@ import torch
 
 from papo_fast.config import Config, RolloutConfig, TrainConfig
 from papo_fast.experience import score_without_gradient
+from papo_fast.model.packing import pack, plan
+from papo_fast.model.policy import inference
 from papo_fast.objective import objective
-from papo_fast.packing import pack, plan
-from papo_fast.policy import inference
 from papo_fast.presets import get_preset
 from papo_fast.token_batch import Denominators, TokenBatch
 from papo_fast.update import Updater

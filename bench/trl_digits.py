@@ -18,7 +18,7 @@ from papo_fast.integrations.conversations import conversations
 from papo_fast.integrations.processor import load_processor
 from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer
 from papo_fast.presets import get_preset
-from papo_fast.rewards import Scorer
+from papo_fast.rewards.scorer import Scorer
 
 
 def main() -> None:

@@ -30,17 +30,17 @@ from transformers import (
 )
 
 from papo_fast.config import Config
-from papo_fast.data import Prompt
+from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.prompts import Prompt
 from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import process_group
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
-from papo_fast.policy import Policy
 from papo_fast.presets import get_preset
-from papo_fast.processing import EncodedPrompt
-from papo_fast.rewards import Score
-from papo_fast.sequences import Completion
+from papo_fast.rewards.scorer import Score
+from papo_fast.samples import Completion
 from papo_fast.update import Updater
 
 VISION_START, VISION_END, IMAGE, VIDEO = range(1, 5)

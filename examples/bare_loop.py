@@ -12,9 +12,9 @@ import torch
 from tiny import reward, tiny_files
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from papo_fast.data.corruption import PatchCorruption
 from papo_fast.integrations.conversations import conversations
 from papo_fast.integrations.processor import load_processor
-from papo_fast.masking import PatchCorruption
 from papo_kernels import token_stats
 
 G, TOKENS, GAMMA, ETA = 8, 12, 0.01, 0.001

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import write_questions
-from papo_fast.rewards import equal_as_text, last_boxed
+from papo_fast.rewards.scorer import equal_as_text, last_boxed
 
 
 def tiny_files() -> tuple[str, str]:
@@ -19,7 +19,7 @@ def tiny_files() -> tuple[str, str]:
 def reward(text: str, answer: str) -> float:
     """0.9 for the right answer in \\boxed{}, up to 0.1 for digits, an untrained model's foothold.
 
-    By reading alone: where answers take algebra, use `papo_fast.rewards.Scorer`.
+    By reading alone: where answers take algebra, use `papo_fast.rewards.scorer.Scorer`.
     """
     right = equal_as_text(answer, last_boxed(text) or "") is True
     return 0.9 * right + 0.1 * sum(c.isdigit() for c in text) / max(1, len(text))

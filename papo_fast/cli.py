@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         force=True,
     )
     _quiet_libraries()
+    _mend_torchvision()
     commands = {
         "train": _train,
         "eval": _eval,
@@ -243,6 +244,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("httpx", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def _mend_torchvision() -> None:
+    """Before anything imports transformers, which imports torchvision where it is installed."""
+    from papo_fast.rollout.vllm_on_cpu import sitecustomize
+
+    sitecustomize.install()
 
 
 def _preset_names() -> list[str]:

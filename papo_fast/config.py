@@ -76,7 +76,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class MaskConfig:
+class CorruptionConfig:
     kind: Literal["patch", "official"] = "patch"
     """`patch`: the processor's own patch grid. `official`: 14-pixel squares of the raw image."""
     ratio: float = 0.6
@@ -307,7 +307,7 @@ class Config:
     """Continue the run of the same name from its last checkpoint, or start it if it has none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -66,8 +66,10 @@ def check(config: Config) -> None:
         )
     if config.resume and config.overwrite:
         raise InputError("--resume continues a run and --overwrite deletes it: pass one of them")
-    if not 0 <= config.mask.ratio <= 1:
-        raise InputError(f"mask.ratio is {config.mask.ratio}: it must be between 0 and 1")
+    if not 0 <= config.corruption.ratio <= 1:
+        raise InputError(
+            f"corruption.ratio is {config.corruption.ratio}: it must be between 0 and 1"
+        )
     if not 0 <= objective.clip_low < 1 or objective.clip_high < 0:
         raise InputError(
             f"objective.clip_low = {objective.clip_low}, clip_high = {objective.clip_high}: "

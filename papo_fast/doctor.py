@@ -254,7 +254,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _paths() -> list[Row]:
-    from papo_fast.device import pick_device
+    from papo_fast.parallel import pick_device
 
     device = pick_device("auto")
     # what token_stats(backend="auto") takes, see papo_kernels.api

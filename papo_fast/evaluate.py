@@ -15,18 +15,16 @@ import torch
 from rich.console import Console
 
 from papo_fast.config import Config
-from papo_fast.corruption import PromptCorruptor
-from papo_fast.data import Prompt, PromptDataset
-from papo_fast.device import pick_device
-from papo_fast.masking import prompt_seed
-from papo_fast.parallel import gather_in_order, rank, share_of
-from papo_fast.policy import Policy
-from papo_fast.processing import PLACEHOLDER, PromptEncoder
-from papo_fast.progress import Progress
+from papo_fast.data.corruption import PromptCorruption, prompt_seed
+from papo_fast.data.encoder import PLACEHOLDER, PromptEncoder
+from papo_fast.data.prompts import Prompt, PromptDataset
+from papo_fast.model.policy import Policy
+from papo_fast.parallel import gather_in_order, pick_device, rank, share_of
 from papo_fast.report import print_summary
-from papo_fast.rewards import Scorer
-from papo_fast.rollout import RolloutEngine
+from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.protocol import RolloutEngine
+from papo_fast.run.progress import Progress
 
 VISION = "vision_dependent"
 
@@ -136,7 +134,7 @@ class Evaluator:
         engine: RolloutEngine,
         encoder: PromptEncoder,
         scorer: Scorer,
-        corrupt: PromptCorruptor,
+        corrupt: PromptCorruption,
         progress: Progress,
     ):
         self.config = config
@@ -156,7 +154,7 @@ class Evaluator:
             return None
         pixels = None
         if corrupted:
-            pixels = [self.corrupt(p, self.mask_seed(p)) for p in self.prompts]
+            pixels = [self.corrupt(p, self.corruption_seed(p)) for p in self.prompts]
         with self.progress.task(label, total=len(self.prompts)) as advance:
             self.engine.progress = advance
             result = evaluate(
@@ -170,7 +168,7 @@ class Evaluator:
             self.engine.progress = None
         return result
 
-    def mask_seed(self, prompt: Prompt) -> int:
+    def corruption_seed(self, prompt: Prompt) -> int:
         return prompt_seed(self.config.seed, 0, prompt.index)
 
     def examples(self, when: str, result: Evaluation, n: int = 12) -> list[dict]:
@@ -189,7 +187,7 @@ class Evaluator:
                     "reward": sample.reward,
                     "accuracy": sample.accuracy,
                     "image": prompt.images[0] if prompt.images else None,
-                    "corrupted": self.corrupt.picture(prompt, self.mask_seed(prompt)),
+                    "corrupted": self.corrupt.picture(prompt, self.corruption_seed(prompt)),
                 }
             )
         return rows
@@ -218,7 +216,7 @@ def evaluate_checkpoint(config: Config, console: Console) -> dict:
     engine = HFRollout(
         policy, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size
     )
-    corrupt = PromptCorruptor(config.mask, encoder)
+    corrupt = PromptCorruption(config.corruption, encoder)
     with Scorer(config.reward) as scorer:
         evaluator = Evaluator(config, engine, encoder, scorer, corrupt, Progress(console))
         result = evaluator.run("evaluating")

@@ -14,19 +14,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from papo_fast.advantages import dynamic_filter, group_advantages, overlong_penalty
 from papo_fast.config import Config
-from papo_fast.data import Prompt
+from papo_fast.data.corruption import prompt_seed
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
-from papo_fast.lora import SharedReference
-from papo_fast.masking import prompt_seed
-from papo_fast.packing import Group, pack, plan
+from papo_fast.model.lora import SharedReference
+from papo_fast.model.packing import Group, pack, plan
+from papo_fast.model.policy import Policy, inference
 from papo_fast.parallel import gather, gather_in_order, rank, share_of, world_size
-from papo_fast.policy import Policy, inference
-from papo_fast.processing import PromptEncoder
-from papo_fast.rewards import Score, Scorer
-from papo_fast.rollout import RolloutEngine
-from papo_fast.sequences import Completion
+from papo_fast.rewards.scorer import Score, Scorer
+from papo_fast.rewards.shaping import dynamic_filter, group_advantages, overlong_penalty
+from papo_fast.rollout.protocol import RolloutEngine
+from papo_fast.samples import Completion
 
 
 @dataclass

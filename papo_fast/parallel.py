@@ -52,6 +52,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where torch sees one, else cpu; any other name is taken as it is."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device is {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r}, but torch sees no CUDA device: see papo-fast doctor")
+    return device
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing.

@@ -1,7 +1,7 @@
 """The training loop, as a story: evaluate, then sample, score, update; evaluate, report.
 
 What is left out here on purpose: sharding, other rollout engines and packing live behind
-`Policy`, `RolloutEngine` and `papo_fast.packing`; nothing below needs to know of them.
+`Policy`, `RolloutEngine` and `papo_fast.model.packing`; nothing below needs to know of them.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from papo_fast.checkpoint import CheckpointStore, StopRequest, stop_on_sigterm
 from papo_fast.config import Config
-from papo_fast.corruption import PromptCorruptor
-from papo_fast.data import PromptDataset, PromptStream
-from papo_fast.device import pick_device
+from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import PromptDataset, PromptStream
 from papo_fast.errors import InputError
 from papo_fast.evaluate import Evaluation, Evaluator
 from papo_fast.experience import Collector, Experience, score_without_gradient
-from papo_fast.metrics import (
+from papo_fast.model.policy import Policy
+from papo_fast.parallel import (
+    gather,
+    is_main,
+    main_first,
+    pick_device,
+    process_group,
+    wait_for_all,
+)
+from papo_fast.report import print_summary, save_examples, write_report
+from papo_fast.rewards.scorer import Scorer
+from papo_fast.rollout.engines import make_engine
+from papo_fast.rollout.protocol import RolloutError
+from papo_fast.run.checkpoint import CheckpointStore, StopRequest, stop_on_sigterm
+from papo_fast.run.files import METRICS
+from papo_fast.run.folder import claim_run_dir, find_run_dir, git_commit, write_json
+from papo_fast.run.metrics import (
     CollapseMonitor,
     MetricsLog,
     json_line,
     mismatch_alarm,
     read_metrics,
 )
-from papo_fast.parallel import (
-    gather,
-    is_main,
-    main_first,
-    process_group,
-    wait_for_all,
-)
-from papo_fast.policy import Policy
-from papo_fast.processing import PromptEncoder
-from papo_fast.progress import Progress
-from papo_fast.report import print_summary, save_examples, write_report
-from papo_fast.report.run_files import METRICS
-from papo_fast.rewards import Scorer
-from papo_fast.rollout import RolloutError
-from papo_fast.rollout.engines import make_engine
-from papo_fast.run_dir import claim_run_dir, find_run_dir, git_commit, write_json
+from papo_fast.run.progress import Progress
 from papo_fast.update import Updater
 
 
@@ -105,7 +105,7 @@ class Trainer:
         updates = self.steps * (config.rollout.prompts // config.train.update_prompts)
         self.updater = Updater(config, self.policy, self.reference, updates)
         self.engine = make_engine(config, self.policy, self.encoder, run_dir)
-        self.corrupt = PromptCorruptor(config.mask, self.encoder)
+        self.corrupt = PromptCorruption(config.corruption, self.encoder)
         rollout = config.rollout
         self.stream = PromptStream(
             self.train_data,

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, needs_aug_forward, weighs_rollout
-from papo_fast.lora import SharedReference
+from papo_fast.model.lora import SharedReference
+from papo_fast.model.packing import Group, pack, plan
+from papo_fast.model.policy import Policy
 from papo_fast.objective import Metrics, annealed, mean_metrics, objective, truncated_weights
-from papo_fast.packing import Group, pack, plan
 from papo_fast.parallel import gather, rank, world_size
-from papo_fast.policy import Policy
 from papo_fast.token_batch import Denominators, TokenBatch
 
 

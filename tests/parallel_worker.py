@@ -16,12 +16,12 @@ import torch
 from torch.distributed import barrier
 from torch.distributed.tensor import DTensor
 
-from papo_fast.checkpoint import CheckpointStore
 from papo_fast.cli import leave
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import is_main, process_group, rank, world_size
-from papo_fast.policy import Policy
+from papo_fast.run.checkpoint import CheckpointStore
 from papo_fast.update import Updater
 
 

@@ -34,4 +34,6 @@ def test_the_page_has_what_users_call(make_api):
         assert name in text
     # an argument's explanation is there, and a field's
     assert "- `hidden`: (N, D) floating" in text
-    assert "- `mask_ratio: float = 0.6`: Share of an image's patches that turns black." in text
+    assert (
+        "- `corruption_ratio: float = 0.6`: Share of an image's patches that turns black." in text
+    )

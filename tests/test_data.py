@@ -11,9 +11,9 @@ from family_checkpoints import write_processor_files
 from PIL import Image
 
 from papo_fast.config import DataConfig
-from papo_fast.data import PromptDataset, PromptStream
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import PromptDataset, PromptStream
 from papo_fast.errors import InputError
-from papo_fast.processing import PromptEncoder
 
 CONFIG = DataConfig(min_pixels=784, max_pixels=64 * 784, prompt_suffix=" Think.")
 ROWS = 7

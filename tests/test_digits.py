@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from papo_fast.config import DataConfig
-from papo_fast.data import PromptDataset
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import PromptDataset
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import (
     CELL,
@@ -26,7 +27,6 @@ from papo_fast.digits.task import (
 )
 from papo_fast.evaluate import Sampled, error_shares, reading
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
 
 DATA = DataConfig(prompt_suffix="", min_pixels=CELL * CELL, max_pixels=CELL * CELL * 64)
 

@@ -19,11 +19,11 @@ from test_parallel import TESTS
 from test_training import checkpoints, png, questions, run, small  # noqa: F401
 from torch.distributed.checkpoint import FileSystemReader
 
-from papo_fast.checkpoint import CheckpointStore
 from papo_fast.config import EvalConfig
 from papo_fast.errors import InputError
-from papo_fast.policy import Policy
+from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
+from papo_fast.run.checkpoint import CheckpointStore
 
 
 def metrics(folder):
@@ -156,7 +156,7 @@ def test_answers_that_hang_or_crash_the_comparison_cost_their_reward_only(
     tmp_path,
     monkeypatch,
 ):
-    from papo_fast.processing import PromptEncoder as Encoder
+    from papo_fast.data.encoder import PromptEncoder as Encoder
 
     answers = [
         r"\boxed{9^{9^{9^{9^{9}}}}}",  # never returns
@@ -176,8 +176,8 @@ def test_answers_that_hang_or_crash_the_comparison_cost_their_reward_only(
     for row in rows:
         row["answer"] = "x + 1"
     pq.write_table(pa.Table.from_pylist(rows), questions)
-    compare = "papo_fast.rewards._Worker.compare"
-    from papo_fast.rewards import _Worker
+    compare = "papo_fast.rewards.scorer._Worker.compare"
+    from papo_fast.rewards.scorer import _Worker
 
     asked = _Worker.compare
 

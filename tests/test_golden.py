@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from papo_fast.advantages import group_advantages
 from papo_fast.config import ObjectiveConfig
 from papo_fast.objective import Denominators, TokenBatch, mean_metrics, objective
+from papo_fast.rewards.shaping import group_advantages
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "official_papo.json").read_text())
 PENALTY = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "abs": "abs"}

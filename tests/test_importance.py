@@ -11,12 +11,12 @@ from test_parallel import DATA, fixed_experience
 
 from papo_fast import update
 from papo_fast.config import ObjectiveConfig
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.model.policy import Policy
 from papo_fast.objective import Denominators, TokenBatch, objective, truncated_weights
-from papo_fast.policy import Policy
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
 from papo_fast.update import Updater
 
 PLAIN = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0).resolved()

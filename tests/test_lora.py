@@ -12,15 +12,15 @@ from family_checkpoints import write_checkpoint
 from safetensors.torch import load_file
 from test_parallel import DATA, TESTS, fixed_experience, launch
 
-from papo_fast import liger
 from papo_fast.config import ModelConfig, ParallelConfig
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
-from papo_fast.loading import load_model
-from papo_fast.lora import SharedReference, adapted_layers, is_adapter, merged
-from papo_fast.packing import Group, pack
-from papo_fast.policy import Policy
+from papo_fast.model import liger
+from papo_fast.model.loading import load_model
+from papo_fast.model.lora import SharedReference, adapted_layers, is_adapter, merged
+from papo_fast.model.packing import Group, pack
+from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
 
 pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")

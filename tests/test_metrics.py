@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from papo_fast.errors import InputError
-from papo_fast.metrics import (
+from papo_fast.run.metrics import (
     CollapseMonitor,
     MetricsLog,
     mismatch_alarm,

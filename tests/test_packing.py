@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from papo_fast import attention
-from papo_fast.attention import Segment, TreeLayout, tree_attention
 from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
-from papo_fast.flops import ModelShape
-from papo_fast.packing import Group, pack, plan
-from papo_fast.policy import Policy
-from papo_fast.processing import EncodedPrompt, PromptEncoder
+from papo_fast.model import attention
+from papo_fast.model.attention import Segment, TreeLayout, tree_attention
+from papo_fast.model.flops import ModelShape
+from papo_fast.model.packing import Group, pack, plan
+from papo_fast.model.policy import Policy
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from test_training import png
 
 from papo_fast.config import DataConfig, ParallelConfig
-from papo_fast.data import Prompt
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import Prompt
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
-from papo_fast.rewards import Score
-from papo_fast.sequences import Completion
+from papo_fast.rewards.scorer import Score
+from papo_fast.samples import Completion
 
 TESTS = Path(__file__).parent
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)

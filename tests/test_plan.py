@@ -18,14 +18,14 @@ from update_memory import Case
 
 from papo_fast.cli import main
 from papo_fast.config import ModelConfig
-from papo_fast.flops import ModelShape
+from papo_fast.model.flops import ModelShape
+from papo_fast.model.policy import Policy
 from papo_fast.planning.advice import effects, remedy
 from papo_fast.planning.gpus import GPUS
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, micro_batch, step_work
-from papo_fast.policy import Policy
 from papo_fast.presets import get_preset
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -201,7 +201,7 @@ def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
 
 
 def test_a_micro_batch_is_the_one_that_packing_makes(warm):
-    from papo_fast.packing import plan as pack_plan
+    from papo_fast.model.packing import plan as pack_plan
 
     case = Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3)
     config = update_memory.configuration(case, "unused")

@@ -10,9 +10,9 @@ from family_checkpoints import FAMILIES, write_checkpoint
 from PIL import Image
 
 from papo_fast.config import DataConfig, ModelConfig
-from papo_fast.packing import Group, pack
-from papo_fast.policy import Policy
-from papo_fast.processing import PromptEncoder
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.model.packing import Group, pack
+from papo_fast.model.policy import Policy
 from papo_fast.rollout.hf import HFRollout
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)

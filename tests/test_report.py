@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from papo_fast.errors import InputError
-from papo_fast.metrics import MetricsLog
 from papo_fast.report import print_run, print_summary, read_run, save_examples, write_report
 from papo_fast.report.curves import smooth
 from papo_fast.report.examples import choose
 from papo_fast.report.figure import draw
+from papo_fast.run.metrics import MetricsLog
 
 SUMMARY = {
     "preset": "tiny",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
-from papo_fast.rewards import Scorer, equal_as_text, has_format, last_boxed
+from papo_fast.rewards.scorer import Scorer, equal_as_text, has_format, last_boxed
 
 LIMIT = 1.0
 """Seconds of CPU time per answer."""
@@ -211,7 +211,7 @@ def test_an_answer_that_eats_all_memory_does_not_take_the_machine_with_it(scorer
 
 
 def test_a_worker_that_sleeps_is_killed_too(monkeypatch):
-    monkeypatch.setattr("papo_fast.rewards.WALL_FACTOR", 0.2)
+    monkeypatch.setattr("papo_fast.rewards.scorer.WALL_FACTOR", 0.2)
     with Scorer(RewardConfig(timeout=LIMIT, workers=1)) as scorer:
         assert is_right(scorer, "0.5", "1/2")
         scorer._workers[0].process.send_signal(signal.SIGSTOP)
@@ -286,7 +286,7 @@ def test_workers_load_neither_torch_nor_transformers(scorer):
 
 def test_scorer_itself_imports_neither_torch_nor_math_verify():
     code = (
-        "import sys, papo_fast.rewards; "
+        "import sys, papo_fast.rewards.scorer; "
         "print(sorted({'torch', 'transformers', 'math_verify', 'sympy'} & set(sys.modules)))"
     )
     result = subprocess.run(

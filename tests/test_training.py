@@ -20,7 +20,7 @@ from papo_fast.config import EvalConfig, ObjectiveConfig, RewardConfig
 from papo_fast.evaluate import limit_per_kind
 from papo_fast.experience import Experience
 from papo_fast.presets import PRESETS, get_preset
-from papo_fast.rewards import Scorer
+from papo_fast.rewards.scorer import Scorer
 from papo_fast.trainer import train
 
 VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
@@ -154,7 +154,7 @@ def test_bfloat16_with_checkpointing_still_moves_weights_at_the_papers_learning_
 def test_parity_modes_run_and_only_official_keeps_gradient_out_of_the_corrupted_stream(
     parity, checkpoints, questions, tmp_path, monkeypatch
 ):
-    from papo_fast.policy import Policy
+    from papo_fast.model.policy import Policy
 
     streams = []
     stats = Policy.stats
@@ -299,7 +299,7 @@ def test_settings_that_cannot_work_are_named_before_anything_is_loaded(capsys):
         (("train", "grpo", "--model.path", "x"), "data.train is empty"),
         (("train", "tiny", "--rollout.group-size", "1"), "group_size is 1"),
         (("train", "tiny", "--rollout.temperature", "0"), "rollout.temperature is 0"),
-        (("train", "tiny", "--mask.ratio", "1.5"), "mask.ratio is 1.5"),
+        (("train", "tiny", "--corruption.ratio", "1.5"), "corruption.ratio is 1.5"),
         (("train", "tiny", "--train.update-prompts", "7"), "multiple of train.update_prompts"),
         (("train", "tiny", "--rollout.filter-prompts", "7"), "fewer than rollout.prompts = 16"),
         (("train", "tiny", "--objective.clip-dual", "0.5"), "clip_dual is 0.5"),

@@ -13,11 +13,11 @@ from trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it 
 from trl import GRPOConfig, GRPOTrainer
 
 from papo_fast.config import ModelConfig
+from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.integrations.trl import PAPOTrainer, use_token_stats
+from papo_fast.model.packing import Group, pack
+from papo_fast.model.policy import Policy
 from papo_fast.objective import objective
-from papo_fast.packing import Group, pack
-from papo_fast.policy import Policy
-from papo_fast.processing import EncodedPrompt
 from papo_fast.token_batch import Denominators, TokenBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -204,7 +204,7 @@ def test_tokens_weigh_what_trl_weighs_them(files, plain, loss_type, monkeypatch)
 
 
 def test_a_group_shares_one_mask_of_the_asked_share(files):
-    papo = build(files, "qwen2_5_vl", mask_ratio=0.6)
+    papo = build(files, "qwen2_5_vl", corruption_ratio=0.6)
     batch = papo._generate_and_score_completions(
         [papo.train_dataset[i] for i in range(2) for _ in range(4)]
     )
@@ -236,7 +236,7 @@ def test_two_pictures_of_one_prompt(files):
         "pixel_values": batch["pixel_values"].split(batch["image_grid_thw"].prod(-1).tolist())[4:6],
         "image_grid_thw": batch["image_grid_thw"][4:6],
         "num_images": [0, 2],
-        "mask_seeds": batch["mask_seeds"][[0, 4]],
+        "corruption_seeds": batch["corruption_seeds"][[0, 4]],
     }
     alone = papo.corrupted({**later, "pixel_values": torch.cat(later["pixel_values"])})
     assert torch.equal(alone, torch.cat(whole[4:6]))

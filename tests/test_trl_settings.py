@@ -65,7 +65,7 @@ def test_ligers_layers_leave_the_head_in_place(files):
     [
         ({"entropy_coef": 0.1, "entropy_loss_coef": 0.1}, "entropy_coef"),
         ({"parity": "exact"}, "parity"),
-        ({"mask_ratio": 1.5}, "mask.ratio"),
+        ({"corruption_ratio": 1.5}, "corruption.ratio"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(files, changes, message):

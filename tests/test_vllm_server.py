@@ -27,7 +27,7 @@ from vllm_checks import (
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
 from papo_fast.presets import get_preset
-from papo_fast.rollout import RolloutError
+from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_serve import serve, server_command
 from papo_fast.rollout.vllm_server import VLLMServerRollout

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.digits.model import build_checkpoint
-from papo_fast.packing import Group, pack
-from papo_fast.policy import Policy, inference
+from papo_fast.model.packing import Group, pack
+from papo_fast.model.policy import Policy, inference
 from papo_fast.presets import get_preset
-from papo_fast.processing import PromptEncoder
 
 CPU = torch.device("cpu")
 

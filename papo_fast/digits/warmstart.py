@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 
 from papo_fast.config import Config, DataConfig, ModelConfig
-from papo_fast.data import Prompt, PromptDataset
-from papo_fast.device import pick_device
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
 from papo_fast.evaluate import VISION, evaluate
-from papo_fast.packing import Group, pack
-from papo_fast.policy import Policy
-from papo_fast.processing import PromptEncoder
-from papo_fast.progress import Progress
-from papo_fast.rewards import Scorer
+from papo_fast.model.packing import Group, pack
+from papo_fast.model.policy import Policy
+from papo_fast.parallel import pick_device
+from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.run.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import datasets
 
 from papo_fast.config import DataConfig
+from papo_fast.data.encoder import PLACEHOLDER
+from papo_fast.data.rows import as_list, open_image
 from papo_fast.errors import InputError
-from papo_fast.processing import PLACEHOLDER
-from papo_fast.rows import as_list, open_image
 
 
 def conversations(source: str | Path, data: DataConfig | None = None) -> datasets.Dataset:

@@ -12,7 +12,7 @@ import transformers
 from transformers import ProcessorMixin
 
 from papo_fast.config import DataConfig
-from papo_fast.processing import PromptEncoder
+from papo_fast.data.encoder import PromptEncoder
 
 _CLASSES = {
     "qwen2_vl": "Qwen2VLProcessor",

@@ -1,7 +1,8 @@
 """Both streams of a padded batch through a HuggingFace model, to per-token statistics.
 
-What the hooks into other trainers share. `papo_fast.policy` runs prompts and pictures once per
-group; other trainers hand over whole sequences, one row each, and these functions take those.
+The hooks into other trainers share these functions. `papo_fast.model.policy` runs prompts and
+pictures once per group; other trainers hand over whole sequences, one row each, and these functions
+take those.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from papo_fast.config import ObjectiveConfig
+from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
 from papo_fast.integrations.streams import AugStream, two_streams
-from papo_fast.masking import PatchCorruption, prompt_seed
 from papo_fast.objective import TERMS, annealed
 from papo_fast.token_batch import TokenBatch
 from papo_kernels import TokenStats
@@ -72,7 +72,7 @@ class PAPOConfig(GRPOConfig):
             "no gradient into the corrupted stream; `paper`: sampled terms, both gradients."
         },
     )
-    mask_ratio: float = field(
+    corruption_ratio: float = field(
         default=0.6, metadata={"help": "Share of an image's patches that turns black."}
     )
     grad_budget: float = field(
@@ -213,14 +213,14 @@ class PAPOTrainer(GRPOTrainer):
                     f"processing_class is a {type(self.processing_class).__name__} without an "
                     "image processor: PAPO compares pictures, pass the model's AutoProcessor"
                 )
-            self._corruption = PatchCorruption.of(processor, args.mask_ratio)
+            self._corruption = PatchCorruption.of(processor, args.corruption_ratio)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with a seed per sequence: responses to one prompt share their mask."""
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         size = self.num_generations if self.model.training else self.num_generations_eval
-        batch["mask_seeds"] = torch.tensor(
+        batch["corruption_seeds"] = torch.tensor(
             [
                 prompt_seed(self.args.seed, self.state.global_step, (first + i) // size)
                 for i in range(len(inputs))
@@ -244,11 +244,11 @@ class PAPOTrainer(GRPOTrainer):
         return loss + self._our_terms(stats, inputs)
 
     def corrupted(self, inputs: dict[str, Any]) -> Tensor:
-        """`inputs["pixel_values"]` with the share `mask_ratio` of each image's patches black."""
+        """`inputs["pixel_values"]`, a share `corruption_ratio` of each image's patches black."""
         pixels, grid, counts = (inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images"))
         rows = grid.prod(-1).split(counts)
         parts = pixels.split([int(r.sum()) for r in rows])
-        seeds = inputs["mask_seeds"].tolist()
+        seeds = inputs["corruption_seeds"].tolist()
         return torch.cat(
             [
                 self._corruption(part, grids, seed)

@@ -1,8 +1,8 @@
 """Bytes that one process holds at the worst moment of a step.
 
 What autograd keeps of a layer is counted tensor by tensor, as transformers' modules and
-`papo_fast.attention` make them; the moments of a backward pass are walked through one by one, since
-activations go as gradients come.
+`papo_fast.model.attention` make them; the moments of a backward pass are walked through one by one,
+since activations go as gradients come.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from papo_fast.config import ModelConfig
+from papo_fast.data.encoder import FAMILIES
 from papo_fast.errors import InputError
-from papo_fast.flops import ModelShape
-from papo_fast.loading import load_model
-from papo_fast.processing import FAMILIES
+from papo_fast.model.flops import ModelShape
+from papo_fast.model.loading import load_model
 
 
 @dataclass(frozen=True)

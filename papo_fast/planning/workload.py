@@ -1,6 +1,6 @@
 """The micro-batch and the step that a configuration makes of prompts and responses of given size.
 
-The same arithmetic as `papo_fast.packing`, on averages instead of sequences.
+The same arithmetic as `papo_fast.model.packing`, on averages instead of sequences.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.experience import needs_aug_forward
-from papo_fast.flops import ModelShape
+from papo_fast.model.flops import ModelShape
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A run directory holds `config.json`, `metrics.jsonl`, `examples.jsonl`, `example
 """
 
 from papo_fast.report.figure import write_report
-from papo_fast.report.run_files import Run, read_run, save_examples
 from papo_fast.report.table import print_run, print_summary
+from papo_fast.run.files import Run, read_run, save_examples
 
 __all__ = ["Run", "print_run", "print_summary", "read_run", "save_examples", "write_report"]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from papo_fast.metrics import Row
+from papo_fast.run.metrics import Row
 
 INK, GREY, GRID = "#222222", "#707070", "#e4e4e4"
 # Okabe and Ito's palette: told apart with every common form of colour blindness.

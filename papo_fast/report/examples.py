@@ -12,9 +12,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image, UnidentifiedImageError
 
-from papo_fast.metrics import Row
 from papo_fast.report.curves import GREEN, GREY, INK, RED
 from papo_fast.report.wording import fit
+from papo_fast.run.metrics import Row
 
 COUNT = 6
 WRONG = 2  # at least so many wrong ones, if there are any

@@ -15,8 +15,8 @@ from matplotlib.font_manager import FontProperties
 
 from papo_fast.report.curves import GREY, INK, draw_panel, panels
 from papo_fast.report.examples import Strip, choose
-from papo_fast.report.run_files import REPORT, Run, read_run
 from papo_fast.report.wording import DPI, duration, kind_name, printable, wrap
+from papo_fast.run.files import REPORT, Run, read_run
 
 WIDTH = 10.0
 MARGIN = 0.35

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from papo_fast.errors import InputError
 from papo_fast.report.figure import write_report
-from papo_fast.report.run_files import METRICS, read_run
 from papo_fast.report.wording import duration, kind_name
+from papo_fast.run.files import METRICS, read_run
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from papo_fast.config import Config
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import world_size
-from papo_fast.policy import Policy
-from papo_fast.processing import PromptEncoder
-from papo_fast.rollout import RolloutEngine
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.protocol import RolloutEngine
 
 
 def make_engine(

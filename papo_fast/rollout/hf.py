@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from papo_fast.policy import Policy, inference
-from papo_fast.processing import EncodedPrompt
-from papo_fast.sequences import Completion, pad_left
+from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.model.policy import Policy, inference
+from papo_fast.samples import Completion
 
 # Finished responses leave the batch when at most this share of it is still being written: leaving
 # copies the keys and values of the rest.
@@ -146,3 +146,29 @@ class HFRollout:
         end = next((i for i, t in enumerate(tokens) if t in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
         return Completion(tokens[:length], logprobs[:length], finished=end is not None)
+
+
+def pad_left(
+    prompts: Sequence[EncodedPrompt], pad_token_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Inputs of `generate`: B prompts padded on the left to one length, and their pictures."""
+    width = max(len(p) for p in prompts)
+    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    # Qwen2.5-VL computes wrong positions, silently, where this is missing
+    token_types = torch.zeros_like(input_ids)
+    for i, p in enumerate(prompts):
+        start = width - len(p)
+        input_ids[i, start:] = p.input_ids
+        attention_mask[i, start:] = 1
+        token_types[i, start:] = p.mm_token_type_ids
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": token_types,
+    }
+    pictures = [p for p in prompts if p.pixel_values is not None]
+    if pictures:
+        inputs["pixel_values"] = torch.cat([p.pixel_values for p in pictures])
+        inputs["image_grid_thw"] = torch.cat([p.image_grid_thw for p in pictures])
+    return {name: value.to(device) for name, value in inputs.items()}

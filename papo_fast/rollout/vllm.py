@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig
 
 from papo_fast.config import Config
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import world_size
-from papo_fast.policy import Policy
-from papo_fast.processing import EncodedPrompt, PromptEncoder
 from papo_fast.rollout.vllm_requests import (
     RequestFormat,
     cpu_options,
@@ -24,7 +24,7 @@ from papo_fast.rollout.vllm_requests import (
     prompt_seeds,
 )
 from papo_fast.rollout.vllm_setup import prepare_this_process
-from papo_fast.sequences import Completion
+from papo_fast.samples import Completion
 
 
 class VLLMRollout:

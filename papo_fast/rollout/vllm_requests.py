@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from papo_fast.config import Config
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
-from papo_fast.policy import BANNED_LOGIT
-from papo_fast.processing import EncodedPrompt, PromptEncoder
-from papo_fast.sequences import Completion
+from papo_fast.model.policy import BANNED_LOGIT
+from papo_fast.samples import Completion
 
 CPU_BLOCK = 128
 """Tokens of a block of keys and values on the CPU, vLLM's default there."""

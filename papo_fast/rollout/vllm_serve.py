@@ -25,9 +25,9 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from papo_fast.config import Config
-from papo_fast.device import pick_device
 from papo_fast.errors import InputError
-from papo_fast.rollout import RolloutError
+from papo_fast.parallel import pick_device
+from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import set_environment
 
@@ -45,7 +45,7 @@ def serve(config: Config, console: Console) -> None:
     require_vllm()
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
-        from papo_fast.progress import Progress
+        from papo_fast.run.progress import Progress
 
         config = prepare(config, Progress(console))
     command, environment = server_command(config, urls[0])

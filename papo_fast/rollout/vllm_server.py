@@ -27,14 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from papo_fast.config import Config
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
-from papo_fast.policy import Policy
-from papo_fast.processing import EncodedPrompt, PromptEncoder
-from papo_fast.rollout import RolloutError
+from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat, prompt_seeds
 from papo_fast.rollout.vllm_serve import OwnServer
-from papo_fast.sequences import Completion
+from papo_fast.samples import Completion
 
 START = "start it with `papo-fast serve` and the options of this run"
 AGAIN = "the same command with --resume goes on"

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from papo_fast.rollout.vllm_on_cpu import sitecustomize
 from papo_fast.rollout.vllm_requests import require_vllm
 
 # Holds a sitecustomize.py for vLLM's processes, and nothing else; see there.
-ON_CPU = Path(__file__).parents[1] / "vllm_on_cpu"
+ON_CPU = Path(__file__).parent / "vllm_on_cpu"
 
 
 def set_environment(environment: MutableMapping[str, str], *, on_cpu: bool) -> None:
@@ -34,6 +35,7 @@ def prepare_this_process(*, on_cpu: bool) -> None:
     Raises `InputError` where it is not installed.
     """
     require_vllm()
+    sitecustomize.install()
     set_environment(os.environ, on_cpu=on_cpu)
     # until vLLM has read its level from the environment, its notes about triton pass
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

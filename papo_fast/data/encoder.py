@@ -68,7 +68,6 @@ class PromptEncoder:
         tokenizer, image_processor: transformers' objects.
         image_token_id: the id that stands for one merged patch.
         patch_size, merge_size, temporal_patch_size: p, patches per merged side, and T.
-        black: (C,) float32, the normalised value of a black pixel.
         eos_token_ids: ids that end a response, sorted.
         pad_token_id: the id for padding; may be one of `eos_token_ids`.
         banned_token_ids: ids that must never be sampled, sorted: the vision ids, and the pad id
@@ -114,7 +113,6 @@ class PromptEncoder:
         self.temporal_patch_size: int = self.image_processor.temporal_patch_size
         self._check_against_model(config)
         self._special_ids(config)
-        self.black = self._black()
 
     def encode(self, problem: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """Apply the chat template to one question and expand its images.
@@ -319,11 +317,17 @@ class PromptEncoder:
         }
         self._hidden_ids = control | vision | eos | {self.pad_token_id}
 
-    def _black(self) -> torch.Tensor:
-        # Read off the processor, so that rescaling and normalisation cannot be modelled wrongly.
-        side = self.patch_size * self.merge_size
-        pixels, _ = self.process_images([Image.fromarray(np.zeros((side, side, 3), np.uint8))])
-        return pixels[0].reshape(3, -1)[:, 0].clone()
+
+def black_pixel(image_processor: Any) -> torch.Tensor:
+    """(C,) float32: the value of a black pixel after normalisation, (0 − mean) / std.
+
+    It is read off a Qwen-VL image processor of transformers, so that its rescaling and its
+    normalisation cannot be modelled wrongly.
+    """
+    side = image_processor.patch_size * image_processor.merge_size
+    black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
+    pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
+    return pixels[0].reshape(3, -1)[:, 0].clone()
 
 
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:

@@ -5,8 +5,9 @@ load then, operators that it would define are missing, and `import torchvision` 
 torchaudio and torchcodec fail likewise and are needed by nobody here. This file declares the
 operators when torchvision is first imported, and hides the other two packages.
 
-`papo_fast/__init__.py` runs it, and `make` has processes of .venv run a copy. Python also runs a
-`sitecustomize` on its path at start-up, and so this one reaches the processes that vLLM starts:
+The command line and the vLLM engines run it (importing `papo_fast` alone does not), and `make` has
+processes of .venv run a copy. Python also runs a `sitecustomize` on its path at start-up, and so
+this one reaches the processes that vLLM starts:
 `papo_fast.rollout.vllm_setup` puts this folder, which holds nothing else, on their PYTHONPATH.
 Where torch is a CUDA build, or torchvision is not or is not there, nothing happens.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from papo_fast.errors import InputError
-from papo_fast.metrics import Row, json_line, read_json_lines, read_metrics
+from papo_fast.run.metrics import Row, json_line, read_json_lines, read_metrics
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 EXAMPLES, REPORT = "examples.jsonl", "report.png"

@@ -19,8 +19,8 @@ from papo_fast.config import ModelConfig
 from papo_fast.errors import InputError
 
 if TYPE_CHECKING:
-    from papo_fast.packing import PackedBatch
-    from papo_fast.policy import Policy
+    from papo_fast.model.packing import PackedBatch
+    from papo_fast.model.policy import Policy
     from papo_kernels import TokenStats
 
 ADAPTER = "default"

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from papo_fast.config import DataConfig
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
+from papo_fast.data.rows import BadSample, as_answer, as_kind, as_list, open_image, read_rows
 from papo_fast.errors import InputError
-from papo_fast.processing import EncodedPrompt, PromptEncoder, PromptTooLong
-from papo_fast.rows import BadSample, as_answer, as_kind, as_list, open_image, read_rows
 
 _log = logging.getLogger(__name__)
 

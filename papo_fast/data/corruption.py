@@ -1,4 +1,4 @@
-"""Corrupted images: black out a share of an image's patches (PAPO, arXiv 2507.06448, section 3).
+"""Corrupted pictures: black out a share of a picture's patches (PAPO, arXiv 2507.06448, section 3).
 
 `patch` blackens rows of the processed pixels, so a corrupted patch is exactly one input of the
 vision tower and no other patch changes. `official` is the authors' way: squares of the raw image,
@@ -18,6 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from papo_fast.config import CorruptionConfig
+from papo_fast.data.encoder import PromptEncoder, black_pixel
+from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
 
 
@@ -39,7 +42,7 @@ class ImageCorruption(Protocol):
 
 
 def prompt_seed(seed: int, step_or_epoch: int, prompt_index: int) -> int:
-    """The mask's seed, in [0, 2⁶³): one per prompt and step, so its G responses share the mask.
+    """The corruption's seed, in [0, 2⁶³): one per prompt and step, so that G responses share it.
 
     A hash that is the same on every machine and Python, and far apart for neighbouring prompts.
     """
@@ -47,47 +50,40 @@ def prompt_seed(seed: int, step_or_epoch: int, prompt_index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def patch_mask(
-    n_patches: int, ratio: float, seed: int, device: torch.device | str | None = None
-) -> Tensor:
-    """(P,) bool on `device` with exactly round(ratio × P) True, uniformly placed.
-
-    Drawn on the CPU, so that a seed means the same mask on every device.
-    """
-    return patch_masks([n_patches], ratio, seed, device)
-
-
-def patch_masks(
+def choose_patches(
     n_patches: Sequence[int],
     ratio: float,
     seed: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """(ΣP,) bool for several images of one prompt, each with its own round(ratio × P) True.
+    """Which patches of a prompt's images to corrupt: (ΣP,) bool, True at round(ratio × P) of each.
 
-    In the order of `n_patches`, which is that of the rows of `pixel_values`. One seed draws all;
-    the first image's mask does not depend on how many follow.
+    The order is that of `n_patches` and of the rows of `pixel_values`. One seed draws for all
+    images, and what it draws for the first does not depend on how many follow. It is drawn on the
+    CPU, so that a seed means the same patches on every device.
     """
     _check_ratio(ratio)
     generator = torch.Generator().manual_seed(seed)
-    masks = []
+    chosen = []
     for n in n_patches:
-        mask = torch.zeros(n, dtype=torch.bool)
-        mask[torch.randperm(n, generator=generator)[: round(ratio * n)]] = True
-        masks.append(mask)
-    return torch.cat(masks).to(device) if masks else torch.zeros(0, dtype=torch.bool, device=device)
+        of_image = torch.zeros(n, dtype=torch.bool)
+        of_image[torch.randperm(n, generator=generator)[: round(ratio * n)]] = True
+        chosen.append(of_image)
+    if not chosen:
+        return torch.zeros(0, dtype=torch.bool, device=device)
+    return torch.cat(chosen).to(device)
 
 
-def mask_patches(
-    pixel_values: Tensor, mask: Tensor, black: Tensor, temporal_patch_size: int, patch_size: int
+def blacken_patches(
+    pixel_values: Tensor, chosen: Tensor, black: Tensor, temporal_patch_size: int, patch_size: int
 ) -> Tensor:
-    """A copy of `pixel_values` in which the rows where `mask` is True are black.
+    """A copy of `pixel_values` in which the rows where `chosen` is True are black.
 
     Args:
         pixel_values: (P, C*T*p*p) float, patches of one or more images as the Qwen-VL image
             processors write them: one patch per row in groups of merge × merge neighbours, and
             within a row channel by channel.
-        mask: (P,) bool.
+        chosen: (P,) bool.
         black: (C,) the value of a black pixel after normalisation, (0 − mean) / std.
         temporal_patch_size: T, frames per patch.
         patch_size: p, pixels per side of a patch.
@@ -97,10 +93,10 @@ def mask_patches(
     """
     n, width = pixel_values.shape
     per_channel = temporal_patch_size * patch_size**2
-    if mask.shape != (n,) or mask.dtype != torch.bool:
+    if chosen.shape != (n,) or chosen.dtype != torch.bool:
         raise InputError(
-            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: expected ({n},) bool, one "
-            "per row of pixel_values"
+            f"chosen has shape {tuple(chosen.shape)} and dtype {chosen.dtype}: expected ({n},) "
+            "bool, one per row of pixel_values"
         )
     if width != black.numel() * per_channel:
         raise InputError(
@@ -108,12 +104,12 @@ def mask_patches(
             f"{temporal_patch_size} frames × {patch_size}² pixels = {black.numel() * per_channel}"
         )
     row = black.to(pixel_values).repeat_interleave(per_channel)
-    return torch.where(mask.to(pixel_values.device)[:, None], row, pixel_values)
+    return torch.where(chosen.to(pixel_values.device)[:, None], row, pixel_values)
 
 
 @dataclass(frozen=True)
 class PatchCorruption:
-    """The `patch` mask as a `Corruption`: whole patches of the processor's own grid turn black."""
+    """The kind `patch` as a `Corruption`: whole patches of the processor's own grid turn black."""
 
     ratio: float
     """Share of each image's patches, in [0, 1]."""
@@ -126,29 +122,24 @@ class PatchCorruption:
     def of(cls, image_processor: Any, ratio: float) -> PatchCorruption:
         """For the pixels of a Qwen-VL image processor of transformers."""
         _check_ratio(ratio)
-        # Black is read off the processor, so that rescaling and normalisation cannot be modelled
-        # wrongly.
-        side = image_processor.patch_size * image_processor.merge_size
-        black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
-        pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
         return cls(
             ratio,
-            pixels[0].reshape(3, -1)[:, 0].clone(),
+            black_pixel(image_processor),
             image_processor.temporal_patch_size,
             image_processor.patch_size,
         )
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
         counts = image_grid_thw.prod(-1).tolist()
-        mask = patch_masks(counts, self.ratio, seed, pixel_values.device)
-        return mask_patches(
-            pixel_values, mask, self.black, self.temporal_patch_size, self.patch_size
+        chosen = choose_patches(counts, self.ratio, seed, pixel_values.device)
+        return blacken_patches(
+            pixel_values, chosen, self.black, self.temporal_patch_size, self.patch_size
         )
 
 
 @dataclass(frozen=True)
 class OfficialCorruption:
-    """The `official` mask as an `ImageCorruption`: squares of each raw image turn black."""
+    """The kind `official` as an `ImageCorruption`: squares of each raw image turn black."""
 
     ratio: float
     """Probability with which a square turns black, in [0, 1]."""
@@ -158,15 +149,6 @@ class OfficialCorruption:
     def __call__(self, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
         generator = np.random.Generator(np.random.PCG64(seed))
         return [_blacken_squares(image, self.ratio, generator, self.square) for image in images]
-
-
-def official_mask(image: Image.Image, ratio: float, seed: int, square: int = 14) -> Image.Image:
-    """An RGB copy of `image` in which each `square`-pixel square is black with probability `ratio`.
-
-    Squares start at the top left corner; those at the right and bottom may be smaller. As in the
-    authors' code the share varies from image to image, unlike `patch_mask`.
-    """
-    return OfficialCorruption(ratio, square)([image], seed)[0]
 
 
 def _blacken_squares(
@@ -184,4 +166,49 @@ def _blacken_squares(
 
 def _check_ratio(ratio: float) -> None:
     if not 0 <= ratio <= 1:
-        raise InputError(f"mask.ratio is {ratio}: it must be between 0 and 1")
+        raise InputError(f"corruption.ratio is {ratio}: it must be between 0 and 1")
+
+
+class PromptCorruption:
+    """(prompt, seed) → pixels of the `aug` stream, of the same shape as the prompt's own.
+
+    Args:
+        config: which corruption, and its ratio.
+        encoder: the model's image processor.
+        pixels, images: a corruption of one's own, of processed patches or of raw images, in place
+            of the one `config` names.
+    """
+
+    def __init__(
+        self,
+        config: CorruptionConfig,
+        encoder: PromptEncoder,
+        *,
+        pixels: Corruption | None = None,
+        images: ImageCorruption | None = None,
+    ):
+        self.encoder = encoder
+        self.on_images = images
+        self.on_pixels = pixels
+        if images is None and pixels is None:
+            if config.kind == "official":
+                self.on_images = OfficialCorruption(config.ratio)
+            else:
+                self.on_pixels = PatchCorruption.of(encoder.image_processor, config.ratio)
+
+    def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
+        """(P, C*T*p*p) float32, or None for a prompt without pictures."""
+        encoded = prompt.encoded
+        if encoded.pixel_values is None:
+            return None
+        if self.on_images is not None:
+            corrupted, _ = self.encoder.process_images(self.on_images(prompt.images, seed))
+            return corrupted
+        return self.on_pixels(encoded.pixel_values, encoded.image_grid_thw, seed)
+
+    def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
+        """The first corrupted picture as the model gets it, for people to look at."""
+        pixels = self(prompt, seed)
+        if pixels is None:
+            return None
+        return self.encoder.to_images(pixels, prompt.encoded.image_grid_thw[:1])[0]

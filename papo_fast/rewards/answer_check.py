@@ -1,8 +1,8 @@
 """Compare two LaTeX answers by math-verify, in a process with a time and a memory limit.
 
-`papo_fast.rewards` runs this file as a program. It imports nothing of the project, and neither
-torch nor transformers, so that a worker starts in a second and weighs little. Protocol: one JSON
-line `{"ready": true}` or `{"error": …}` after start, then for each request line
+`papo_fast.rewards.scorer` runs this file as a program. It imports nothing of the project, and
+neither torch nor transformers, so that a worker starts in a second and weighs little. Protocol: one
+JSON line `{"ready": true}` or `{"error": …}` after start, then for each request line
 `[reference, candidate]` one line `{"right": bool}` or `{"error": …}`, or the end by `LIMIT_SIGNAL`.
 """
 

@@ -5,8 +5,8 @@ responses, its *branches*, in each stream (real and corrupted pictures):
 
     prompt | response 1 | response 2 | ... | prompt' | response 1 | response 2 | ...
 
-Attention keeps the branches apart (`papo_fast.attention`), and every branch continues the prompt's
-positions. The result equals one forward pass per sequence, up to rounding.
+Attention keeps the branches apart (`papo_fast.model.attention`), and every branch continues the
+prompt's positions. The result equals one forward pass per sequence, up to rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from papo_fast.attention import Segment, TreeLayout
+from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.errors import InputError
-from papo_fast.flops import ModelShape
-from papo_fast.processing import EncodedPrompt
+from papo_fast.model.attention import Segment, TreeLayout
+from papo_fast.model.flops import ModelShape
 
 
 @dataclass(frozen=True)

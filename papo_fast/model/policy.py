@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from papo_fast.config import Config, ModelConfig, ParallelConfig
-from papo_fast.flops import ModelShape
-from papo_fast.liger import use_liger
-from papo_fast.loading import load_model
-from papo_fast.lora import (
+from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.model.flops import ModelShape
+from papo_fast.model.liger import use_liger
+from papo_fast.model.loading import load_model
+from papo_fast.model.lora import (
     BASE,
     SharedReference,
     adapted_layers,
@@ -33,9 +34,8 @@ from papo_fast.lora import (
     merged_weight,
     without_adapters,
 )
-from papo_fast.packing import PackedBatch
+from papo_fast.model.packing import PackedBatch
 from papo_fast.parallel import device_mesh, is_main, shard
-from papo_fast.processing import EncodedPrompt
 from papo_kernels import TokenStats, token_stats
 
 # Added to the logits of tokens that are never sampled, so that they are scored as impossible too.

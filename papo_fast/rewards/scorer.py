@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from papo_fast import answer_check
 from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
+from papo_fast.rewards import answer_check
 
 START_LIMIT = 120.0
 """Seconds a worker may take to start; a busy machine imports sympy slowly."""

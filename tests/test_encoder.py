@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.config import DataConfig
+from papo_fast.data.encoder import PromptEncoder, PromptTooLong, black_pixel
 from papo_fast.errors import InputError
-from papo_fast.processing import PromptEncoder, PromptTooLong
 
 SMALL = DataConfig(min_pixels=28 * 28, max_pixels=64 * 28 * 28)
 
@@ -94,7 +94,9 @@ def test_patches_hold_the_picture_that_went_in(encoder):
 def test_black_is_what_a_black_picture_becomes(encoder):
     pixels, _ = encoder.process_images([Image.new("RGB", (140, 96))])
     per_channel = pixels.reshape(len(pixels), 3, -1)
-    assert torch.equal(per_channel, encoder.black[None, :, None].expand_as(per_channel))
+    assert torch.equal(
+        per_channel, black_pixel(encoder.image_processor)[None, :, None].expand_as(per_channel)
+    )
 
 
 def test_pixel_limits_of_the_run_replace_the_checkpoints(checkpoint):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.report.run_files import CONFIG, is_run
+from papo_fast.run.files import CONFIG, is_run
 
 
 def claim_run_dir(config: Config) -> Path:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from papo_fast.attention import NAME as TREE_ATTENTION
 from papo_fast.config import ModelConfig
 from papo_fast.errors import InputError
+from papo_fast.model.attention import NAME as TREE_ATTENTION
 
 
 def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:

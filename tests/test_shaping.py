@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papo_fast.advantages import dynamic_filter, group_advantages, overlong_penalty
 from papo_fast.errors import InputError
+from papo_fast.rewards.shaping import dynamic_filter, group_advantages, overlong_penalty
 
 
 def test_grpo_is_the_z_score_within_each_group():

@@ -1,0 +1,1 @@
+"""From files to prompts: rows, token ids and patches, corrupted pictures."""

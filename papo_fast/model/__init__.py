@@ -1,0 +1,1 @@
+"""The vision-language model as a policy: loading, packing, attention, adapters."""

@@ -1,0 +1,48 @@
+"""Engines that sample responses. All speak `RolloutEngine`; `hf` runs transformers' own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.errors import InputError
+from papo_fast.samples import Completion
+
+if TYPE_CHECKING:
+    from papo_fast.model.policy import Policy
+
+
+class RolloutError(InputError):
+    """The engine failed for a reason outside this program; the training step can be repeated."""
+
+
+class RolloutEngine(Protocol):
+    """What the training loop asks of an engine. Every rank calls every method."""
+
+    progress: Callable[[int], None] | None
+    """Called with the number of prompts that are done since the last call."""
+
+    def generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        n: int,
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """Sample `n` responses to each prompt; the same seed and weights give the same tokens."""
+        ...
+
+    def load_weights(self, policy: Policy) -> None:
+        """Sample with the policy's weights as they are now; forget all that older ones computed."""
+        ...
+
+    def sleep(self) -> None:
+        """Leave the device's memory to the update; weights have to be loaded before `generate`."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine has started."""
+        ...
