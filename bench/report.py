@@ -218,8 +218,9 @@ def section(content, images):
         "## Kernels",
         "The task is the statistics and the gradients of both streams, forward and backward. The "
         "inputs are hidden states of SmolLM2-135M-Instruct, so that the probabilities are those of "
-        f"a real language model. Measured on: {about(content)}. `make bench SIZE={content['size']}` "
-        "made these tables, and this command prints all cases, with what each way computes:",
+        f"a real language model. Measured on: {about(content)}. `make bench "
+        f"SIZE={content['size']}` made these tables, and this command prints all cases, with what "
+        "each way computes:",
         f"```bash\npython bench/report.py bench/results/cpu/{content['size']}.json\n```",
     ]
     timed = {way for k in chosen for way in found[k]} - {FLOOR}

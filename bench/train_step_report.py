@@ -181,8 +181,8 @@ How this was measured: float32, {threads} CPU threads, a Qwen2.5-VL with random 
 image : text : response = {lengths} tokens. Rewards are not part of the time. Sampling is part of it
 only in the lines that say so; those ratios are of whole steps, as the published ones are (+19 % and
 +42 % for the authors' code). Memory is what the process held beyond weights, optimizer state and
-data. All ways of one objective gave the same loss, and the same gradients to {same:.0e}, before they
-were timed. What the sparse backward leaves out moves the gradients by {sparse:.1e}. Shares of a
+data. Before they were timed, all ways of one objective gave the same loss, and the same gradients
+to {same:.0e}. What the sparse backward leaves out moves the gradients by {sparse:.1e}. Shares of a
 sequence's FLOPs, with those of the 3B model in brackets: {shares}.
 
 ```bash
