@@ -167,8 +167,12 @@ def test_only_the_pages_section_is_replaced(content):
         report.into_page("new", "no markers")
 
 
-def test_the_page_has_the_markers():
-    report.into_page("", report.PAGE.read_text())
+def test_the_page_says_what_the_results_say():
+    page = report.PAGE.read_text()
+    report.into_page("", page)
+    content = json.loads((BENCH / "results" / "cpu" / "quick.json").read_text())
+    images = [report.IMAGES / name for name in ("kernels_rows.png", "kernels_entropy.png")]
+    assert report.into_page(report.section(content, images), page) == page
 
 
 def test_plots_are_drawn_from_the_results(content, tmp_path, monkeypatch):

@@ -126,6 +126,13 @@ def test_a_run_ends_in_tables_a_picture_and_a_section(tmp_path, monkeypatch, cap
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_the_page_says_what_the_results_say():
+    content = json.loads(train_step_report.RESULT.read_text())
+    page = train_step_report.PAGE.read_text()
+    shown = page.split(train_step_report.BEGIN + "\n")[1].split(train_step_report.END)[0]
+    assert shown == train_step_report.page_section(content)
+
+
 def test_options_that_make_no_sense_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--rounds", "0"])
