@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str], console: Console) -> int:
     config = _parse_config("train", argv, console)
     if config is not None:
-        from papo_fast.trainer import train
+        from papo_fast.launch import train
 
         train(config, console)
     return 0

@@ -17,9 +17,9 @@ from rich.console import Console
 from test_training import checkpoints, questions, run, small  # noqa: F401
 
 from papo_fast.errors import InputError
+from papo_fast.launch import train
 from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
-from papo_fast.trainer import train
 
 FORK = multiprocessing.get_context("fork")
 

@@ -19,9 +19,9 @@ from papo_fast.cli import main
 from papo_fast.config import EvalConfig, ObjectiveConfig, RewardConfig
 from papo_fast.evaluate import limit_per_kind
 from papo_fast.experience import Experience
+from papo_fast.launch import train
 from papo_fast.presets import PRESETS, get_preset
 from papo_fast.rewards.scorer import Scorer
-from papo_fast.trainer import train
 
 VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
 

@@ -26,12 +26,12 @@ from vllm_checks import (
 
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
+from papo_fast.launch import train
 from papo_fast.presets import get_preset
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_serve import serve, server_command
 from papo_fast.rollout.vllm_server import VLLMServerRollout
-from papo_fast.trainer import train
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 MODEL_LEN = 300 + get_preset("tiny").rollout.max_new_tokens  # prompts of `untrained`, responses

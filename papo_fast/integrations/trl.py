@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from papo_fast.config import ObjectiveConfig
 from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
+from papo_fast.estimators import annealed
 from papo_fast.integrations.streams import AugStream, two_streams
-from papo_fast.objective import TERMS, annealed
+from papo_fast.objective import TERMS, sum_of_terms
 from papo_fast.token_batch import TokenBatch
 from papo_kernels import TokenStats
 
@@ -97,6 +98,7 @@ class PAPOConfig(GRPOConfig):
             kl_coef=self.beta,
             kl_prcp_coef=self.kl_prcp_coef,
             kl_prcp_clip=self.kl_prcp_clip,
+            kl_prcp_anneal_steps=self.kl_prcp_anneal_steps,
             entropy_coef=self.entropy_loss_coef,
             aug_entropy_coef=self.aug_entropy_loss_coef,
         ).resolved()
@@ -233,7 +235,7 @@ class PAPOTrainer(GRPOTrainer):
         self._head.stats = None
         if self.goal.needs_aug:
             pixels = self.corrupted(inputs) if "pixel_values" in inputs else None
-            self._head.aug = AugStream(pixels, bool(self.goal.aug_gradient))
+            self._head.aug = AugStream(pixels, self.goal.aug_stream == "trained")
         loss = super()._compute_loss(model, inputs)
         stats = self._head.stats
         if stats is None or self._head.aug is not None:
@@ -275,17 +277,15 @@ class PAPOTrainer(GRPOTrainer):
             **vectors,
         )
         gamma = annealed(
-            self.goal.kl_prcp_coef, self.state.global_step, self.args.kl_prcp_anneal_steps
+            self.goal.kl_prcp_coef, self.state.global_step, self.goal.kl_prcp_anneal_steps
         )
-        loss = vectors["logprobs"].new_zeros(())
-        for term in TERMS:
-            if term.name not in OUR_TERMS or term.coef(self.goal) == 0:
-                continue
-            values = term.values(batch, self.goal)
-            coef = -gamma if term.name == "kl_prcp" else term.coef(self.goal)
-            loss = loss + coef * (weights * values).sum()
+        goal = replace(self.goal, kl_prcp_coef=gamma)
+        asked = [t for t in TERMS if t.name in OUR_TERMS and t.coef(self.goal) != 0]
+        loss, _ = sum_of_terms(asked, batch, goal, lambda term: weights)
+        for term in asked:
             if term.name != "entropy":  # TRL logs that one
-                self._log_mean(term.name, values)
+                with torch.no_grad():
+                    self._log_mean(term.name, term.values(batch, goal))
         return loss
 
     def token_weights(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:

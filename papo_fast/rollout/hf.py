@@ -28,7 +28,6 @@ class HFRollout:
         policy: its weights are the ones that sample.
         eos_token_ids, pad_token_id: from the prompt encoder.
         batch_size: sequences generated at a time.
-        progress: called with the number of prompts done after every batch.
     """
 
     def __init__(
@@ -37,13 +36,11 @@ class HFRollout:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         batch_size: int,
-        progress: Callable[[int], None] | None = None,
     ):
         self.policy = policy
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
-        self.progress = progress
 
     def generate(
         self,
@@ -53,6 +50,7 @@ class HFRollout:
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
         """Sample `n` responses per prompt at `temperature` (see `RolloutEngine`)."""
         per_call = max(1, self.batch_size // n)
@@ -63,8 +61,7 @@ class HFRollout:
             for start in range(0, len(prompts), per_call):
                 chunk = prompts[start : start + per_call]
                 groups += self._generate(chunk, n, temperature, max_new_tokens)
-                if self.progress is not None:
-                    self.progress(len(chunk))
+                advance(len(chunk))
         return groups
 
     def load_weights(self, policy: Policy) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from papo_fast.config import Config
+from papo_fast.config_checks import resolve
 from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
 from papo_fast.rollout.protocol import RolloutError
@@ -41,7 +42,7 @@ def serve(config: Config, console: Console) -> None:
         raise InputError(
             f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
         )
-    config.validate()
+    config = resolve(config)
     require_vllm()
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
