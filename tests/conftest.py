@@ -35,3 +35,32 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A tiny checkpoint of each family, by its name."""
+    from support.family_checkpoints import FAMILIES, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("families")
+    return {family: write_checkpoint(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of twelve rows: one image, two images, text only."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from support.small_runs import png
+
+    rows = [
+        {
+            "problem": ["What?", "<image> or <image>?", "No picture."][i % 3],
+            "answer": str(i),
+            "images": [png(i), png(i + 50, (90, 60))][: (1, 2, 0)[i % 3]],
+        }
+        for i in range(12)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    return tmp_path / "train.parquet"

@@ -14,12 +14,12 @@ import time
 import pytest
 import torch
 from rich.console import Console
-from test_training import checkpoints, questions, run, small  # noqa: F401
 
 from papo_fast.errors import InputError
 from papo_fast.launch import train
 from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
+from support.small_runs import run, small
 
 FORK = multiprocessing.get_context("fork")
 
@@ -32,7 +32,7 @@ def resumable(config, **changes):
 
 
 @pytest.fixture
-def config(checkpoints, questions, tmp_path):  # noqa: F811
+def config(checkpoints, questions, tmp_path):
     # a reference model, two updates a step, rows that repeat within the run
     config = small(get_preset("papo-g-7b"), checkpoints["qwen2_5_vl"], questions, tmp_path / "a")
     return resumable(config)

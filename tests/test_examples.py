@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from family_checkpoints import write_checkpoint
 
 from papo_fast.digits.task import write_questions
+from support.family_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -13,10 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
 from safetensors.torch import load_file
-from test_parallel import TESTS
-from test_training import checkpoints, png, questions, run, small  # noqa: F401
 from torch.distributed.checkpoint import FileSystemReader
 
 from papo_fast.config import EvalConfig
@@ -24,6 +21,9 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
+from support import SUPPORT
+from support.family_checkpoints import write_checkpoint
+from support.small_runs import png, run, small
 
 
 def metrics(folder):
@@ -53,7 +53,7 @@ def test_a_rank_that_dies_ends_the_others_within_a_minute_and_the_run_resumes(tm
     }
     flat = [text for k, v in options.items() for text in (f"--{k}", str(v))]
     command = ["train", "papo-g-3b", *flat, "--resume"]
-    worker = [str(TESTS / "fault_worker.py"), *command]
+    worker = [str(SUPPORT / "fault_worker.py"), *command]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -87,8 +87,8 @@ def main_of_this_process(command):
 
 @pytest.mark.parametrize("frozen", [{"lora_rank": 4}, {"train_vision": False}], ids=str)
 def test_checkpoints_hold_what_is_trained_and_resume_exactly(
-    checkpoints,  # noqa: F811
-    questions,  # noqa: F811
+    checkpoints,
+    questions,
     tmp_path,
     frozen,
 ):
@@ -124,7 +124,7 @@ def with_a_broken_picture(path, at):
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def test_a_corrupt_picture_in_the_middle_of_an_epoch(checkpoints, questions, tmp_path, caplog):  # noqa: F811
+def test_a_corrupt_picture_in_the_middle_of_an_epoch(checkpoints, questions, tmp_path, caplog):
     with_a_broken_picture(questions, 6)
     config = small(get_preset("grpo"), checkpoints["qwen2_5_vl"], questions, tmp_path / "runs")
     config = dataclasses.replace(
@@ -151,8 +151,8 @@ def test_a_corrupt_picture_in_the_middle_of_an_epoch(checkpoints, questions, tmp
 
 
 def test_answers_that_hang_or_crash_the_comparison_cost_their_reward_only(
-    checkpoints,  # noqa: F811
-    questions,  # noqa: F811
+    checkpoints,
+    questions,
     tmp_path,
     monkeypatch,
 ):

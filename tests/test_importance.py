@@ -6,8 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
-from test_parallel import DATA, fixed_experience
 
 from papo_fast import update
 from papo_fast.config import ObjectiveConfig
@@ -18,6 +16,8 @@ from papo_fast.model.policy import Policy
 from papo_fast.objective import Denominators, TokenBatch, objective, truncated_weights
 from papo_fast.presets import get_preset
 from papo_fast.update import Updater
+from support.family_checkpoints import write_checkpoint
+from support.ranks import DATA, fixed_experience
 
 PLAIN = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0).resolved()
 

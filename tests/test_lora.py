@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-import parallel_worker
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
 from safetensors.torch import load_file
-from test_parallel import DATA, TESTS, fixed_experience, launch
 
 from papo_fast.config import ModelConfig, ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
@@ -21,6 +18,9 @@ from papo_fast.model.lora import SharedReference, adapted_layers, is_adapter, me
 from papo_fast.model.packing import Group, pack
 from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
+from support import SUPPORT, parallel_worker
+from support.family_checkpoints import write_checkpoint
+from support.ranks import DATA, fixed_experience, launch
 
 pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_two_ranks_train_the_adapters_of_one_process(tmp_path):
     }
     torch.save(job, tmp_path / "job.pt")
     parallel_worker.main(str(tmp_path / "job.pt"), str(tmp_path / "one"))
-    worker = str(TESTS / "parallel_worker.py")
+    worker = str(SUPPORT / "parallel_worker.py")
     launch(2, [worker, str(tmp_path / "job.pt"), str(tmp_path / "two")])
     start, one, two = (
         load_file(folder / "model.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +16,7 @@ from papo_fast.model.attention import Segment, TreeLayout, tree_attention
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.packing import Group, pack, plan
 from papo_fast.model.policy import Policy
+from support.family_checkpoints import FAMILIES, write_checkpoint
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")

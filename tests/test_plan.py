@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
+
+from support.family_checkpoints import write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 

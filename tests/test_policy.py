@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
 from PIL import Image
 
 from papo_fast.config import DataConfig, ModelConfig
@@ -14,6 +13,7 @@ from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.packing import Group, pack
 from papo_fast.model.policy import Policy
 from papo_fast.rollout.hf import HFRollout
+from support.family_checkpoints import FAMILIES, write_checkpoint
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 

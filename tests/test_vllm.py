@@ -13,9 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_parallel import launch
-from test_training import png
-from vllm_checks import (
+
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.errors import InputError
+from papo_fast.presets import get_preset
+from papo_fast.rollout.vllm_requests import engine_options, require_vllm
+from papo_fast.rollout.vllm_setup import ON_CPU
+from support.ranks import launch
+from support.small_runs import png
+from support.vllm_checks import (
     CPU,
     check_agreement_after_every_sync,
     check_bans,
@@ -26,12 +32,6 @@ from vllm_checks import (
     sample,
     untrained,
 )
-
-from papo_fast.digits.model import build_checkpoint
-from papo_fast.errors import InputError
-from papo_fast.presets import get_preset
-from papo_fast.rollout.vllm_requests import engine_options, require_vllm
-from papo_fast.rollout.vllm_setup import ON_CPU
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 
@@ -58,8 +58,8 @@ def test_sampler_and_trainer_agree_after_every_sync(engine_policy_encoder):
 FAMILY = """
 import sys
 from pathlib import Path
-from family_checkpoints import write_checkpoint
-from vllm_checks import CPU, at_hand, check_agreement_after_every_sync
+from support.family_checkpoints import write_checkpoint
+from support.vllm_checks import CPU, at_hand, check_agreement_after_every_sync
 from papo_fast.rollout.vllm import VLLMRollout
 
 config, encoder, policy = at_hand(write_checkpoint(Path(sys.argv[1]), sys.argv[2], head_dim=32))

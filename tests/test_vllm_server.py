@@ -14,15 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from test_training import VOLATILE, png
-from vllm_checks import (
-    check_agreement_after_every_sync,
-    check_bans,
-    mixed_prompts,
-    needs_vllm,
-    sample,
-    untrained,
-)
 
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
@@ -32,6 +23,15 @@ from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_serve import serve, server_command
 from papo_fast.rollout.vllm_server import VLLMServerRollout
+from support.small_runs import VOLATILE, png
+from support.vllm_checks import (
+    check_agreement_after_every_sync,
+    check_bans,
+    mixed_prompts,
+    needs_vllm,
+    sample,
+    untrained,
+)
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 MODEL_LEN = 300 + get_preset("tiny").rollout.max_new_tokens  # prompts of `untrained`, responses
