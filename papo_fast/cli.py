@@ -130,7 +130,7 @@ def _train(argv: list[str], console: Console) -> int:
 def _serve(argv: list[str], console: Console) -> int:
     config = _parse_config("serve", argv, console)
     if config is not None:
-        from papo_fast.rollout.vllm_serve import serve
+        from papo_fast.launch import serve
 
         serve(config, console)
     return 0

@@ -1,7 +1,8 @@
-"""Start a training run: its processes, its folder, the built-in task's model, what ends it."""
+"""Start a training run (its processes, its folder, what ends it) or a vLLM server for one."""
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +16,16 @@ from papo_fast.errors import InputError
 from papo_fast.parallel import gather, is_main, main_first, pick_device, process_group
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_requests import require_vllm
+from papo_fast.rollout.vllm_serve import server_command
 from papo_fast.run.checkpoint import stop_on_sigterm
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG
 from papo_fast.run.folder import claim_run_dir, find_run_dir, write_json
 from papo_fast.run.progress import Progress
 from papo_fast.trainer import Trainer
+
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def train(config: Config, console: Console) -> Path:
@@ -58,3 +63,22 @@ def _train(config: Config, console: Console) -> Path:
                 if before_it and not trainer.journal.is_saved():
                     trainer.journal.checkpoint(trainer.policy, trainer.updater.optimizer)
                 raise
+
+
+def serve(config: Config, console: Console) -> None:
+    """Become the vLLM server of a run with this configuration; does not return."""
+    urls = config.rollout.server_urls or (DEFAULT_URL,)
+    if len(urls) > 1:
+        raise InputError(
+            f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
+        )
+    config = resolve(config)
+    require_vllm()
+    if config.digits.enabled:
+        from papo_fast.digits.warmstart import prepare
+
+        config = prepare(config, Progress(console))
+    command, environment = server_command(config, urls[0])
+    environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    console.print(f"vLLM serves {config.model.path} at {urls[0]}")
+    os.execve(command[0], command, environment)
