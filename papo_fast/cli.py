@@ -49,7 +49,7 @@ class EvalArguments:
     corrupted: bool = True
     """Also with corrupted images."""
     seed: int = 0
-    """Seed of sampling and masks."""
+    """Seed of sampling and corruptions."""
 
 
 @dataclass

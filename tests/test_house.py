@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import papo_fast
+from support.reading import counts
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -160,6 +161,10 @@ def test_the_check_of_arrows_sees_an_upward_one_and_a_circle():
     arrows = arrows_between(sources)
     assert upward(arrows) == ["papo_fast.model.policy imports papo_fast.trainer"]
     assert circle(arrows) == ["papo_fast.model.policy", "papo_fast.trainer"]
+
+
+def test_one_step_of_training_can_be_read_in_900_lines():
+    assert sum(counts().values()) <= 900, counts()
 
 
 def test_importing_papo_fast_changes_nothing_global():

@@ -75,7 +75,7 @@ PAPER = everything(parity="paper")
 
 
 def by_hand(batch: TokenBatch, config: ObjectiveConfig) -> float:
-    """DESIGN §2 with Python floats, token after token; clips by `if`, not by min and max."""
+    """docs/design.md with Python floats, token after token; clips by `if`, not by min and max."""
     get = {name: getattr(batch, name).tolist() for name in (*FLOAT_FIELDS, "correct")}
     ids = batch.sequence_ids.tolist()
     n, sequences = len(ids), sorted(set(ids))

@@ -199,7 +199,7 @@ def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
     assert 1.8 < more.tokens / few.tokens < 2.2
     # the planned logits are those that token_stats does not hold: two streams, and gradients
     plan = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout)
-    assert plan.logits == 2 * 2 * 4 * plan.batch.rows * 152_064
+    assert plan.logits == 2 * 2 * 4 * plan.batch.response_tokens * 152_064
 
 
 def test_a_micro_batch_is_the_one_that_packing_makes(warm):

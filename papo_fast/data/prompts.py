@@ -33,7 +33,7 @@ class Prompt:
     """One question, ready for the sampler."""
 
     index: int
-    """Row in the data, from 0; seeds the prompt's mask."""
+    """Row in the data, from 0; seeds the prompt's corruption."""
     problem: str
     """The question as the data has it, without the prompt suffix."""
     answer: str

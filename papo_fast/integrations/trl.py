@@ -188,7 +188,7 @@ class PAPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that adds PAPO's terms to TRL's loss; takes a `PAPOConfig` as `args`.
 
     Of TRL it overrides the three methods below. Pictures are corrupted on the processor's own patch
-    grid, one mask per prompt and rollout for all of its responses. With `parity="official"` the
+    grid, one corruption per prompt and rollout for all of its responses. With `parity="official"` the
     corrupted stream's log-probs are taken at each update, without gradient; the authors take them
     once per rollout, which is the same where a rollout makes one update.
     """
@@ -218,7 +218,7 @@ class PAPOTrainer(GRPOTrainer):
             self._corruption = PatchCorruption.of(processor, args.corruption_ratio)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, with a seed per sequence: responses to one prompt share their mask."""
+        """TRL's, with a seed per sequence: responses to one prompt share their corruption."""
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         size = self.num_generations if self.model.training else self.num_generations_eval
@@ -248,8 +248,8 @@ class PAPOTrainer(GRPOTrainer):
     def corrupted(self, inputs: dict[str, Any]) -> Tensor:
         """`inputs["pixel_values"]`, a share `corruption_ratio` of each image's patches black."""
         pixels, grid, counts = (inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images"))
-        rows = grid.prod(-1).split(counts)
-        parts = pixels.split([int(r.sum()) for r in rows])
+        patches = grid.prod(-1).split(counts)
+        parts = pixels.split([int(p.sum()) for p in patches])
         seeds = inputs["corruption_seeds"].tolist()
         return torch.cat(
             [
@@ -269,11 +269,11 @@ class PAPOTrainer(GRPOTrainer):
             name: None if x is None else x[:, -mask.shape[1] :][counted]
             for name, x in stats._asdict().items()
         }
-        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[counted]
+        ids = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[counted]
         batch = TokenBatch(
             old_logprobs=vectors["logprobs"].detach(),
             advantages=torch.zeros_like(vectors["logprobs"]),
-            sequence_ids=rows,
+            sequence_ids=ids,
             **vectors,
         )
         gamma = annealed(

@@ -47,7 +47,7 @@ class MicroBatch:
     keys: int
     """Keys that attention gathers: a response's own and its prompt's."""
     patches: int
-    rows: int
+    response_tokens: int
     """Response tokens of one stream, which go through the lm_head."""
     streams: int
     segments: int
@@ -82,7 +82,7 @@ def micro_batch(config: Config, lengths: Lengths, merge: int, ranks: int) -> Mic
         tokens=round(streams * (prompt + responses)),
         keys=round(streams * (prompt + responses + trees * together * lengths.prompt)),
         patches=round(streams * trees * lengths.image * merge),
-        rows=round(responses),
+        response_tokens=round(responses),
         streams=streams,
         segments=round(streams * trees * (1 + together)),
         accumulated=batches > ranks,
