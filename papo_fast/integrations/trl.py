@@ -188,7 +188,7 @@ class PAPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that adds PAPO's terms to TRL's loss; takes a `PAPOConfig` as `args`.
 
     Of TRL it overrides the three methods below. Pictures are corrupted on the processor's own patch
-    grid, one corruption per prompt and rollout for all of its responses. With `parity="official"` the
+    grid, once per prompt and rollout for all of its responses. With `parity="official"` the
     corrupted stream's log-probs are taken at each update, without gradient; the authors take them
     once per rollout, which is the same where a rollout makes one update.
     """
