@@ -40,6 +40,8 @@ from papo_fast.update import Updater
 
 
 class Trainer:
+    """One run: the loop comes first, and what it is made of after it."""
+
     def run(self, stop: StopRequest) -> Path:
         """The whole job; returns the run's folder."""
         self.load_sampler()
