@@ -339,13 +339,6 @@ def test_the_same_question_twice_is_paired_in_the_order_of_the_file():
     assert [row["image"] for row in choose(before + after)] == ["b", "a"]
 
 
-def test_evaluation_and_report_read_a_response_alike():
-    from papo_fast.evaluate import reading as evaluated
-
-    for text in (RIGHT, UNREAD, "<think> 4\n</think>", "<think>1}", "</think><think>", ""):
-        assert evaluated(text) == reading(text)
-
-
 def test_examples_of_before_and_after_live_together(tmp_path):
     save_examples(tmp_path, [example(when="before", response="b", corrupted=None)])
     save_examples(tmp_path, [example(response="old"), example(response="old")])
