@@ -82,7 +82,7 @@ def test_the_bare_loop_is_short():
 def test_trls_trainer_runs(tmp_path):
     for package in ("trl", "peft"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install '.[peers,lora]'")
+            pytest.skip(f"{package} is not installed: pip install '.[trl,lora]'")
     output = run(EXAMPLES / "trl_papo.py", "--output_dir", tmp_path, "--lora", 4)
     assert len(re.findall(r"'kl_prcp': '?[\d.]+", output)) == 5
     assert (tmp_path / "adapter_model.safetensors").exists()
