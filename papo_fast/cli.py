@@ -49,7 +49,7 @@ class EvalArguments:
     corrupted: bool = True
     """Also with corrupted images."""
     seed: int = 0
-    """Seed of sampling and masks."""
+    """Seed of sampling and corruptions."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str], console: Console) -> int:
     config = _parse_config("train", argv, console)
     if config is not None:
-        from papo_fast.trainer import train
+        from papo_fast.launch import train
 
         train(config, console)
     return 0
@@ -130,7 +130,7 @@ def _train(argv: list[str], console: Console) -> int:
 def _serve(argv: list[str], console: Console) -> int:
     config = _parse_config("serve", argv, console)
     if config is not None:
-        from papo_fast.rollout.vllm_serve import serve
+        from papo_fast.launch import serve
 
         serve(config, console)
     return 0

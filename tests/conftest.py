@@ -8,7 +8,8 @@ import tempfile
 import hypothesis
 import pytest
 
-import papo_fast  # noqa: F401  mends torchvision before a test imports transformers
+# Where torch is a CPU build, torchvision has to be mended before a test imports transformers.
+from papo_fast.rollout.vllm_on_cpu import sitecustomize  # noqa: F401
 
 # Set before transformers or datasets is imported anywhere; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"

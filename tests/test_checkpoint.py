@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 
 from papo_fast.errors import InputError
+from papo_fast.launch import train
 from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
-from papo_fast.trainer import train
 from support.small_runs import run, small
 
 FORK = multiprocessing.get_context("fork")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from papo_fast.objective import Denominators, TokenBatch, mean_metrics, objective
+from papo_fast.objective import mean_metrics, objective
 from papo_fast.rewards.shaping import group_advantages
+from papo_fast.token_batch import Denominators, TokenBatch
 from support.golden import (
     AVERAGE,
     GOLDEN,

@@ -15,12 +15,12 @@ from papo_fast.errors import InputError
 from papo_fast.model import liger
 from papo_fast.model.loading import load_model
 from papo_fast.model.lora import SharedReference, adapted_layers, is_adapter, merged
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
 from support import SUPPORT, parallel_worker
 from support.family_checkpoints import write_checkpoint
-from support.ranks import DATA, fixed_experience, launch
+from support.ranks import DATA, fixed_groups, launch
 
 pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")
@@ -33,10 +33,7 @@ def setup(request, tmp_path_factory):
     encoder = PromptEncoder(path, DATA)
     config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
     plain = Policy.load(config, encoder.banned_token_ids, CPU).requires_grad_(False)
-    data = fixed_experience(encoder)
-    prompts, aug = data["prompts"], data["aug_pixels"]
-    responses = [c.token_ids for c in data["completions"]]
-    groups = [Group(prompts[i].encoded, responses[i : i + 3], [], aug[i]) for i in (3, 6)]
+    groups = fixed_groups(encoder)[1:3]
     return config, encoder, plain, pack(groups, plain.prompt_positions, aug=True)
 
 
@@ -128,7 +125,7 @@ def test_two_ranks_train_the_adapters_of_one_process(tmp_path):
     job = {
         "config": config,
         "bans": encoder.banned_token_ids,
-        "experience": fixed_experience(encoder),
+        "groups": fixed_groups(encoder),
     }
     torch.save(job, tmp_path / "job.pt")
     parallel_worker.main(str(tmp_path / "job.pt"), str(tmp_path / "one"))

@@ -23,7 +23,7 @@ from papo_fast.data.encoder import PromptEncoder
 from papo_fast.presets import get_preset
 from support import SUPPORT
 from support.family_checkpoints import write_checkpoint
-from support.ranks import DATA, fixed_experience, launch
+from support.ranks import DATA, fixed_groups, launch
 from support.small_runs import png
 
 
@@ -36,7 +36,8 @@ def job(tmp_path_factory):
     config = dataclasses.replace(
         preset,
         model=dataclasses.replace(preset.model, path=str(path), dtype="float32"),
-        train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300),
+        rollout=dataclasses.replace(preset.rollout, prompts=6, group_size=3),
+        train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300, update_prompts=2),
     )
 
     @functools.cache
@@ -44,7 +45,7 @@ def job(tmp_path_factory):
         job = {
             "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
             "bans": encoder.banned_token_ids,
-            "experience": fixed_experience(encoder),
+            "groups": fixed_groups(encoder),
             "checkpoint": ranks > 1,
             "resume": resume and str(folder / resume),
         }

@@ -19,6 +19,7 @@ from update_memory import Case
 
 from papo_fast.cli import main
 from papo_fast.config import ModelConfig
+from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
 from papo_fast.planning.advice import effects, remedy
@@ -198,12 +199,10 @@ def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
     assert 1.8 < more.tokens / few.tokens < 2.2
     # the planned logits are those that token_stats does not hold: two streams, and gradients
     plan = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout)
-    assert plan.logits == 2 * 2 * 4 * plan.batch.rows * 152_064
+    assert plan.logits == 2 * 2 * 4 * plan.batch.response_tokens * 152_064
 
 
 def test_a_micro_batch_is_the_one_that_packing_makes(warm):
-    from papo_fast.model.packing import plan as pack_plan
-
     case = Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3)
     config = update_memory.configuration(case, "unused")
     data = update_memory.experience(case)
@@ -213,8 +212,8 @@ def test_a_micro_batch_is_the_one_that_packing_makes(warm):
         if tokens:
             train = dataclasses.replace(train, max_tokens=tokens)
         changed = dataclasses.replace(config, train=train)
-        dealt = pack_plan(data.groups(range(len(data))), train.max_tokens, 2, shape, ranks)
-        largest = max(2 * sum(g.tokens for g in b) for of_rank in dealt for b in of_rank)
+        dealt = distribute(data, train.max_tokens, 2, shape, ranks)
+        largest = max(2 * sum(map(tree_tokens, b)) for of_rank in dealt for b in of_rank)
         expected = micro_batch(changed, case.lengths, 4, ranks)
         assert expected.tokens == pytest.approx(largest, rel=0.15), (ranks, tokens)
         assert expected.accumulated == (len(dealt[0]) > 1)

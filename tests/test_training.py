@@ -13,10 +13,11 @@ from transformers import AutoModelForImageTextToText
 
 from papo_fast.cli import main
 from papo_fast.config import EvalConfig, ObjectiveConfig
+from papo_fast.config_checks import check
 from papo_fast.evaluate import limit_per_kind
-from papo_fast.experience import Experience
 from papo_fast.presets import PRESETS, get_preset
 from papo_fast.rewards.scorer import Scorer
+from papo_fast.update import Updater
 from support.family_checkpoints import FAMILIES, write_processor_files
 from support.small_runs import png, run, small
 
@@ -96,7 +97,7 @@ def test_parity_modes_run_and_only_official_keeps_gradient_out_of_the_corrupted_
 
     def spy(self, batch, **kwargs):
         result = stats(self, batch, **kwargs)
-        streams.append((len(batch.rows) == 2, result[0].logprobs.requires_grad))
+        streams.append((len(batch.predictors) == 2, result[0].logprobs.requires_grad))
         return result
 
     monkeypatch.setattr(Policy, "stats", spy)
@@ -188,17 +189,18 @@ def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot_or_top
     assert [r["groups_kept"] for r in rows] == [0.5, 0.5]
 
     # two of the four groups come from the filter, and the update is of four all the same
-    updated, groups = [], Experience.groups
+    updated, update = [], Updater.update
     monkeypatch.setattr(
-        Experience, "groups", lambda self, s: updated.append(self) or groups(self, s)
+        Updater,
+        "update",
+        lambda self, groups, *a, **k: updated.append(groups) or update(self, groups, *a, **k),
     )
     short = dataclasses.replace(config.rollout, max_filter_rounds=1, filter_unfilled="top_up")
     _, rows, _ = run(dataclasses.replace(config, rollout=short))
     assert [r["rollout_rounds"] for r in rows] == [1, 1]
-    assert {len(e) for e in updated} == {12}
-    for e in updated:
-        differ = [len({s.accuracy for s in e.scores[i : i + 3]}) > 1 for i in range(0, 12, 3)]
-        assert differ == [True, True, False, False]
+    assert [len(groups) for groups in updated] == [2, 2, 2, 2]
+    differ = [len({s.score.accuracy for s in g.samples}) > 1 for groups in updated for g in groups]
+    assert differ == 2 * [True, True, False, False]
 
 
 def test_evaluation_limit_counts_questions_of_each_kind():
@@ -315,8 +317,10 @@ def test_presets_are_the_papers_and_valid():
         assert rollout.filter_unfilled == "error", name
     for name, (_, config) in PRESETS.items():
         assert config.preset == name
-        dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, path="x"),
-            data=dataclasses.replace(config.data, train="y"),
-        ).validate()
+        check(
+            dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, path="x"),
+                data=dataclasses.replace(config.data, train="y"),
+            )
+        )

@@ -92,6 +92,11 @@ class Scorer:
         self._workers.clear()
         self._idle = queue.SimpleQueue()
 
+    def alarms(self) -> list[str]:
+        """What the user should hear since the last call."""
+        failure, self.last_failure = self.last_failure, ""
+        return [f"an answer could not be compared: {failure}"] if failure else []
+
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[Score]:
         """Scores of `responses` against the reference `answers`, one for each.
 

@@ -73,7 +73,6 @@ class VLLMRollout:
         self.format = RequestFormat(encoder)
         self.can_sleep = not on_cpu
         self.asleep = False
-        self.progress: Callable[[int], None] | None = None
 
     def generate(
         self,
@@ -83,6 +82,7 @@ class VLLMRollout:
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
         """Sample `n` responses per prompt at `temperature` (see `RolloutEngine`)."""
         from vllm import SamplingParams
@@ -107,8 +107,7 @@ class VLLMRollout:
         ):
             self.format.check_prompt(prompt, answer.prompt_token_ids, "vLLM")
             groups.append([self._completion(output) for output in answer.outputs])
-        if self.progress is not None:
-            self.progress(len(prompts))
+        advance(len(prompts))
         return groups
 
     def _completion(self, output) -> Completion:

@@ -1,4 +1,4 @@
-"""Several processes on one machine, and an experience that each of them can build alike."""
+"""Several processes on one machine, and groups that each of them can build alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from papo_fast.config import DataConfig
 from papo_fast.data.prompts import Prompt
 from papo_fast.rewards.scorer import Score
-from papo_fast.samples import Completion
+from papo_fast.samples import Completion, Group, Sample, all_samples
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
@@ -56,27 +56,24 @@ def _picture(seed, size):
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-def fixed_experience(encoder):
+def fixed_groups(encoder):
     """Six groups of three of 2, 1 and 0 pictures in turn, so that ranks differ in all there is."""
     g = torch.Generator().manual_seed(0)
-    prompts, completions, aug = [], [], []
+    groups = []
     for i in range(6):
         images = [_picture(10 * i + j, (60 + 10 * j, 80)) for j in range((2, 1, 0)[i % 3])]
         encoded = encoder.encode("question " * (i + 1), images)
         pixels = encoded.pixel_values
         noise = None if pixels is None else torch.randn(pixels.shape, generator=g)
-        prompt = Prompt(i, "", "", "", images, encoded)
-        for _ in range(3):
+        samples = []
+        for j in range(3):
             n = int(torch.randint(1, 12, (), generator=g))
             tokens = torch.randint(60, 120, (n,), generator=g).tolist()
-            completions.append(Completion(tokens, [-1.0] * n, True))
-            prompts.append(prompt)
-            aug.append(noise)
-    right = [i % 2 for i in range(len(prompts))]
-    return {
-        "prompts": prompts,
-        "completions": completions,
-        "scores": [Score(r, r, 1.0, False) for r in right],
-        "advantages_B": torch.randn(len(prompts), generator=g),
-        "aug_pixels": aug,
-    }
+            right = (3 * i + j) % 2
+            score = Score(right, right, 1.0, False)
+            samples.append(Sample(Completion(tokens, [-1.0] * n, True), score=score))
+        groups.append(Group(Prompt(i, "", "", "", images, encoded), samples, noise))
+    advantages = torch.randn(18, generator=g).tolist()
+    for sample, advantage in zip(all_samples(groups), advantages, strict=True):
+        sample.advantage = advantage
+    return groups

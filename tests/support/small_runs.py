@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from papo_fast.config import EvalConfig, RewardConfig
-from papo_fast.trainer import train
+from papo_fast.launch import train
 
 VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
 
