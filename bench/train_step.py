@@ -224,7 +224,7 @@ def main(arguments=None):
     if args.threads < 0 or (args.rounds is not None and args.rounds < 1):
         parser.error("--threads must be at least 0 and --rounds at least 1")
     if importlib.util.find_spec("trl") is None:
-        parser.error("TRL is not installed: pip install -c constraints/cpu.txt -e '.[peers]'")
+        parser.error("TRL is not installed: pip install -c constraints/cpu.txt -e '.[bench]'")
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""PAPO on TRL's GRPOTrainer, full or LoRA. Needs the extras peers and lora (CONTRIBUTING.md).
+"""PAPO on TRL's GRPOTrainer, full or LoRA. Needs the extras trl and lora (CONTRIBUTING.md).
 
     .venv/bin/python examples/trl_papo.py --use_cpu
     accelerate launch examples/trl_papo.py --model Qwen2.5-VL-3B-Instruct/ --data ViRL39K.parquet

@@ -32,9 +32,9 @@ OPTIONAL = (
     ("flash", "flash-attn", "variable-length attention on GPUs"),
     ("vllm", "vllm", "rollout engines vllm and vllm_server"),
     ("lora", "peft", "LoRA, --model.lora-rank"),
-    ("peers", "liger-kernel", "layers on GPUs; peer in the benchmarks"),
-    ("peers", "trl", "peer in the benchmarks"),
-    ("peers", "cut-cross-entropy", "peer in the benchmarks"),
+    ("liger", "liger-kernel", "layers on GPUs; compared with in the benchmarks"),
+    ("trl", "trl", "PAPOTrainer; compared with in the benchmarks"),
+    ("bench", "cut-cross-entropy", "compared with in the benchmarks"),
 )
 
 

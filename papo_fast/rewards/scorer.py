@@ -25,7 +25,7 @@ from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
 from papo_fast.rewards import answer_check
 
-START_LIMIT = 120.0
+START_LIMIT = 600.0
 """Seconds a worker may take to start; a busy machine imports sympy slowly."""
 WALL_FACTOR = 10.0
 """A worker that uses no CPU time, so that its own limit never comes, is killed after this many

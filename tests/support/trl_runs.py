@@ -4,7 +4,7 @@
 import pytest
 
 for _package in ("trl", "peft"):
-    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[peers,lora]'")
+    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[trl,lora]'")
 
 from papo_fast.config import DataConfig
 from papo_fast.digits.task import write_questions
