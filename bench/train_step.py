@@ -115,23 +115,23 @@ def _compared(way, got, want, most):
 
 def sampling_seconds(case):
     """Of sampling the responses as papo_fast's trainer does without an engine of its own."""
-    engine = HFRollout(case.policy, [EOS], EOS, len(case.experience))
-    prompts = [p.encoded for p in case.experience.prompts[:: case.group_size]]
+    engine = HFRollout(case.policy, [EOS], EOS, len(case.samples))
+    prompts = [group.prompt.encoded for group in case.groups]
     start = time.perf_counter()
     engine.generate(
         prompts,
         case.group_size,
         temperature=1.0,
-        max_new_tokens=max(case.experience.lengths),
+        max_new_tokens=max(len(s) for s in case.samples),
         seed=0,
+        advance=lambda n: None,
     )
     return time.perf_counter() - start
 
 
 def describe_policy(case):
     """Mean entropies and perception KL of the responses, in nats."""
-    groups = case.experience.groups(range(len(case.experience)))
-    batch = pack(groups, case.policy.prompt_positions, aug=True)
+    batch = pack(case.groups, case.policy.prompt_positions, aug=True)
     with inference(case.policy):
         stats, _ = case.policy.stats(batch)
     names = ("entropy", "aug_entropy", "kl_prcp")
@@ -224,7 +224,7 @@ def main(arguments=None):
     if args.threads < 0 or (args.rounds is not None and args.rounds < 1):
         parser.error("--threads must be at least 0 and --rounds at least 1")
     if importlib.util.find_spec("trl") is None:
-        parser.error("TRL is not installed: pip install -c constraints/cpu.txt -e '.[peers]'")
+        parser.error("TRL is not installed: pip install -c constraints/cpu.txt -e '.[bench]'")
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -17,13 +17,12 @@ from transformers import (
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.data.prompts import Prompt
-from papo_fast.experience import Experience
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
 from papo_fast.rewards.scorer import Score
 from papo_fast.rewards.shaping import group_advantages
 from papo_fast.rollout.hf import pad_left
-from papo_fast.samples import Completion
+from papo_fast.samples import Completion, Group, Sample, all_samples
 
 EOS, VISION_START, VISION_END, IMAGE, VIDEO = range(5)
 CORRUPTED_SHARE = 0.6
@@ -158,29 +157,36 @@ class Case:
     policy: Policy
     reference: Policy
     optimizer: torch.optim.Optimizer
-    experience: Experience
+    groups: list[Group]
+
+    @property
+    def samples(self):
+        return all_samples(self.groups)
 
     @property
     def tokens(self):
-        return sum(self.experience.lengths)
+        return sum(len(s) for s in self.samples)
 
     def sharing(self, what):
-        """The experience with `what` of a group shared: "nothing", "pictures", "prompts" (both).
+        """The groups with `what` of them shared: "nothing", "pictures", "prompts" (both).
 
-        Papo_fast shares what is the same object, so copies are not shared.
+        Samples that share less stand in groups of their own, and pictures that are copies are not
+        shared. What an earlier pass has filled in is forgotten.
         """
-        e = self.experience
+        for sample in self.samples:
+            sample.old = sample.ref = sample.aug = None
         if what == "prompts":
-            return e
-        prompts, aug = [], []
-        for prompt, pixels in zip(e.prompts, e.aug_pixels, strict=True):
-            encoded = prompt.encoded
-            if what == "nothing":
-                encoded = replace(encoded, pixel_values=encoded.pixel_values.clone())
-                pixels = pixels.clone()
-            prompts.append(replace(prompt, encoded=encoded))
-            aug.append(pixels)
-        return replace(e, prompts=prompts, aug_pixels=aug, metrics={})
+            return self.groups
+        alone = []
+        for group in self.groups:
+            for sample in group.samples:
+                prompt, pixels = group.prompt, group.aug_pixels
+                if what == "nothing":
+                    copied = prompt.encoded.pixel_values.clone()
+                    encoded = replace(prompt.encoded, pixel_values=copied)
+                    prompt, pixels = replace(prompt, encoded=encoded), pixels.clone()
+                alone.append(Group(prompt, [sample], pixels))
+        return alone
 
 
 def make_case(size, group_size, path):
@@ -197,18 +203,22 @@ def make_case(size, group_size, path):
     lengths = response_lengths(size.response, group_size * len(prompts))
     completions = _sample(policy, prompts, group_size, lengths)
     right = [i % 2 for i in range(len(lengths))]
-    scores = [Score(float(r), float(r), 1.0, False) for r in right]
-    rewards = torch.tensor([s.reward for s in scores])
-    groups = torch.arange(len(prompts)).repeat_interleave(group_size)
-    aug = [_corrupted(p.encoded.pixel_values) for p in prompts]
-    experience = Experience(
-        prompts=[p for p in prompts for _ in range(group_size)],
-        completions=completions,
-        scores=scores,
-        advantages_B=group_advantages(rewards, groups, "grpo"),
-        aug_pixels=[x for x in aug for _ in range(group_size)],
-    )
-    return Case(size, group_size, Path(path), policy, reference, optimizer, experience)
+    rewards = torch.tensor([float(r) for r in right])
+    ids = torch.arange(len(prompts)).repeat_interleave(group_size)
+    advantages = group_advantages(rewards, ids, "grpo").tolist()
+    samples = [
+        Sample(completion, score=Score(float(r), float(r), 1.0, False), advantage=advantage)
+        for completion, r, advantage in zip(completions, right, advantages, strict=True)
+    ]
+    groups = [
+        Group(
+            prompt,
+            samples[i * group_size : (i + 1) * group_size],
+            _corrupted(prompt.encoded.pixel_values),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return Case(size, group_size, Path(path), policy, reference, optimizer, groups)
 
 
 def response_lengths(mean, count):

@@ -84,9 +84,9 @@ def _trainer(case):
 
 
 def _micro_batches(case):
-    experience, budget = case.experience, case.size.micro_tokens
-    lengths = experience.lengths
-    prompts = [p.encoded for p in experience.prompts]
+    samples, budget = case.samples, case.size.micro_tokens
+    lengths = [len(s) for s in samples]
+    prompts = [group.prompt.encoded for group in case.groups for _ in group.samples]
     width = len(prompts[0])
     count = -(-len(prompts) // (budget // (width + max(lengths))))
     for b in range(count):
@@ -95,7 +95,7 @@ def _micro_batches(case):
         ids = torch.zeros(len(members), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(members):
-            ids[row, : lengths[i]] = torch.tensor(experience.completions[i].token_ids)
+            ids[row, : lengths[i]] = torch.tensor(samples[i].completion.token_ids)
             mask[row, : lengths[i]] = 1
         prompt_ids = torch.stack([prompts[i].input_ids for i in members])
         types = torch.stack([prompts[i].mm_token_type_ids for i in members])
@@ -104,7 +104,7 @@ def _micro_batches(case):
             "prompt_mask": torch.ones_like(prompt_ids),
             "completion_ids": ids,
             "completion_mask": mask,
-            "advantages": experience.advantages_B[members],
+            "advantages": torch.tensor([samples[i].advantage for i in members]),
             "num_items_in_batch": torch.tensor(sum(lengths)),
             "pixel_values": torch.cat([prompts[i].pixel_values for i in members]),
             "image_grid_thw": torch.cat([prompts[i].image_grid_thw for i in members]),

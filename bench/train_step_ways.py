@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from papo_fast.config import Config, RolloutConfig, TrainConfig
-from papo_fast.experience import score_without_gradient
-from papo_fast.model.packing import pack, plan
+from papo_fast.experience import add_logprobs
+from papo_fast.model.batching import distribute, tree_tokens
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import inference
 from papo_fast.objective import objective
 from papo_fast.presets import get_preset
+from papo_fast.samples import all_samples
 from papo_fast.token_batch import Denominators, TokenBatch
 from papo_fast.update import Updater
 
@@ -91,14 +93,18 @@ WAYS = (
 )
 
 
-def config_of(case, name):
-    prompts = len(case.experience) // case.group_size
+def config_of(case, name, old_pass=False):
+    """A resolved configuration of one update over all groups.
+
+    old_pass: as if several updates followed, so that the old log-probs need a pass.
+    """
+    prompts = len(case.groups)
     return Config(
-        objective=OBJECTIVES[name],
+        objective=OBJECTIVES[name].resolved(),
         rollout=RolloutConfig(
-            prompts=prompts,
+            prompts=2 * prompts if old_pass else prompts,
             group_size=case.group_size,
-            max_new_tokens=max(case.experience.lengths),
+            max_new_tokens=max(len(s) for s in case.samples),
         ),
         train=TrainConfig(
             lr=0.0,
@@ -113,13 +119,11 @@ def config_of(case, name):
 
 
 def _trainer(case, way):
-    config, experience = config_of(case, way.objective), case.sharing(way.share)
-    on_policy = not way.old_pass
-    score_without_gradient(experience, case.policy, case.reference, config, on_policy=on_policy)
+    config, groups = config_of(case, way.objective, way.old_pass), case.sharing(way.share)
+    add_logprobs(groups, case.policy, case.reference, config)
     updater = Updater(config, case.policy, case.reference, 1)
     updater.optimizer = case.optimizer
-    metrics = updater.update(experience, range(len(experience)), lambda n: None)
-    return metrics["loss"]
+    return updater.update(groups, lambda n: None)["loss"]
 
 
 # What it is compared with
@@ -129,42 +133,37 @@ def _whole_logits(case, way):
     """Log-probs of every position from logits that exist as a whole; streams one by one."""
     forward = _padded if way.layout == "padded" else _packed
     goal = OBJECTIVES[way.objective].resolved()
-    experience, everything = case.sharing(way.share), range(len(case.experience))
-    stored = {}
-    passes = [("old_logprobs", case.policy, "full")] * way.old_pass
-    passes += [("ref_logprobs", case.reference, "full")]
-    if goal.needs_aug and not goal.aug_gradient:
-        passes += [("aug_logprobs", case.policy, "aug")]
+    groups = case.sharing(way.share)
+    passes = [("old", case.policy, "full")] * way.old_pass
+    passes += [("ref", case.reference, "full")]
+    if goal.aug_stream == "stored":
+        passes += [("aug", case.policy, "aug")]
     with inference(case.policy):
-        for (name, policy, stream), batch in itertools.product(
-            passes, _batches(case, way, experience, everything, 1)
+        for (field, policy, stream), batch in itertools.product(
+            passes, _batches(case, way, groups, 1)
         ):
-            rows = stored.setdefault(name, {})
-            [log_p], members = forward(policy, experience, batch, (stream,))
-            labels, lengths = _labels(experience, members)
-            rows |= dict(zip(members, _of_labels(log_p, labels).split(lengths), strict=True))
+            [log_p], samples = forward(policy, batch, (stream,))
+            labels, lengths = _labels(samples)
+            found = _of_labels(log_p, labels).split(lengths)
+            for sample, of_sample in zip(samples, found, strict=True):
+                setattr(sample, field, of_sample)
 
     denominators = Denominators(
-        tokens=float(case.tokens), sequences=float(len(experience)), constant=None
+        tokens=float(case.tokens), sequences=float(len(case.samples)), constant=None
     )
-    both = goal.needs_aug and goal.aug_gradient
     case.policy.train()
     case.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    streams = ("full", "aug") if both else ("full",)
-    for batch in _batches(case, way, experience, everything, len(streams) if way.one_pass else 1):
+    streams = ("full", "aug") if goal.aug_stream == "trained" else ("full",)
+    for batch in _batches(case, way, groups, len(streams) if way.one_pass else 1):
         if way.one_pass:
-            log_probs, members = forward(case.policy, experience, batch, streams)
+            log_probs, samples = forward(case.policy, batch, streams)
         else:
             log_probs = []
             for stream in streams:
-                one, members = forward(case.policy, experience, batch, (stream,))
+                one, samples = forward(case.policy, batch, (stream,))
                 log_probs += one
-        labels, lengths = _labels(experience, members)
-        values = {k: torch.cat([v[i] for i in members]) for k, v in stored.items()}
-        index = torch.arange(len(members)).repeat_interleave(torch.tensor(lengths))
-        tokens = _token_batch(log_probs, labels, values, index, experience.advantages_B[members])
-        loss, _ = objective(tokens, goal, denominators)
+        loss, _ = objective(_token_batch(log_probs, samples), goal, denominators)
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(case.policy.parameters(), float("inf"))
@@ -172,49 +171,49 @@ def _whole_logits(case, way):
     return total
 
 
-def _batches(case, way, experience, sequences, streams):
-    """Micro-batches of `micro_tokens`: groups to pack, or sequences to pad."""
+def _batches(case, way, groups, streams):
+    """Micro-batches of `micro_tokens`: groups to pack, or groups of one sample to pad."""
     budget = case.size.micro_tokens
     if way.layout == "packed":
-        [batches] = plan(experience.groups(sequences), budget, streams, case.policy.shape)
+        [batches] = distribute(groups, budget, streams, case.policy.shape)
         return batches
-    longest = max(len(experience.prompts[i].encoded) + experience.lengths[i] for i in sequences)
-    count = -(-len(sequences) // (budget // longest))
+    alone = [replace(group, samples=[sample]) for group in groups for sample in group.samples]
+    longest = max(map(tree_tokens, alone))
+    count = -(-len(alone) // (budget // longest))
     # micro-batches of equal size
     return [
-        [i for i in sequences if i * count // len(sequences) == b] for b in range(count)
-    ]  # fmt: skip
+        [group for i, group in enumerate(alone) if i * count // len(alone) == b]
+        for b in range(count)
+    ]
 
 
-def _packed(policy, experience, groups, streams):
-    """([(N, V) log-probs of each stream], sequences); logits of all T positions are computed."""
+def _packed(policy, groups, streams):
+    """([(N, V) log-probs of each stream], samples); logits of all T positions are computed."""
     packed = pack(groups, policy.prompt_positions, full="full" in streams, aug="aug" in streams)
     everywhere = torch.arange(len(packed.input_ids_T))
-    [hidden_TD] = policy._hidden(replace(packed, rows=(everywhere,)))
+    [hidden_TD] = policy._hidden(replace(packed, predictors=(everywhere,)))
     logits_TV = policy.model.lm_head(hidden_TD)
-    return [logits_TV[rows].log_softmax(-1) for rows in packed.rows], packed.sequences
+    return [logits_TV[at].log_softmax(-1) for at in packed.predictors], packed.samples
 
 
-def _padded(policy, experience, members, streams):
-    """The same of sequences padded on the right, through the model's own forward."""
-    width = max(len(experience.prompts[i].encoded) + experience.lengths[i] for i in members)
-    ids = torch.zeros(len(members), width, dtype=torch.int64)
+def _padded(policy, groups, streams):
+    """The same of groups of one sample padded on the right, through the model's own forward."""
+    width = max(map(tree_tokens, groups))
+    ids = torch.zeros(len(groups), width, dtype=torch.int64)
     mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
-    rows = torch.zeros_like(ids, dtype=torch.bool)
-    for b, i in enumerate(members):
-        prompt, response = experience.prompts[i].encoded, experience.completions[i].token_ids
+    predictors = torch.zeros_like(ids, dtype=torch.bool)
+    for b, group in enumerate(groups):
+        prompt, response = group.prompt.encoded, group.samples[0].completion.token_ids
         p, n = len(prompt), len(prompt) + len(response)
         ids[b, :n] = torch.cat([prompt.input_ids, torch.tensor(response)])
         mask[b, :n] = 1
         types[b, :p] = prompt.mm_token_type_ids
-        rows[b, p - 1 : n - 1] = True
+        predictors[b, p - 1 : n - 1] = True
     log_probs = []
     for stream in streams:
         pixels = [
-            experience.prompts[i].encoded.pixel_values
-            if stream == "full"
-            else experience.aug_pixels[i]
-            for i in members
+            group.prompt.encoded.pixel_values if stream == "full" else group.aug_pixels
+            for group in groups
         ]
         policy.model.model.rope_deltas = None
         logits_BTV = policy.model(
@@ -222,36 +221,43 @@ def _padded(policy, experience, members, streams):
             attention_mask=mask,
             mm_token_type_ids=types,
             pixel_values=torch.cat(pixels),
-            image_grid_thw=torch.cat(
-                [experience.prompts[i].encoded.image_grid_thw for i in members]
-            ),
+            image_grid_thw=torch.cat([group.prompt.encoded.image_grid_thw for group in groups]),
             use_cache=False,
         ).logits
-        log_probs.append(logits_BTV[rows].log_softmax(-1))
-    return log_probs, members
+        log_probs.append(logits_BTV[predictors].log_softmax(-1))
+    return log_probs, all_samples(groups)
 
 
-def _labels(experience, members):
-    ids = [experience.completions[i].token_ids for i in members]
-    return torch.tensor([t for row in ids for t in row]), [len(row) for row in ids]
+def _labels(samples):
+    return torch.tensor([t for s in samples for t in s.completion.token_ids]), list(
+        map(len, samples)
+    )
 
 
 def _of_labels(log_p, labels):
     return log_p.gather(1, labels[:, None])[:, 0]
 
 
-def _token_batch(log_probs, labels, values, index, advantages):
+def _token_batch(log_probs, samples):
+    labels, lengths = _labels(samples)
+    index = torch.arange(len(samples)).repeat_interleave(torch.tensor(lengths))
     log_p = log_probs[0]
     logprobs = _of_labels(log_p, labels)
+    values = {
+        f"{field}_logprobs": torch.cat([getattr(s, field) for s in samples])
+        for field in ("old", "ref", "aug")
+        if getattr(samples[0], field) is not None
+    }
     if len(log_probs) == 2:
         p, log_q = log_p.exp(), log_probs[1]
-        values = values | {
+        values |= {
             "entropy": -(p * log_p).sum(-1),
             "aug_logprobs": _of_labels(log_q, labels),
             "aug_entropy": -(log_q.exp() * log_q).sum(-1),
             "kl_prcp": (p * (log_p - log_q)).sum(-1),
         }
     values = {"old_logprobs": logprobs.detach()} | values
+    advantages = torch.tensor([s.advantage for s in samples])
     return TokenBatch(
         logprobs=logprobs, advantages=advantages[index], sequence_ids=index, **values
     )  # fmt: skip

@@ -32,7 +32,7 @@ from transformers import (
 from papo_fast.config import Config
 from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.data.prompts import Prompt
-from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import process_group
 from papo_fast.planning.memory import Layout, plan_memory
@@ -40,7 +40,7 @@ from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Score
-from papo_fast.samples import Completion
+from papo_fast.samples import Completion, Group, Sample, all_samples
 from papo_fast.update import Updater
 
 VISION_START, VISION_END, IMAGE, VIDEO = range(1, 5)
@@ -145,6 +145,7 @@ def configuration(case, path, model=None, parallel=None) -> Config:
     room = round(2 * case.together * case.lengths.tree(case.group_size))
     return replace(
         preset,
+        objective=preset.objective.resolved(),
         model=replace(
             preset.model,
             path=str(path),
@@ -157,7 +158,7 @@ def configuration(case, path, model=None, parallel=None) -> Config:
 
 
 def experience(case):
-    """Prompts with random pictures, responses of equal length."""
+    """Groups of prompts with random pictures and responses of equal length."""
     g = torch.Generator().manual_seed(0)
 
     def words(n):
@@ -165,7 +166,7 @@ def experience(case):
 
     h, w = case.patches
     width = 3 * 2 * (16 if case.family == "qwen3_vl" else 14) ** 2
-    prompts, completions, aug = [], [], []
+    groups = []
     for i in range(case.prompts):
         mark = torch.tensor([VISION_START]), torch.tensor([VISION_END])
         image = torch.tensor([IMAGE]).expand(case.lengths.image)
@@ -173,20 +174,21 @@ def experience(case):
         pixels = torch.randn(h * w, width, generator=g)
         encoded = EncodedPrompt(ids, (ids == IMAGE).long(), pixels, torch.tensor([[1, h, w]]))
         corrupted = torch.randn(h * w, width, generator=g)
-        for _ in range(case.group_size):
-            completion = Completion(words(case.response).tolist(), [-1.0] * case.response, True)
-            prompts.append(Prompt(i, "", "", "", [], encoded) if not aug or aug[-1] is not corrupted
-                           else prompts[-1])  # fmt: skip
-            completions.append(completion)
-            aug.append(corrupted)
-    right = [i % 2 for i in range(len(prompts))]
-    return Experience(
-        prompts=prompts,
-        completions=completions,
-        scores=[Score(float(r), float(r), 1.0, False) for r in right],
-        advantages_B=torch.randn(len(prompts), generator=g),
-        aug_pixels=aug,
-    )
+        samples = []
+        for j in range(case.group_size):
+            right = float((i * case.group_size + j) % 2)
+            tokens = words(case.response).tolist()
+            samples.append(
+                Sample(
+                    Completion(tokens, [-1.0] * case.response, True),
+                    score=Score(right, right, 1.0, False),
+                )
+            )
+        groups.append(Group(Prompt(i, "", "", "", [], encoded), samples, corrupted))
+    samples = all_samples(groups)
+    for sample, advantage in zip(samples, torch.randn(len(samples), generator=g), strict=True):
+        sample.advantage = advantage.item()
+    return groups
 
 
 def peak_of_update(case, config):
@@ -207,9 +209,9 @@ def peak_of_update(case, config):
     gc.collect()
     memory.start()  # what loading took is not asked
     memory.before = before
-    score_without_gradient(data, policy, reference, config, on_policy=True)
-    for count in (case.group_size, len(data)):
-        updater.update(data, range(count), lambda _: None)
+    add_logprobs(data, policy, reference, config)
+    for count in (1, len(data)):
+        updater.update(data[:count], lambda _: None)
     return memory.read()
 
 

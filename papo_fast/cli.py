@@ -49,7 +49,7 @@ class EvalArguments:
     corrupted: bool = True
     """Also with corrupted images."""
     seed: int = 0
-    """Seed of sampling and masks."""
+    """Seed of sampling and corruptions."""
 
 
 @dataclass
@@ -58,6 +58,8 @@ class ReportArguments:
 
     run: str
     """The run's folder, e.g. runs/tiny-seed0."""
+    beside: tuple[str, ...] = ()
+    """Folders of other runs, e.g. a baseline's, to show beside it."""
 
 
 def run() -> NoReturn:
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str], console: Console) -> int:
     config = _parse_config("train", argv, console)
     if config is not None:
-        from papo_fast.trainer import train
+        from papo_fast.launch import train
 
         train(config, console)
     return 0
@@ -130,7 +132,7 @@ def _train(argv: list[str], console: Console) -> int:
 def _serve(argv: list[str], console: Console) -> int:
     config = _parse_config("serve", argv, console)
     if config is not None:
-        from papo_fast.rollout.vllm_serve import serve
+        from papo_fast.launch import serve
 
         serve(config, console)
     return 0
@@ -202,7 +204,7 @@ def _report(argv: list[str], console: Console) -> int:
     arguments = tyro.cli(ReportArguments, args=argv, prog="papo-fast report")
     from papo_fast.report import print_run
 
-    print_run(Path(arguments.run), console)
+    print_run(Path(arguments.run), console, [Path(other) for other in arguments.beside])
     return 0
 
 

@@ -1,8 +1,10 @@
 """Every knob of a run, as frozen dataclasses; `papo_fast.presets` fills them in.
 
-The command line is generated from these classes, so a field's docstring is its help text. A field
-that is `None` by default under `ObjectiveConfig` follows `parity` (see `ObjectiveConfig.resolved`).
-Equations and default values: PAPO, arXiv 2507.06448, and docs/design.md.
+The command line is generated from these classes, so a field's docstring is its help text. Some
+fields of `ObjectiveConfig` are `None` by default and follow `parity`;
+`papo_fast.config_checks.resolve` fills them in where a command starts, so that no other code meets
+them. What several fields decide together stands here once, as a property. Equations and default
+values: PAPO, arXiv 2507.06448, and docs/design.md.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Literal
 Estimator = Literal["sampled", "exact"]
 KLPenalty = Literal["k1", "k2", "k3", "abs"]
 Average = Literal["token", "sequence", "constant"]
+AugRun = Literal["none", "stored", "frozen", "trained"]
+LogprobSource = Literal["sampler", "pass", "update"]
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class ObjectiveConfig:
     """Weight of a likelihood term on right responses."""
 
     def resolved(self) -> ObjectiveConfig:
-        """A copy in which every field that follows `parity` is filled in (DESIGN §2, Parity)."""
+        """A copy in which every field that follows `parity` is filled in (docs/design.md)."""
         official = self.parity != "ours"
         follow = {
             "kl_prcp_estimator": "sampled" if official else "exact",
@@ -223,6 +227,22 @@ class ObjectiveConfig:
     @property
     def needs_aug(self) -> bool:
         return self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
+
+    @property
+    def aug_stream(self) -> AugRun:
+        """How the corrupted stream runs; the configuration has to be resolved.
+
+        `none`: no term needs it. `stored`: its log-probs of the sampled tokens are taken once per
+        rollout, without gradient, as the authors do. `frozen`: the update runs it without gradient,
+        since an exact term needs the whole distribution. `trained`: the update runs it with
+        gradient, in one pass with the full stream.
+        """
+        if not self.needs_aug:
+            return "none"
+        if self.aug_gradient:
+            return "trained"
+        exact = "exact" in (self.kl_prcp_estimator, self.entropy_estimator)
+        return "frozen" if exact else "stored"
 
 
 @dataclass(frozen=True)
@@ -320,8 +340,33 @@ class Config:
     def run_name(self) -> str:
         return self.name or f"{self.preset or 'run'}-seed{self.seed}"
 
-    def validate(self) -> None:
-        """Raise `InputError`, naming the field and what it should be, before anything is loaded."""
-        from papo_fast.config_checks import check  # which imports this module
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.rollout.prompts // self.train.update_prompts
 
-        check(self)
+    @property
+    def old_logprobs_from(self) -> LogprobSource:
+        """Whose log-probs the policy ratio is taken to.
+
+        `sampler`: those that the sampler reported. `update`: where a rollout makes a single update,
+        that update's own. `pass`: those of a pass of the trainer before the first update.
+        """
+        if self.rollout.old_logprobs == "sampler":
+            return "sampler"
+        return "update" if self.updates_per_rollout == 1 else "pass"
+
+    @property
+    def weighs_by_sampler(self) -> bool:
+        """Whether the policy loss gets importance weights of the trainer over the sampler.
+
+        It does not where old log-probs are the sampler's: the policy ratio then is that of the
+        trainer over the sampler already. Nor with `hf`, whose sampler is the trainer's model, nor
+        in the authors' objective.
+        """
+        rollout = self.rollout
+        return (
+            rollout.importance_cap > 0
+            and rollout.engine != "hf"
+            and rollout.old_logprobs == "recompute"
+            and self.objective.parity != "official"
+        )

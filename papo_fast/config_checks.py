@@ -1,11 +1,21 @@
-"""What a configuration must be, beyond the types of its fields."""
+"""The door: what a configuration must be, and the fields that follow others filled in."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
+
+
+def resolve(config: Config) -> Config:
+    """The configuration that a command runs: checked, and with no field left to follow another.
+
+    Raises `InputError`, naming the field and what it should be, before anything is loaded.
+    """
+    check(config)
+    return dataclasses.replace(config, objective=config.objective.resolved())
 
 
 def check(config: Config) -> None:

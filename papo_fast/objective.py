@@ -17,79 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from papo_fast.config import KLPenalty, ObjectiveConfig
+from papo_fast.config import ObjectiveConfig
 from papo_fast.errors import InputError
-from papo_fast.token_batch import Denominators, Scalar, TokenBatch
-
-Metrics = dict[str, tuple[Tensor, Scalar]]
-"""Name → (detached sum, weight). Add both over micro-batches, then divide: `mean_metrics`."""
-
-MAX_LOG_RATIO = 20.0
-"""Differences of log-probs are clamped to ± this before `exp`, as the authors do."""
-MAX_K3 = 10.0
-"""The authors' bound of the k3 value, `parity="official"` only."""
-
-
-def kl_penalty(
-    logprobs: Tensor, other_logprobs: Tensor, kind: KLPenalty, *, clamp_value: bool = False
-) -> Tensor:
-    """Per-token estimate of KL(π ‖ other) from tokens sampled from π; (N,) and (N,) → (N,), nats.
-
-    With d = other − log π: k1 = −d; k2 = d²/2 (the authors' `mse`); k3 = exp(d) − d − 1 (their
-    `low_var_kl`), d clamped to ± `MAX_LOG_RATIO` so that it stays finite; abs = |d|. `clamp_value`
-    bounds k3 by `MAX_K3` as the authors do: beyond it the token has no gradient.
-    """
-    d = other_logprobs - logprobs
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return 0.5 * d.square()
-    if kind == "abs":
-        return d.abs()
-    if kind == "k3":
-        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        value = d.exp() - d - 1
-        return value.clamp(max=MAX_K3) if clamp_value else value
-    raise InputError(f"KL penalty is {kind!r}: expected one of k1, k2, k3, abs")
-
-
-def truncated_weights(
-    old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float
-) -> tuple[Tensor, Metrics]:
-    """min(π_old / μ, cap) of tokens that μ sampled, (N,) constants, and their metrics.
-
-    π_old is the policy before the update, as the trainer computes it, and μ the same weights as
-    the sampler computed them. E_μ[w f] is E_π[f] but for what the cap takes away, which bounds the
-    variance. (Truncated importance sampling: Ionides 2008; for samplers that round otherwise than
-    their trainer: verl, TRL, prime-rl.)
-    """
-    with torch.no_grad():
-        log_ratio = (old_logprobs - sampler_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        weights = log_ratio.exp().clamp(max=cap)
-        capped = (log_ratio > math.log(cap)).sum()
-    n = weights.numel()
-    return weights, {"rollout_weight": (weights.sum(), n), "rollout_capped": (capped, n)}
-
-
-def annealed(coef: float, update: int, total: int) -> float:
-    """γ at `update` (from 0): linear from `coef` to 0 at `total`; constant if `total` is 0."""
-    return coef if total <= 0 else coef * max(0.0, 1.0 - update / total)
-
-
-def largest_per_sequence(values: Tensor, batch: TokenBatch, share: float) -> Tensor:
-    """(N,) bool: each sequence's ⌈share × length⌉ largest `values`; earlier tokens win ties."""
-    index = batch.sequence_index
-    order = values.detach().argsort(descending=True, stable=True)
-    order = order[index[order].argsort(stable=True)]
-    position = torch.arange(len(values), device=values.device)
-    # After sorting, sequence s occupies the places it had before: its first is its first token's.
-    first = torch.full_like(position, len(values)).scatter_reduce(0, index, position, "amin")
-    # The small number keeps 0.1 × 30 = 3.0000000000000004 from asking for a fourth token.
-    quota = torch.ceil(share * batch.lengths.double() - 1e-9)
-    keep = torch.zeros_like(values, dtype=torch.bool)
-    keep[order] = position - first[index[order]] < quota[order]
-    return keep
-
+from papo_fast.estimators import MAX_LOG_RATIO, kl_penalty, largest_per_sequence
+from papo_fast.token_batch import Denominators, Metrics, Scalar, TokenBatch
 
 # --- terms: (batch, config) → (N,) values ---------------------------------------------------------
 
@@ -263,36 +194,22 @@ TERMS = (
 )
 
 
-def objective(
+def sum_of_terms(
+    terms: Iterable[Term],
     batch: TokenBatch,
     config: ObjectiveConfig,
-    denominators: Denominators,
-    *,
-    kl_prcp_coef: float | None = None,
-) -> tuple[Tensor, Metrics]:
-    """The loss of one micro-batch, () in the dtype of `logprobs`, and its metrics.
+    weights_of: Callable[[Term], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ coefficient × weighted sum, () in the dtype of `logprobs`, and each weighted sum, detached.
 
-    `config` must be resolved (`ObjectiveConfig.resolved`). `denominators` are those of the global
-    batch; with average_over="micro" the micro-batch's own token mean counts by its share of the
-    batch's sequences, as in the authors' gradient accumulation. `kl_prcp_coef` replaces the
-    configuration's γ (see `annealed`).
-
-    Metrics: one per term of `TERMS` whose inputs are there, before its coefficient; `loss`;
-    `sampled_entropy`, the mean of −log π; and as means over tokens `ppo_kl` (mean of old − new
-    log-probs), `clip_fraction_high` (−r A lost to its clipped rival), `clip_fraction_low` (dual
-    clip at work); `ratio_max`, `ratio_min`.
+    Args:
+        weights_of: (N,) weights of a term's tokens.
 
     Raises `InputError` if a vector that a term with a non-zero coefficient needs is missing.
     """
-    if config.average is None or config.kl_prcp_estimator is None:
-        raise InputError("config is not resolved: pass config.resolved()")
-    if kl_prcp_coef is not None:
-        config = dataclasses.replace(config, kl_prcp_coef=kl_prcp_coef)
-
-    share = batch.n_sequences / denominators.sequences
-    loss = 0.0
-    metrics: Metrics = {}
-    for term in TERMS:
+    loss = batch.logprobs.new_zeros(())
+    sums = {}
+    for term in terms:
         coef = term.coef(config)
         missing = [name for name in term.needs(config) if getattr(batch, name) is None]
         if missing and coef != 0:
@@ -303,12 +220,40 @@ def objective(
         if missing or (coef == 0 and not term.monitored):
             continue
         with torch.set_grad_enabled(coef != 0 and torch.is_grad_enabled()):
-            values, weights = term.values(batch, config), term.weights(batch, config, denominators)
-            value = (weights * values).sum()
-        metrics[term.name] = (value.detach(), share)
+            value = (weights_of(term) * term.values(batch, config)).sum()
+        sums[term.name] = value.detach()
         if coef != 0:
             loss = loss + coef * value
+    return loss, sums
 
+
+def objective(
+    batch: TokenBatch,
+    config: ObjectiveConfig,
+    denominators: Denominators,
+) -> tuple[Tensor, Metrics]:
+    """The loss of one micro-batch, () in the dtype of `logprobs`, and its metrics.
+
+    `config` must be resolved (`ObjectiveConfig.resolved`). `denominators` are those of the global
+    batch; with average_over="micro" the micro-batch's own token mean counts by its share of the
+    batch's sequences, as in the authors' gradient accumulation. Whoever anneals γ passes a `config`
+    with the γ of this update (see `annealed`).
+
+    Metrics: one per term of `TERMS` whose inputs are there, before its coefficient; `loss`;
+    `sampled_entropy`, the mean of −log π; and as means over tokens `ppo_kl` (mean of old − new
+    log-probs), `clip_fraction_high` (−r A lost to its clipped rival), `clip_fraction_low` (dual
+    clip at work); `ratio_max`, `ratio_min`.
+
+    Raises `InputError` if a vector that a term with a non-zero coefficient needs is missing.
+    """
+    if config.average is None or config.kl_prcp_estimator is None:
+        raise InputError("config is not resolved: pass config.resolved()")
+
+    share = batch.n_sequences / denominators.sequences
+    loss, means = sum_of_terms(
+        TERMS, batch, config, lambda term: term.weights(batch, config, denominators)
+    )
+    metrics: Metrics = {name: (value, share) for name, value in means.items()}
     metrics["loss"] = (loss.detach(), share)
     with torch.no_grad():
         weights = mean_weights(batch, config, denominators)

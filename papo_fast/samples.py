@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from papo_fast.data.prompts import Prompt
+from papo_fast.rewards.scorer import Score
 
 
 @dataclass(frozen=True)
@@ -16,3 +22,46 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
+
+
+@dataclass
+class Sample:
+    """A response and what is known of it; vectors are (T,) float32 on the CPU, T its tokens."""
+
+    completion: Completion
+    text: str = ""
+    """The response as a person reads it."""
+    score: Score | None = None
+    reward: float = 0.0
+    """The score with the penalty for overlong responses."""
+    advantage: float = 0.0
+    """The reward beside those of the group."""
+    old: Tensor | None = None
+    """log π of the policy before the update; None where the update itself is the first to know."""
+    ref: Tensor | None = None
+    """log π_ref."""
+    aug: Tensor | None = None
+    """log π given the corrupted picture, where that stream is stored and not run by the update."""
+
+    def __len__(self) -> int:
+        return len(self.completion.token_ids)
+
+    @property
+    def is_right(self) -> bool:
+        return self.score is not None and self.score.accuracy >= 1
+
+
+@dataclass
+class Group:
+    """A prompt and its samples, which are compared with each other and share its forward pass."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    aug_pixels: Tensor | None = None
+    """The corrupted pictures, shaped as the prompt's own; None for a prompt without pictures, whose
+    corrupted stream is the same as the real one, and where no such stream is asked for."""
+
+
+def all_samples(groups: Iterable[Group]) -> list[Sample]:
+    """The samples of all groups, in order."""
+    return [sample for group in groups for sample in group.samples]

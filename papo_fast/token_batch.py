@@ -12,6 +12,8 @@ from torch import Tensor
 from papo_fast.errors import InputError
 
 Scalar = float | Tensor
+Metrics = dict[str, tuple[Tensor, Scalar]]
+"""Name → (detached sum, weight). Add both over micro-batches, then divide: `mean_metrics`."""
 
 
 @dataclass(frozen=True)

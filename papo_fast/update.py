@@ -1,7 +1,8 @@
-"""One policy update: micro-batches, the objective, gradients, clip, step."""
+"""One policy update: batches of groups, the objective, gradients, clip, step."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.experience import Experience, needs_aug_forward, weighs_rollout
-from papo_fast.model.lora import SharedReference
-from papo_fast.model.packing import Group, pack, plan
-from papo_fast.model.policy import Policy
-from papo_fast.objective import Metrics, annealed, mean_metrics, objective, truncated_weights
+from papo_fast.estimators import annealed, truncated_weights
+from papo_fast.model.batching import distribute
+from papo_fast.model.packing import pack
+from papo_fast.model.policy import Policy, SharedReference
+from papo_fast.objective import mean_metrics, objective
 from papo_fast.parallel import gather, rank, world_size
-from papo_fast.token_batch import Denominators, TokenBatch
+from papo_fast.samples import Group, all_samples
+from papo_fast.token_batch import Denominators, Metrics, TokenBatch
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Updater:
     """Owns the optimizer and counts updates.
 
     Args:
+        config: resolved.
         policy: what is trained.
         reference: frozen policy for the reference KL, or None where its weight is 0.
         total_updates: of the whole run, for the learning-rate schedule.
@@ -42,49 +45,42 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
         )
-        self.objective = self.config.objective.resolved()
         self.updates = 0
         self.bad_updates = 0
         self._bad_in_a_row = 0
 
     def update(
-        self, experience: Experience, sequences: Sequence[int], advance: Callable[..., None]
+        self, groups: Sequence[Group], advance: Callable[[int], None], *, first: bool = True
     ) -> dict[str, float]:
-        """One optimizer step on `sequences` of the experience; returns its metrics.
+        """One optimizer step on these groups; returns its metrics.
 
         A gradient that is not finite changes nothing, is counted, and stops the run after
         `train.max_bad_updates` in a row.
+
+        Args:
+            advance: called with the number of samples that are done since the last call.
+            first: the policy is still the one that sampled the groups.
         """
-        config, parts = self.config, []
-        kl_prcp_coef = annealed(
-            self.objective.kl_prcp_coef, self.updates, self.objective.kl_prcp_anneal_steps
-        )
+        config, ranks = self.config, world_size()
+        goal = config.objective
+        gamma = annealed(goal.kl_prcp_coef, self.updates, goal.kl_prcp_anneal_steps)
+        goal = dataclasses.replace(goal, kl_prcp_coef=gamma)
         lr = self._lr()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        denominators = Denominators(
-            tokens=float(sum(experience.lengths[i] for i in sequences)),
-            sequences=float(len(sequences)),
-            constant=float(len(sequences) * config.rollout.max_new_tokens),
-            correct_tokens=float(
-                sum(experience.lengths[i] for i in sequences if experience.is_right(i))
-            ),
-        )
+        for of_optimizer in self.optimizer.param_groups:
+            of_optimizer["lr"] = lr
+        over = denominators(groups, config.rollout.max_new_tokens)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        streams = 2 if needs_aug_forward(config) and self.objective.aug_gradient else 1
-        groups = experience.groups(sequences)
-        ranks = world_size()
-        batches = plan(groups, config.train.max_tokens, streams, self.policy.shape, ranks)[rank()]
-        for pieces in batches:
-            tokens, mismatch = self._token_batch(experience, pieces)
-            loss, metrics = objective(
-                tokens, self.objective, denominators, kl_prcp_coef=kl_prcp_coef
-            )
+        streams = 2 if config.objective.aug_stream == "trained" else 1
+        room, shape = config.train.max_tokens, self.policy.shape
+        metrics: list[Metrics] = []
+        for some in distribute(groups, room, streams, shape, ranks)[rank()]:
+            tokens, of_sampler = self._token_batch(some, first)
+            loss, of_loss = objective(tokens, goal, over)
             # the denominators are of all ranks together, and gradients are averaged over ranks
             (loss * ranks).backward()
-            parts.append(metrics | mismatch)
-            advance(sum(len(piece.responses) for piece in pieces))
+            metrics.append(of_loss | of_sampler)
+            advance(sum(len(group.samples) for group in some))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if math.isfinite(norm):
@@ -93,10 +89,63 @@ class Updater:
         else:
             self._skip(norm)
         self.updates += 1
-        experience.updates += 1
-        numbers = [{n: (float(a), float(b)) for n, (a, b) in part.items()} for part in parts]
-        parts = [part for of_rank in gather(numbers) for part in of_rank]
-        return mean_metrics(parts) | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": kl_prcp_coef}
+        numbers = [{n: (float(a), float(b)) for n, (a, b) in part.items()} for part in metrics]
+        means = mean_metrics(part for of_rank in gather(numbers) for part in of_rank)
+        return means | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": gamma}
+
+    def _token_batch(self, groups: Sequence[Group], first: bool) -> tuple[TokenBatch, Metrics]:
+        """The policy's statistics of the groups' tokens beside what was stored of them."""
+        config, goal, device = self.config, self.config.objective, self.policy.device
+        positions = self.policy.prompt_positions
+        batch = pack(groups, positions, aug=goal.aug_stream == "trained").to(device)
+        frozen_aug = None
+        if goal.aug_stream == "frozen":
+            frozen_aug = pack(groups, positions, full=False, aug=True).to(device)
+        exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
+        stats, ref_kl = self.policy.stats(
+            batch,
+            frozen_aug=frozen_aug,
+            kl_to=self.reference if exact_ref else None,
+            temperature=config.rollout.temperature,
+        )
+
+        def stored(vectors: Sequence[Tensor | None]) -> Tensor | None:
+            known = [x for x in vectors if x is not None]
+            return torch.cat(known).to(device) if known else None
+
+        metrics: Metrics = {}
+        samples = batch.samples
+        sampler = stored([torch.tensor(s.completion.logprobs) for s in samples])
+        old = stored([s.old for s in samples])
+        if old is None:  # the only update of this rollout: its policy is the old one
+            old = stats.logprobs.detach()
+        if first and config.old_logprobs_from != "pass":  # the pass has measured it already
+            gap = (stats.logprobs.detach() - sampler).abs().sum()
+            metrics["sampler_mismatch"] = (gap, batch.n_tokens)
+        weights = None
+        if config.weighs_by_sampler:
+            cap = config.rollout.importance_cap
+            weights, of_weights = truncated_weights(old, sampler, cap)
+            metrics |= of_weights
+        advantages = torch.tensor([s.advantage for s in samples], device=device)
+        right = torch.tensor([s.is_right for s in samples], device=device)
+        tokens = TokenBatch(
+            logprobs=stats.logprobs,
+            old_logprobs=old,
+            advantages=advantages[batch.sequence_ids_N],
+            sequence_ids=batch.sequence_ids_N,
+            entropy=stats.entropy,
+            aug_logprobs=stored([s.aug for s in samples])
+            if goal.aug_stream == "stored"
+            else stats.aug_logprobs,
+            aug_entropy=stats.aug_entropy,
+            kl_prcp=stats.kl_prcp,
+            ref_logprobs=stored([s.ref for s in samples]),
+            ref_kl=ref_kl,
+            correct=right[batch.sequence_ids_N],
+            rollout_weights=weights,
+        )
+        return tokens, metrics
 
     def counters(self) -> dict[str, int]:
         """What a checkpoint keeps besides the optimizer."""
@@ -128,57 +177,13 @@ class Updater:
                 "(train.max_bad_updates): lower train.lr, or train in float32"
             )
 
-    def _token_batch(
-        self, experience: Experience, pieces: Sequence[Group]
-    ) -> tuple[TokenBatch, Metrics]:
-        config, goal, device = self.config, self.objective, self.policy.device
-        want_aug = needs_aug_forward(config)
-        together = want_aug and bool(goal.aug_gradient)
-        positions = self.policy.prompt_positions
-        batch = pack(pieces, positions, aug=together).to(device)
-        frozen_aug = None
-        if want_aug and not together:
-            frozen_aug = pack(pieces, positions, full=False, aug=True).to(device)
-        exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
-        stats, ref_kl = self.policy.stats(
-            batch,
-            frozen_aug=frozen_aug,
-            kl_to=self.reference if exact_ref else None,
-            temperature=config.rollout.temperature,
-        )
 
-        def stored(per_sequence: list[Tensor] | None) -> Tensor | None:
-            if per_sequence is None:
-                return None
-            return torch.cat([per_sequence[i] for i in batch.sequences]).to(device)
-
-        mismatch: Metrics = {}
-        sampler = stored(experience.sampler_logprobs)
-        old_logprobs = stored(experience.old_logprobs)
-        if old_logprobs is None:  # the only update of this rollout: its policy is the old one
-            old_logprobs = stats.logprobs.detach()
-        if experience.updates == 0 and "sampler_mismatch" not in experience.metrics:
-            gap = (stats.logprobs.detach() - sampler).abs().sum()
-            mismatch = {"sampler_mismatch": (gap, batch.n_tokens)}
-        weights = None
-        if weighs_rollout(config):
-            cap = config.rollout.importance_cap
-            weights, of_weights = truncated_weights(old_logprobs, sampler, cap)
-            mismatch |= of_weights
-        right = torch.tensor([experience.is_right(i) for i in batch.sequences], device=device)
-        advantages = experience.advantages_B[batch.sequences].to(device)
-        tokens = TokenBatch(
-            logprobs=stats.logprobs,
-            old_logprobs=old_logprobs,
-            advantages=advantages[batch.sequence_ids_N],
-            sequence_ids=batch.sequence_ids_N,
-            entropy=stats.entropy,
-            aug_logprobs=stats.aug_logprobs if want_aug else stored(experience.aug_logprobs),
-            aug_entropy=stats.aug_entropy,
-            kl_prcp=stats.kl_prcp,
-            ref_logprobs=stored(experience.ref_logprobs),
-            ref_kl=ref_kl,
-            correct=right[batch.sequence_ids_N],
-            rollout_weights=weights,
-        )
-        return tokens, mismatch
+def denominators(groups: Sequence[Group], max_new_tokens: int) -> Denominators:
+    """What the loss of these groups is averaged over, on all ranks together."""
+    samples = all_samples(groups)
+    return Denominators(
+        tokens=float(sum(len(s) for s in samples)),
+        sequences=float(len(samples)),
+        constant=float(len(samples) * max_new_tokens),
+        correct_tokens=float(sum(len(s) for s in samples if s.is_right)),
+    )

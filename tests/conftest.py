@@ -8,7 +8,8 @@ import tempfile
 import hypothesis
 import pytest
 
-import papo_fast  # noqa: F401  mends torchvision before a test imports transformers
+# Where torch is a CPU build, torchvision has to be mended before a test imports transformers.
+from papo_fast.rollout.vllm_on_cpu import sitecustomize  # noqa: F401
 
 # Set before transformers or datasets is imported anywhere; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,10 +19,14 @@ _datasets_cache = tempfile.TemporaryDirectory(prefix="papo_fast_tests_")
 os.environ["HF_DATASETS_CACHE"] = _datasets_cache.name
 
 
-# Fresh examples at a developer's desk; the same ones each time where a red test must mean a change.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("fixed")
+# Without limits of time: a busy machine is no failure. Fresh examples at a developer's desk; the
+# same ones each time where a red test must mean a change.
+_patient = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("desk", _patient)
+hypothesis.settings.register_profile("fixed", _patient, derandomize=True)
+hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "desk")
 
 
 def pytest_configure() -> None:
@@ -35,3 +40,32 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A tiny checkpoint of each family, by its name."""
+    from support.family_checkpoints import FAMILIES, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("families")
+    return {family: write_checkpoint(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of twelve rows: one image, two images, text only."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from support.small_runs import png
+
+    rows = [
+        {
+            "problem": ["What?", "<image> or <image>?", "No picture."][i % 3],
+            "answer": str(i),
+            "images": [png(i), png(i + 50, (90, 60))][: (1, 2, 0)[i % 3]],
+        }
+        for i in range(12)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    return tmp_path / "train.parquet"

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from family_checkpoints import write_processor_files
 from PIL import Image
 
 from papo_fast.config import DataConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream
 from papo_fast.errors import InputError
+from support.family_checkpoints import write_processor_files
 
 CONFIG = DataConfig(min_pixels=784, max_pixels=64 * 784, prompt_suffix=" Think.")
 ROWS = 7

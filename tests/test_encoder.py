@@ -3,13 +3,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from family_checkpoints import FAMILIES, family_config, image_processor_dict, write_processor_files
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.config import DataConfig
 from papo_fast.data.encoder import PromptEncoder, PromptTooLong, black_pixel
 from papo_fast.errors import InputError
+from support.family_checkpoints import (
+    FAMILIES,
+    family_config,
+    image_processor_dict,
+    write_processor_files,
+)
 
 SMALL = DataConfig(min_pixels=28 * 28, max_pixels=64 * 28 * 28)
 

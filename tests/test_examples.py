@@ -5,14 +5,16 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from family_checkpoints import write_checkpoint
 
 from papo_fast.digits.task import write_questions
+from support.family_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -37,7 +39,8 @@ def run(path, *more, **environment):
 
 
 def run_words(words, environment):
-    done = subprocess.run(
+    # In a session of its own, so that a test that is ended ends the launcher's processes too.
+    process = subprocess.Popen(
         words,
         cwd=ROOT,
         env={
@@ -46,12 +49,18 @@ def run_words(words, environment):
             "PYTHON": sys.executable,
             **environment,
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+    try:
+        stdout, stderr = process.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, stdout[-2000:] + stderr[-4000:]
+    return stdout + stderr
 
 
 def _given_path():
@@ -73,7 +82,7 @@ def test_the_bare_loop_is_short():
 def test_trls_trainer_runs(tmp_path):
     for package in ("trl", "peft"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install '.[peers,lora]'")
+            pytest.skip(f"{package} is not installed: pip install '.[trl,lora]'")
     output = run(EXAMPLES / "trl_papo.py", "--output_dir", tmp_path, "--lora", 4)
     assert len(re.findall(r"'kl_prcp': '?[\d.]+", output)) == 5
     assert (tmp_path / "adapter_model.safetensors").exists()

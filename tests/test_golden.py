@@ -1,22 +1,20 @@
-"""parity="official" against what the authors' functions returned, values and gradients.
-
-`data/official_papo.json` holds 12 configurations, each with (B, L) inputs in float32.
-"""
-
-import json
-from pathlib import Path
+"""parity="official" against what the authors' functions returned, values and gradients."""
 
 import pytest
 import torch
 
-from papo_fast.config import ObjectiveConfig
-from papo_fast.objective import Denominators, TokenBatch, mean_metrics, objective
+from papo_fast.objective import mean_metrics, objective
 from papo_fast.rewards.shaping import group_advantages
+from papo_fast.token_batch import Denominators, TokenBatch
+from support.golden import (
+    AVERAGE,
+    GOLDEN,
+    PENALTY,
+    TOLERANCE,
+    official_config,
+    relative_error,
+)
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "official_papo.json").read_text())
-PENALTY = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "abs": "abs"}
-AVERAGE = {"token": "token", "seq": "sequence"}
-TOLERANCE = 1e-5
 METRIC = {  # the authors' name → ours
     "pg_loss": "pg_loss",
     "ppo_kl": "ppo_kl",
@@ -30,32 +28,6 @@ METRIC = {  # the authors' name → ours
     "sft_loss": "sft_loss",
     "loss": "loss",
 }
-
-
-def official_config(config: dict) -> ObjectiveConfig:
-    return ObjectiveConfig(
-        parity="official",
-        clip_low=config["clip_low"],
-        clip_high=config["clip_high"],
-        clip_dual=config["clip_dual"],
-        kl_coef=config["kl_coef"],
-        kl_penalty=PENALTY[config["kl_penalty"]],
-        kl_prcp_coef=config["kl_prcp_coef"],
-        kl_prcp_penalty=PENALTY[config["kl_prcp_penalty"]],
-        kl_prcp_top_p=config.get("top_p"),
-        kl_prcp_clip=config.get("kl_prcp_clip"),
-        entropy_coef=config["ori_entropy_coef"],
-        aug_entropy_coef=config["aug_entropy_coef"],
-        aug_gradient=True if config["aug_grad"] else None,  # None: the parity's own, no gradient
-        average=AVERAGE[config["avg"]],
-        sft_coef=config.get("sft_coef", 0.0),
-    ).resolved()
-
-
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Worst element's error, relative to that element; zeros must be zeros."""
-    exact = ours == theirs
-    return torch.where(exact, 0.0, (ours - theirs).abs() / theirs.abs()).max().item()
 
 
 def mean_log_ratio(inputs: dict) -> float:

@@ -6,18 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
-from test_parallel import DATA, fixed_experience
 
 from papo_fast import update
 from papo_fast.config import ObjectiveConfig
+from papo_fast.config_checks import check
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
-from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.estimators import truncated_weights
+from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy
-from papo_fast.objective import Denominators, TokenBatch, objective, truncated_weights
+from papo_fast.objective import objective
 from papo_fast.presets import get_preset
+from papo_fast.token_batch import Denominators, TokenBatch
 from papo_fast.update import Updater
+from support.family_checkpoints import write_checkpoint
+from support.ranks import DATA, fixed_groups
 
 PLAIN = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0).resolved()
 
@@ -84,13 +87,15 @@ def batches_of(job, monkeypatch, updates, parity="ours", **rollout):
     config, encoder, policy = job
     config = dataclasses.replace(
         config,
-        objective=dataclasses.replace(config.objective, parity=parity),
-        rollout=dataclasses.replace(config.rollout, **rollout),
-        train=dataclasses.replace(config.train, lr=1e-2, max_tokens=10_000),
+        objective=dataclasses.replace(config.objective, parity=parity).resolved(),
+        rollout=dataclasses.replace(config.rollout, prompts=6, group_size=3, **rollout),
+        train=dataclasses.replace(
+            config.train, lr=1e-2, max_tokens=10_000, update_prompts=6 // updates
+        ),
     )
-    experience = Experience(**fixed_experience(encoder))
+    groups = fixed_groups(encoder)
     weights = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    score_without_gradient(experience, policy, None, config, on_policy=updates == 1)
+    scored = add_logprobs(groups, policy, None, config)
     updater = Updater(config, policy, None, total_updates=updates)
     seen, real = [], update.objective
 
@@ -99,24 +104,25 @@ def batches_of(job, monkeypatch, updates, parity="ours", **rollout):
         return real(batch, *args, **kwargs)
 
     monkeypatch.setattr(update, "objective", recorded)
-    n, rows = len(experience) // updates, []
+    n, rows = len(groups) // updates, []
     for i in range(updates):
         seen.append([])
-        rows.append(updater.update(experience, range(i * n, (i + 1) * n), lambda _: None))
+        some = groups[i * n : (i + 1) * n]
+        rows.append(updater.update(some, lambda _: None, first=i == 0))
     policy.load_state_dict(weights)
-    return seen, rows, experience
+    return seen, rows, scored
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_recomputed_log_probs_weigh_the_policy_loss(job, monkeypatch, updates):
-    seen, rows, experience = batches_of(job, monkeypatch, updates, engine="vllm")
+    seen, rows, scored = batches_of(job, monkeypatch, updates, engine="vllm")
     for batches, row in zip(seen, rows, strict=True):
         for batch in batches:
             ratio = (batch.old_logprobs + 1.0).exp()  # the sampler said -1 of every token
             torch.testing.assert_close(batch.rollout_weights, ratio.clamp(max=2.0))
         assert 0 < row["rollout_weight"] < 2
     first = torch.cat([batch.old_logprobs for batch in seen[0]])
-    logged = rows[0] if updates == 1 else experience.metrics
+    logged = rows[0] if updates == 1 else scored
     if updates == 1:
         assert logged["sampler_mismatch"] == pytest.approx((first + 1).abs().mean().item())
     else:
@@ -154,4 +160,4 @@ def test_a_cap_below_one_is_refused():
             preset, rollout=dataclasses.replace(preset.rollout, importance_cap=cap)
         )
         with pytest.raises(InputError, match="rollout.importance_cap"):
-            config.validate()
+            check(config)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-import parallel_worker
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
 from safetensors.torch import load_file
-from test_parallel import DATA, TESTS, fixed_experience, launch
 
 from papo_fast.config import ModelConfig, ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
@@ -18,9 +15,12 @@ from papo_fast.errors import InputError
 from papo_fast.model import liger
 from papo_fast.model.loading import load_model
 from papo_fast.model.lora import SharedReference, adapted_layers, is_adapter, merged
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
+from support import SUPPORT, parallel_worker
+from support.family_checkpoints import write_checkpoint
+from support.ranks import DATA, fixed_groups, launch
 
 pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")
@@ -33,10 +33,7 @@ def setup(request, tmp_path_factory):
     encoder = PromptEncoder(path, DATA)
     config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
     plain = Policy.load(config, encoder.banned_token_ids, CPU).requires_grad_(False)
-    data = fixed_experience(encoder)
-    prompts, aug = data["prompts"], data["aug_pixels"]
-    responses = [c.token_ids for c in data["completions"]]
-    groups = [Group(prompts[i].encoded, responses[i : i + 3], [], aug[i]) for i in (3, 6)]
+    groups = fixed_groups(encoder)[1:3]
     return config, encoder, plain, pack(groups, plain.prompt_positions, aug=True)
 
 
@@ -128,11 +125,11 @@ def test_two_ranks_train_the_adapters_of_one_process(tmp_path):
     job = {
         "config": config,
         "bans": encoder.banned_token_ids,
-        "experience": fixed_experience(encoder),
+        "groups": fixed_groups(encoder),
     }
     torch.save(job, tmp_path / "job.pt")
     parallel_worker.main(str(tmp_path / "job.pt"), str(tmp_path / "one"))
-    worker = str(TESTS / "parallel_worker.py")
+    worker = str(SUPPORT / "parallel_worker.py")
     launch(2, [worker, str(tmp_path / "job.pt"), str(tmp_path / "two")])
     start, one, two = (
         load_file(folder / "model.safetensors")
@@ -206,7 +203,7 @@ def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_ligers_layers_are_put_into_one_model_and_no_other(family, tmp_path):
     # they are not run here: their kernels neither run on the CPU nor in Triton's interpreter
-    pytest.importorskip("liger_kernel", reason="pip install -e '.[peers]'")
+    pytest.importorskip("liger_kernel", reason="pip install -e '.[liger]'")
     path = str(write_checkpoint(tmp_path / family, family))
     models = [load_model(ModelConfig(path=path))]
     weights = {name: p.data_ptr() for name, p in models[0].named_parameters()}

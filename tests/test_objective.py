@@ -8,7 +8,8 @@ import torch
 
 from papo_fast.config import ObjectiveConfig
 from papo_fast.errors import InputError
-from papo_fast.objective import Denominators, TokenBatch, mean_metrics, objective
+from papo_fast.objective import mean_metrics, objective
+from papo_fast.token_batch import Denominators, TokenBatch
 
 LENGTHS = (3, 1, 7, 5)
 FLOAT_FIELDS = (
@@ -74,7 +75,7 @@ PAPER = everything(parity="paper")
 
 
 def by_hand(batch: TokenBatch, config: ObjectiveConfig) -> float:
-    """DESIGN §2 with Python floats, token after token; clips by `if`, not by min and max."""
+    """docs/design.md with Python floats, token after token; clips by `if`, not by min and max."""
     get = {name: getattr(batch, name).tolist() for name in (*FLOAT_FIELDS, "correct")}
     ids = batch.sequence_ids.tolist()
     n, sequences = len(ids), sorted(set(ids))
@@ -347,9 +348,9 @@ def test_annealed_gamma_replaces_the_configured_one():
     kl = make_batch().kl_prcp.requires_grad_()
     batch = make_batch(kl_prcp=kl)
     config = everything(kl_prcp_coef=0.2)
-    _, metrics = objective(batch, config, denominators(), kl_prcp_coef=0.0)
+    _, metrics = objective(batch, dataclasses.replace(config, kl_prcp_coef=0.0), denominators())
     assert "kl_prcp" in metrics  # still monitored
-    objective(batch, config, denominators(), kl_prcp_coef=0.05)[0].backward()
+    objective(batch, dataclasses.replace(config, kl_prcp_coef=0.05), denominators())[0].backward()
     assert kl.grad.tolist() == pytest.approx([-0.05 / 16] * 16)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from papo_fast.errors import InputError
-from papo_fast.objective import annealed, kl_penalty, largest_per_sequence, mean_metrics
+from papo_fast.estimators import annealed, kl_penalty, largest_per_sequence
+from papo_fast.objective import mean_metrics
 from papo_fast.token_batch import TokenBatch
 
 

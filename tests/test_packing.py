@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,9 +13,13 @@ from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.model import attention
 from papo_fast.model.attention import Segment, TreeLayout, tree_attention
+from papo_fast.model.batching import distribute, tree_flops, tree_tokens
 from papo_fast.model.flops import ModelShape
-from papo_fast.model.packing import Group, pack, plan
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
+from papo_fast.samples import all_samples
+from support.family_checkpoints import FAMILIES, write_checkpoint
+from support.groups import group_of, token_ids
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
@@ -47,13 +50,12 @@ def grouped_responses(draw):
 
 
 def encoded_groups(encoder, described, seed):
-    groups, n = [], 0
+    groups = []
     for text, sizes, responses in described:
         prompt = encoder.encode(text, [picture(w, h, seed + i) for i, (w, h) in enumerate(sizes)])
         pixels = prompt.pixel_values
         aug = None if pixels is None else torch.randn_like(pixels)
-        groups.append(Group(prompt, responses, list(range(n, n + len(responses))), aug))
-        n += len(responses)
+        groups.append(group_of(prompt, responses, aug))
     return groups
 
 
@@ -62,10 +64,10 @@ def plain_loss(policy, groups, weights):
 
     Only the logits come from the model; the statistics are their definitions.
     """
-    columns, loss = {}, 0.0
+    columns, loss = [], 0.0
     for group in groups:
-        prompt = group.prompt
-        for i, response in zip(group.sequences, group.responses, strict=True):
+        prompt = group.prompt.encoded
+        for response in token_ids(group):
             ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
             types = torch.zeros_like(ids)
             types[0, : len(prompt)] = prompt.mm_token_type_ids
@@ -88,8 +90,8 @@ def plain_loss(policy, groups, weights):
                     (p * (log_p - log_q)).sum(-1),
                 ]
             )
-            loss = loss + (stats * weights[i][:, None]).sum()
-            columns[i] = stats.detach()
+            loss = loss + (stats * weights[len(columns)][:, None]).sum()
+            columns.append(stats.detach())
     return columns, loss
 
 
@@ -107,11 +109,12 @@ def test_packed_trees_equal_one_sequence_at_a_time(
     policy, encoder = policy_and_encoder
     torch.manual_seed(data.draw(st.integers(0, 99)))
     groups = encoded_groups(encoder, described, seed=len(described))
-    weights = torch.randn(sum(len(g.responses) for g in groups), 5, dtype=torch.float64)
+    samples = all_samples(groups)
+    weights = torch.randn(len(samples), 5, dtype=torch.float64)
     want, loss = plain_loss(policy, groups, weights)
     want_gradients = gradients(policy, loss)
-    budget = max(g.tokens for g in groups) * 2 if split else 10**6
-    [batches] = plan(groups, budget, 2, policy.shape)
+    budget = max(map(tree_tokens, groups)) * 2 if split else 10**6
+    [batches] = distribute(groups, budget, 2, policy.shape)
     policy.train(remat)
     if remat:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,16 +123,20 @@ def test_packed_trees_equal_one_sequence_at_a_time(
         batch = pack(pieces, policy.prompt_positions, aug=True)
         stats, _ = policy.stats(batch)
         stacked = torch.stack([getattr(stats, o) for o in OUTPUTS]).double()
-        loss = loss + (stacked * weights[batch.sequences][batch.sequence_ids_N].T).sum()
-        lengths = [len(r) for piece in pieces for r in piece.responses]
-        got |= dict(zip(batch.sequences, stacked.detach().split(lengths, 1), strict=True))
+        # which of the samples these are, by identity: two responses may be the same words
+        members = [next(i for i, s in enumerate(samples) if s is own) for own in batch.samples]
+        loss = loss + (stacked * weights[members][batch.sequence_ids_N].T).sum()
+        lengths = [len(s) for s in batch.samples]
+        got |= dict(zip(members, stacked.detach().split(lengths, 1), strict=True))
     # the gradient budget is a knob of the kernels, with tests of its own
     got_gradients = gradients(policy, loss)
     if remat:
         policy.model.gradient_checkpointing_disable()
     policy.eval()
-    assert got.keys() == want.keys()
-    worst = max(((got[i] - want[i]).abs() / want[i].abs().clamp_min(1)).max().item() for i in want)
+    assert got.keys() == set(range(len(want)))
+    worst = max(
+        ((got[i] - x).abs() / x.abs().clamp_min(1)).max().item() for i, x in enumerate(want)
+    )
     size = torch.stack([g.norm() for g in want_gradients.values()]).norm()
     assert got_gradients.keys() == want_gradients.keys()
     errors = {
@@ -216,8 +223,7 @@ def text_group(prompt, lengths, first=0):
     encoded = EncodedPrompt(
         torch.arange(prompt), torch.zeros(prompt, dtype=torch.int64), None, None
     )
-    responses = [list(range(n)) for n in lengths]
-    return Group(encoded, responses, list(range(first, first + len(lengths))))
+    return group_of(encoded, [[first + i] * n for i, n in enumerate(lengths)])
 
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -237,21 +243,23 @@ def test_every_response_is_planned_once_and_ranks_get_equal_counts(sizes, budget
         n += len(group)
     if n < ranks:
         with pytest.raises(InputError, match="ranks"):
-            plan(groups, budget, streams, SHAPE, ranks)
+            distribute(groups, budget, streams, SHAPE, ranks)
         return
-    planned = plan(groups, budget, streams, SHAPE, ranks)
+    planned = distribute(groups, budget, streams, SHAPE, ranks)
     assert len({len(batches) for batches in planned}) == 1 and len(planned) == ranks
     pieces = [piece for batches in planned for batch in batches for piece in batch]
-    assert sorted(i for piece in pieces for i in piece.sequences) == list(range(n))
-    whole = {i: r for g in groups for i, r in zip(g.sequences, g.responses, strict=True)}
+    # a response is its own number, repeated
+    assert sorted(ids[0] for piece in pieces for ids in token_ids(piece)) == list(range(n))
+    whole = {ids[0]: (group, ids) for group in groups for ids in token_ids(group)}
     for piece in pieces:
-        for i, response in zip(piece.sequences, piece.responses, strict=True):
-            assert whole[i] == response
+        for ids in token_ids(piece):
+            group, of_group = whole[ids[0]]
+            assert ids == of_group and piece.prompt is group.prompt
     largest = max(p + r for p, group in sizes for r in group)
     if largest * streams <= budget and n % ranks == 0:
         for batches in planned:
             for batch in batches:
-                assert batch and sum(g.tokens for g in batch) * streams <= budget
+                assert batch and sum(map(tree_tokens, batch)) * streams <= budget
 
 
 def test_ranks_carry_about_equal_work():
@@ -262,8 +270,8 @@ def test_ranks_carry_about_equal_work():
             zip(torch.randint(50, 800, (64,)), torch.randint(1, 400, (64, 5)), strict=True)
         )
     ]
-    planned = plan(groups, 12_000, 2, SHAPE, ranks=4)
-    work = [sum(g.flops(SHAPE) for batch in rank for g in batch) for rank in planned]
+    planned = distribute(groups, 12_000, 2, SHAPE, ranks=4)
+    work = [sum(tree_flops(g, SHAPE) for batch in rank for g in batch) for rank in planned]
     print("FLOPs by rank over their mean:", [w * 4 / sum(work) for w in work])
     assert max(work) < 1.05 * min(work)
 
@@ -278,7 +286,7 @@ def test_flops_are_those_that_torch_counts(policy_and_encoder):
     with torch.no_grad(), counter:
         policy._hidden(batch)
     shape = policy.shape
-    images = int(groups[0].prompt.mm_token_type_ids.sum())
+    images = int(groups[0].prompt.encoded.mm_token_type_ids.sum())
     ours = shape.language(batch.tree.segments[-1].start + 5, batch.tree.pairs)
     ours += shape.vision(images)
     counts = counter.get_flop_counts()["Global"]

@@ -9,90 +9,22 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
-from PIL import Image
 from safetensors.torch import load_file
-from test_training import png
 
-from papo_fast.config import DataConfig, ParallelConfig
+from papo_fast.config import ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
-from papo_fast.data.prompts import Prompt
 from papo_fast.presets import get_preset
-from papo_fast.rewards.scorer import Score
-from papo_fast.samples import Completion
-
-TESTS = Path(__file__).parent
-DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
-
-
-def launch(ranks: int, command: list[str], timeout: float = 180) -> None:
-    """Run a Python command on so many ranks; fails with the output of the first that failed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(ranks),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, output in zip(processes, outputs, strict=True):
-        assert p.returncode == 0, output[-4000:]
-
-
-def picture(seed, size):
-    pixels = torch.randint(0, 256, (*size, 3), generator=torch.manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
-
-
-def fixed_experience(encoder):
-    """Six groups of three of 2, 1 and 0 pictures in turn, so that ranks differ in all there is."""
-    g = torch.Generator().manual_seed(0)
-    prompts, completions, aug = [], [], []
-    for i in range(6):
-        images = [picture(10 * i + j, (60 + 10 * j, 80)) for j in range((2, 1, 0)[i % 3])]
-        encoded = encoder.encode("question " * (i + 1), images)
-        pixels = encoded.pixel_values
-        noise = None if pixels is None else torch.randn(pixels.shape, generator=g)
-        prompt = Prompt(i, "", "", "", images, encoded)
-        for _ in range(3):
-            n = int(torch.randint(1, 12, (), generator=g))
-            tokens = torch.randint(60, 120, (n,), generator=g).tolist()
-            completions.append(Completion(tokens, [-1.0] * n, True))
-            prompts.append(prompt)
-            aug.append(noise)
-    right = [i % 2 for i in range(len(prompts))]
-    return {
-        "prompts": prompts,
-        "completions": completions,
-        "scores": [Score(r, r, 1.0, False) for r in right],
-        "advantages_B": torch.randn(len(prompts), generator=g),
-        "aug_pixels": aug,
-    }
+from support import SUPPORT
+from support.family_checkpoints import write_checkpoint
+from support.ranks import DATA, fixed_groups, launch
+from support.small_runs import png
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +36,8 @@ def job(tmp_path_factory):
     config = dataclasses.replace(
         preset,
         model=dataclasses.replace(preset.model, path=str(path), dtype="float32"),
-        train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300),
+        rollout=dataclasses.replace(preset.rollout, prompts=6, group_size=3),
+        train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300, update_prompts=2),
     )
 
     @functools.cache
@@ -112,12 +45,12 @@ def job(tmp_path_factory):
         job = {
             "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
             "bans": encoder.banned_token_ids,
-            "experience": fixed_experience(encoder),
+            "groups": fixed_groups(encoder),
             "checkpoint": ranks > 1,
             "resume": resume and str(folder / resume),
         }
         torch.save(job, folder / f"{name}.pt")
-        worker = str(TESTS / "parallel_worker.py")
+        worker = str(SUPPORT / "parallel_worker.py")
         launch(ranks, [worker, str(folder / f"{name}.pt"), str(folder / name)])
         rows = torch.load(folder / name / "rows.pt", weights_only=True)
         told = [json.loads(f.read_text()) for f in sorted((folder / name).glob("rank*.json"))]
@@ -245,7 +178,7 @@ leave(0)
 
 
 def test_the_main_process_goes_first_without_waiting_for_the_others(tmp_path):
-    launch(2, ["-c", MAIN_FIRST, str(tmp_path / "made")], timeout=60)
+    launch(2, ["-c", MAIN_FIRST, str(tmp_path / "made")])
 
 
 GOODBYE = """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
-from family_checkpoints import write_checkpoint
+from PIL import Image
+
+from support.family_checkpoints import write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -17,7 +21,9 @@ import update_memory
 from update_memory import Case
 
 from papo_fast.cli import main
-from papo_fast.config import ModelConfig
+from papo_fast.config import DataConfig, ModelConfig, RolloutConfig
+from papo_fast.data.encoder import PromptEncoder
+from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
 from papo_fast.planning.advice import effects, remedy
@@ -27,6 +33,8 @@ from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, micro_batch, step_work
 from papo_fast.presets import get_preset
+from papo_fast.rollout.engines import engine_class
+from papo_fast.rollout.hf import HFRollout
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 # published numbers of parameters, in billions
@@ -197,12 +205,10 @@ def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
     assert 1.8 < more.tokens / few.tokens < 2.2
     # the planned logits are those that token_stats does not hold: two streams, and gradients
     plan = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout)
-    assert plan.logits == 2 * 2 * 4 * plan.batch.rows * 152_064
+    assert plan.logits == 2 * 2 * 4 * plan.batch.response_tokens * 152_064
 
 
 def test_a_micro_batch_is_the_one_that_packing_makes(warm):
-    from papo_fast.model.packing import plan as pack_plan
-
     case = Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3)
     config = update_memory.configuration(case, "unused")
     data = update_memory.experience(case)
@@ -212,8 +218,8 @@ def test_a_micro_batch_is_the_one_that_packing_makes(warm):
         if tokens:
             train = dataclasses.replace(train, max_tokens=tokens)
         changed = dataclasses.replace(config, train=train)
-        dealt = pack_plan(data.groups(range(len(data))), train.max_tokens, 2, shape, ranks)
-        largest = max(2 * sum(g.tokens for g in b) for of_rank in dealt for b in of_rank)
+        dealt = distribute(data, train.max_tokens, 2, shape, ranks)
+        largest = max(2 * sum(map(tree_tokens, b)) for of_rank in dealt for b in of_rank)
         expected = micro_batch(changed, case.lengths, 4, ranks)
         assert expected.tokens == pytest.approx(largest, rel=0.15), (ranks, tokens)
         assert expected.accumulated == (len(dealt[0]) > 1)
@@ -239,6 +245,56 @@ def test_time_counts_the_passes_and_falls_with_more_gpus(sizes):
     tokens = 384 * (760 + 5 * 350)
     about = 2 * 4 * 2 * 7.6e9 * tokens / (0.35 * 989e12)
     assert one.update == pytest.approx(about, rel=0.3)
+
+
+ENGINES = typing.get_args(typing.get_type_hints(RolloutConfig)["engine"])
+
+
+@pytest.mark.parametrize("responses", [1, 4])
+def test_a_prompt_goes_through_the_model_as_often_as_its_engine_says(tmp_path, responses):
+    path = write_checkpoint(tmp_path / "model", "qwen2_5_vl")
+    encoder = PromptEncoder(path, DataConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
+    policy = Policy.load(ModelConfig(path=str(path), dtype="float32"), [], torch.device("cpu"))
+    engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=8)
+    prompts = [encoder.encode(f"{i} + 2?", [Image.new("RGB", (84, 56))]) for i in (1, 3)]
+    tokens, patches = [], []
+    model = policy.model.model
+    model.language_model.register_forward_hook(
+        lambda module, given, output: tokens.append(output.last_hidden_state.shape[:2].numel())
+    )
+    model.visual.patch_embed.register_forward_hook(
+        lambda module, given, output: patches.append(len(output))
+    )
+    with torch.no_grad():
+        hidden_RD = engine._prefill(prompts, responses)[0]
+    assert len(hidden_RD) == 2 * responses
+    passes = HFRollout.prompt_passes(responses)
+    assert sum(tokens) == passes * sum(map(len, prompts))
+    assert sum(patches) == passes * sum(len(p.pixel_values) for p in prompts)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_plan_counts_the_prompt_passes_of_the_engine(sizes, engine, monkeypatch):
+    config, lengths = get_preset("papo-g-7b"), Lengths()
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+    model = sizes["qwen2_5_vl_7b"]
+    once = step_work(config, lengths, model.flops).prefill
+    # two FLOPs for a weight and a token: 760 of the decoder, and 640 x 4 patches of the tower
+    about = 2 * config.rollout.prompts * (760 * 6.5e9 + 640 * 4 * 0.64e9)
+    assert once == pytest.approx(about, rel=0.1)
+    monkeypatch.setattr(engine_class(engine), "prompt_passes", staticmethod(lambda n: n))
+    again = step_work(config, lengths, model.flops).prefill
+    assert again == config.rollout.group_size * once
+
+
+def test_planning_does_not_import_vllm():
+    code = (
+        "import sys, papo_fast.planning.command, papo_fast.rollout.engines as e\n"
+        "[e.engine_class(name).prompt_passes(5) for name in sys.argv[1:]]\n"
+        "assert 'vllm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *ENGINES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):

@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
 from PIL import Image
 
 from papo_fast.config import DataConfig, ModelConfig
 from papo_fast.data.encoder import PromptEncoder
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
 from papo_fast.rollout.hf import HFRollout
+from support.family_checkpoints import FAMILIES, write_checkpoint
+from support.groups import group_of
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
@@ -60,7 +61,7 @@ def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):
     _, encoder, policy = loaded
     prompt, response = some_prompts(encoder)[0], [65, 66, 67]
     corrupted = torch.randn_like(prompt.pixel_values).requires_grad_()
-    groups = [Group(prompt, [response], [0], corrupted)]
+    groups = [group_of(prompt, [response], corrupted)]
     full = pack(groups, policy.prompt_positions)
     aug = pack(groups, policy.prompt_positions, full=False, aug=True)
     stats, _ = policy.stats(full, frozen_aug=aug)
@@ -81,7 +82,7 @@ def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
         for p in reference.parameters():
             p.add_(0.05 * torch.randn_like(p))
     prompt, response = some_prompts(encoder)[0], [65, 66, 67, 68]
-    batch = pack([Group(prompt, [response], [0])], policy.prompt_positions)
+    batch = pack([group_of(prompt, [response])], policy.prompt_positions)
     stats, kl = policy.stats(batch, kl_to=reference)
     log_p = plain_logits(policy, prompt, response, prompt.pixel_values)
     log_r = plain_logits(reference, prompt, response, prompt.pixel_values)
@@ -104,7 +105,9 @@ def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded, end
     patches = []
     visual = policy.model.model.visual
     hook = visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
-    groups = engine.generate(prompts, 20, temperature=1.3, max_new_tokens=12, seed=5)
+    groups = engine.generate(
+        prompts, 20, temperature=1.3, max_new_tokens=12, seed=5, advance=lambda n: None
+    )
     hook.remove()
     assert sum(patches) == sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
     assert [len(g) for g in groups] == [20, 20, 20]
@@ -117,8 +120,7 @@ def test_sampler_and_trainer_agree_and_banned_tokens_are_never_drawn(loaded, end
         assert last == [False] * (len(last) - 1) + [c.finished]
         assert c.finished or len(c.token_ids) == 12
     packed = [
-        Group(p, [c.token_ids for c in group], list(range(20)))
-        for p, group in zip(prompts, groups, strict=True)
+        group_of(p, [c.token_ids for c in group]) for p, group in zip(prompts, groups, strict=True)
     ]
     batch = pack(packed, policy.prompt_positions)
     with torch.no_grad():
@@ -134,7 +136,9 @@ def test_sampling_is_seeded_and_the_checkpoints_own_sampling_options_are_ignored
 
     def draw(policy, seed):
         engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=8)
-        return engine.generate([prompt], 8, temperature=1.0, max_new_tokens=8, seed=seed)
+        return engine.generate(
+            [prompt], 8, temperature=1.0, max_new_tokens=8, seed=seed, advance=lambda n: None
+        )
 
     assert draw(policy, 1) == draw(policy, 1)
     assert draw(policy, 1) != draw(policy, 2)

@@ -35,7 +35,7 @@ def way_called(name, objective=None):
 
 
 def test_all_ways_of_one_objective_give_the_same_loss_and_gradients(case):
-    pytest.importorskip("trl", reason="pip install -e '.[peers]'")
+    pytest.importorskip("trl", reason="pip install -e '.[bench]'")
     want, errors = {}, {}
     for way in [*WAYS, TRL()]:
         record, found = train_step.measured_once(way, case, want.get(way.objective))
@@ -104,7 +104,7 @@ def test_small_models_have_the_shares_of_the_large_one():
 
 @pytest.mark.slow
 def test_a_run_ends_in_tables_a_picture_and_a_section(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("trl", reason="pip install -e '.[peers]'")
+    pytest.importorskip("trl", reason="pip install -e '.[bench]'")
     monkeypatch.setitem(train_step_case.SIZES, "quick", SMALL)
     monkeypatch.delitem(train_step_case.PROMPTS, 16)
     out = tmp_path / "result.json"

@@ -3,87 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint, write_processor_files
-from PIL import Image
-from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.cli import main
-from papo_fast.config import EvalConfig, ObjectiveConfig, RewardConfig
+from papo_fast.config import EvalConfig, ObjectiveConfig
+from papo_fast.config_checks import check
 from papo_fast.evaluate import limit_per_kind
-from papo_fast.experience import Experience
 from papo_fast.presets import PRESETS, get_preset
 from papo_fast.rewards.scorer import Scorer
-from papo_fast.trainer import train
-
-VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
-
-
-def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.manual_seed(seed))
-    out = io.BytesIO()
-    Image.fromarray(pixels.to(torch.uint8).numpy()).save(out, format="PNG")
-    return out.getvalue()
-
-
-@pytest.fixture
-def questions(tmp_path):
-    """Twelve rows: one image, two images, text only."""
-    rows = [
-        {
-            "problem": ["What?", "<image> or <image>?", "No picture."][i % 3],
-            "answer": str(i),
-            "images": [png(i), png(i + 50, (90, 60))][: (1, 2, 0)[i % 3]],
-        }
-        for i in range(12)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    return tmp_path / "train.parquet"
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    return {family: write_checkpoint(folder / family, family) for family in FAMILIES}
-
-
-def small(config, path, data, out, **changes):
-    """`config` shrunk to two steps of four prompts."""
-    return dataclasses.replace(
-        config,
-        out=str(out),
-        device="cpu",
-        model=dataclasses.replace(config.model, path=str(path), dtype="float32"),
-        data=dataclasses.replace(
-            config.data,
-            train=str(data),
-            test=str(data),
-            min_pixels=56 * 56,
-            max_pixels=112 * 112,
-        ),
-        rollout=dataclasses.replace(
-            config.rollout, prompts=4, group_size=3, max_new_tokens=6, filter_prompts=4
-        ),
-        train=dataclasses.replace(config.train, update_prompts=2, max_tokens=400, steps=2, lr=1e-3),
-        eval=EvalConfig(samples=2),
-        reward=RewardConfig(workers=1),
-        **changes,
-    )
-
-
-def run(config):
-    """Train; the metrics rows, without wall-clock times, and the summary."""
-    folder = train(config, Console(file=io.StringIO()))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
-    return folder, rows, json.loads((folder / "summary.json").read_text())
+from papo_fast.update import Updater
+from support.family_checkpoints import FAMILIES, write_processor_files
+from support.small_runs import png, run, small
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +97,7 @@ def test_parity_modes_run_and_only_official_keeps_gradient_out_of_the_corrupted_
 
     def spy(self, batch, **kwargs):
         result = stats(self, batch, **kwargs)
-        streams.append((len(batch.rows) == 2, result[0].logprobs.requires_grad))
+        streams.append((len(batch.predictors) == 2, result[0].logprobs.requires_grad))
         return result
 
     monkeypatch.setattr(Policy, "stats", spy)
@@ -253,17 +189,18 @@ def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot_or_top
     assert [r["groups_kept"] for r in rows] == [0.5, 0.5]
 
     # two of the four groups come from the filter, and the update is of four all the same
-    updated, groups = [], Experience.groups
+    updated, update = [], Updater.update
     monkeypatch.setattr(
-        Experience, "groups", lambda self, s: updated.append(self) or groups(self, s)
+        Updater,
+        "update",
+        lambda self, groups, *a, **k: updated.append(groups) or update(self, groups, *a, **k),
     )
     short = dataclasses.replace(config.rollout, max_filter_rounds=1, filter_unfilled="top_up")
     _, rows, _ = run(dataclasses.replace(config, rollout=short))
     assert [r["rollout_rounds"] for r in rows] == [1, 1]
-    assert {len(e) for e in updated} == {12}
-    for e in updated:
-        differ = [len({s.accuracy for s in e.scores[i : i + 3]}) > 1 for i in range(0, 12, 3)]
-        assert differ == [True, True, False, False]
+    assert [len(groups) for groups in updated] == [2, 2, 2, 2]
+    differ = [len({s.score.accuracy for s in g.samples}) > 1 for groups in updated for g in groups]
+    assert differ == 2 * [True, True, False, False]
 
 
 def test_evaluation_limit_counts_questions_of_each_kind():
@@ -380,8 +317,10 @@ def test_presets_are_the_papers_and_valid():
         assert rollout.filter_unfilled == "error", name
     for name, (_, config) in PRESETS.items():
         assert config.preset == name
-        dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, path="x"),
-            data=dataclasses.replace(config.data, train="y"),
-        ).validate()
+        check(
+            dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, path="x"),
+                data=dataclasses.replace(config.data, train="y"),
+            )
+        )

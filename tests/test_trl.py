@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES
-from trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
+
+from support.family_checkpoints import FAMILIES
+from support.groups import group_of
+from support.trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
 
 # isort: split
 from trl import GRPOConfig, GRPOTrainer
@@ -15,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.integrations.trl import PAPOTrainer, use_token_stats
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
 from papo_fast.objective import objective
 from papo_fast.token_batch import Denominators, TokenBatch
@@ -86,7 +88,7 @@ def packed(trainer, batch, counted=None, **changes):
             pixels[i],
             batch["image_grid_thw"][i : i + 1],
         )
-        groups.append(Group(prompt, [batch["completion_ids"][i][mask].tolist()], [i], corrupted[i]))
+        groups.append(group_of(prompt, [batch["completion_ids"][i][mask].tolist()], corrupted[i]))
     positions = policy.prompt_positions
     together = pack(groups, positions, aug=bool(goal.aug_gradient))
     frozen = None if goal.aug_gradient else pack(groups, positions, full=False, aug=True)

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES
-from trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
+
+from support.family_checkpoints import FAMILIES
+from support.trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
 
 # isort: split
 from peft import LoraConfig

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_checkpoints import FAMILIES, write_checkpoint
-from test_golden import AVERAGE, GOLDEN, TOLERANCE, official_config, relative_error
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.config import ObjectiveConfig
 from papo_fast.errors import InputError
 from papo_fast.integrations import verl
 from papo_fast.rewards.shaping import group_advantages
+from support.family_checkpoints import FAMILIES, write_checkpoint
+from support.golden import AVERAGE, GOLDEN, TOLERANCE, official_config, relative_error
 
 INTERFACES = json.loads((Path(__file__).parent / "data" / "verl_interfaces.json").read_text())
 THEIR_AVERAGE = {  # config.average → both projects' names of it

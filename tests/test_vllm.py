@@ -13,9 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_parallel import launch
-from test_training import png
-from vllm_checks import (
+
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.errors import InputError
+from papo_fast.presets import get_preset
+from papo_fast.rollout.vllm_requests import engine_options, require_vllm
+from papo_fast.rollout.vllm_setup import ON_CPU
+from support.ranks import launch
+from support.small_runs import png
+from support.vllm_checks import (
     CPU,
     check_agreement_after_every_sync,
     check_bans,
@@ -26,12 +32,6 @@ from vllm_checks import (
     sample,
     untrained,
 )
-
-from papo_fast.digits.model import build_checkpoint
-from papo_fast.errors import InputError
-from papo_fast.presets import get_preset
-from papo_fast.rollout.vllm_requests import engine_options, require_vllm
-from papo_fast.rollout.vllm_setup import ON_CPU
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 
@@ -58,8 +58,8 @@ def test_sampler_and_trainer_agree_after_every_sync(engine_policy_encoder):
 FAMILY = """
 import sys
 from pathlib import Path
-from family_checkpoints import write_checkpoint
-from vllm_checks import CPU, at_hand, check_agreement_after_every_sync
+from support.family_checkpoints import write_checkpoint
+from support.vllm_checks import CPU, at_hand, check_agreement_after_every_sync
 from papo_fast.rollout.vllm import VLLMRollout
 
 config, encoder, policy = at_hand(write_checkpoint(Path(sys.argv[1]), sys.argv[2], head_dim=32))
@@ -80,7 +80,6 @@ def test_the_other_families_agree_too(family, tmp_path):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -260,7 +259,7 @@ def test_two_sharded_ranks_sample_with_an_engine_each_and_no_copy_of_the_model(t
     }
     flat = [f"--{k}" if v is None else f"--{k}={v}" for k, v in options.items()]
     flat[0] = "--digits.no-enabled"
-    launch(2, ["-m", "papo_fast", "train", "tiny", *flat], timeout=300)
+    launch(2, ["-m", "papo_fast", "train", "tiny", *flat])
     folder = tmp_path / "runs" / "tiny-seed0"
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [1, 2, 3]

@@ -14,8 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from test_training import VOLATILE, png
-from vllm_checks import (
+
+from papo_fast.config import EvalConfig, RewardConfig
+from papo_fast.errors import InputError
+from papo_fast.launch import train
+from papo_fast.presets import get_preset
+from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_requests import RequestFormat
+from papo_fast.rollout.vllm_serve import serve, server_command
+from papo_fast.rollout.vllm_server import VLLMServerRollout
+from support.small_runs import VOLATILE, png
+from support.vllm_checks import (
     check_agreement_after_every_sync,
     check_bans,
     mixed_prompts,
@@ -23,15 +32,6 @@ from vllm_checks import (
     sample,
     untrained,
 )
-
-from papo_fast.config import EvalConfig, RewardConfig
-from papo_fast.errors import InputError
-from papo_fast.presets import get_preset
-from papo_fast.rollout.protocol import RolloutError
-from papo_fast.rollout.vllm_requests import RequestFormat
-from papo_fast.rollout.vllm_serve import serve, server_command
-from papo_fast.rollout.vllm_server import VLLMServerRollout
-from papo_fast.trainer import train
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 MODEL_LEN = 300 + get_preset("tiny").rollout.max_new_tokens  # prompts of `untrained`, responses
@@ -63,12 +63,12 @@ def test_banned_tokens_are_never_sampled(served):
 def test_a_server_killed_during_generation_is_named_and_waited_for_no_longer(served):
     engine, _, encoder = served
     process, url = engine.own.process, engine.own.url
-    threading.Timer(1.5, process.kill).start()
-    started = time.monotonic()
+    killed = []
+    threading.Timer(1.5, lambda: (killed.append(time.monotonic()), process.kill())).start()
     with pytest.raises(RolloutError, match=rf"{url}.*papo-fast serve.*--resume goes on"):
         for seed in range(1000):
             sample(engine, mixed_prompts(encoder), n=8, seed=seed)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - killed[0] < 60 < engine.servers[0].timeout
     assert not engine.servers[0].is_ready()
 
 
@@ -148,7 +148,7 @@ def standing_in(encoder, fault=lambda handler: False, port=0):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return untrained(tmp_path_factory.mktemp("model"), engine="vllm_server", server_timeout=5.0)
+    return untrained(tmp_path_factory.mktemp("model"), engine="vllm_server")
 
 
 def at(config, *urls, **changes):
@@ -209,7 +209,8 @@ def unscored(handler):
 
 FAULTS = {
     "dies": (break_off, "broke off while it answered"),
-    "hangs": (lambda handler: time.sleep(3) or True, "rollout.server_timeout = 0.5"),
+    # until whoever asked hangs up
+    "hangs": (lambda handler: handler.rfile.read(1) == b"", "rollout.server_timeout = 0.5"),
     "refuses": (lambda handler: handler.answer({"error": "no space"}, 500), "status 500.*no space"),
     "html": (lambda handler: handler.answer(b"<html>"), "no JSON but b'<html>'"),
     "a list": (lambda handler: handler.answer([1]), "no responses"),
@@ -237,13 +238,16 @@ def test_each_fault_while_generating_names_the_server_and_what_to_do(name, model
         return handler.path == "/inference/v1/generate" and fault(handler)
 
     with standing_in(encoder, in_generation) as url:
-        engine = VLLMServerRollout(at(config, url, server_timeout=0.5), encoder, tmp_path)
+        engine = VLLMServerRollout(at(config, url), encoder, tmp_path)
+        assert engine.servers[0].timeout == 600
+        if name == "hangs":
+            engine.servers[0].timeout = 0.5
         prompts = mixed_prompts(encoder)[1:4]
         started = time.monotonic()
         with pytest.raises(RolloutError, match=message) as caught:
             sample(engine, prompts, n=2)
         assert url in str(caught.value)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 60
 
 
 def test_a_server_with_other_options_is_refused_at_once(model, tmp_path):

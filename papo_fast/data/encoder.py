@@ -231,21 +231,7 @@ class PromptEncoder:
                     f"the problem contains {token}, a control token of this model; mark an "
                     f"image's place with {PLACEHOLDER}"
                 )
-        image: dict[str, str] = {"type": "image"}
-        content: list[dict[str, str]]
-        pieces = problem.split(PLACEHOLDER)
-        if len(pieces) == 1:
-            content = [image] * n_images + [{"type": "text", "text": problem}]
-        elif len(pieces) - 1 != n_images:
-            raise InputError(
-                f"the problem has {len(pieces) - 1} {PLACEHOLDER} placeholders but the row has "
-                f"{n_images} images; expected one placeholder per image, or none at all"
-            )
-        else:
-            content = []
-            for number, piece in enumerate(pieces):
-                content += [image] if number else []
-                content += [{"type": "text", "text": piece}] if piece else []
+        content = content_parts(problem, n_images)
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -316,6 +302,23 @@ class PromptEncoder:
             if re.fullmatch(r"<\|.*\|>", self.tokenizer.convert_ids_to_tokens(token_id))
         }
         self._hidden_ids = control | vision | eos | {self.pad_token_id}
+
+
+def content_parts(problem: str, n_images: int) -> list[dict[str, str]]:
+    """A user's message with a place for each picture: at `<image>`, or in front without any."""
+    pieces = problem.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        pieces = [""] * n_images + pieces
+    if len(pieces) - 1 != n_images:
+        raise InputError(
+            f"the problem has {len(pieces) - 1} {PLACEHOLDER} placeholders but the row has "
+            f"{n_images} images; expected one placeholder per image, or none at all"
+        )
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
 
 
 def black_pixel(image_processor: Any) -> torch.Tensor:

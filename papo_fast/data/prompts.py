@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from papo_fast.config import DataConfig
+from papo_fast.config import Config, DataConfig
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
 from papo_fast.data.rows import BadSample, as_answer, as_kind, as_list, open_image, read_rows
 from papo_fast.errors import InputError
@@ -33,7 +33,7 @@ class Prompt:
     """One question, ready for the sampler."""
 
     index: int
-    """Row in the data, from 0; seeds the prompt's mask."""
+    """Row in the data, from 0; seeds the prompt's corruption."""
     problem: str
     """The question as the data has it, without the prompt suffix."""
     answer: str
@@ -153,6 +153,20 @@ class PromptDataset(Dataset):
         return Prompt(index, problem, answer, kind, images, encoded, reading)
 
 
+def steps_of_epochs(config: Config, rows: int) -> int:
+    """Steps that `train.epochs` passes over so many rows make.
+
+    Raises `InputError` where they are none.
+    """
+    steps = config.train.epochs * rows // config.rollout.prompts
+    if steps < 1:
+        raise InputError(
+            f"data.train has {rows} rows, fewer in {config.train.epochs} epoch(s) than "
+            f"rollout.prompts = {config.rollout.prompts}: lower it, or set train.steps"
+        )
+    return steps
+
+
 class PromptStream:
     """Endless stream of prompts, epoch after epoch, whose position can be saved and restored.
 
@@ -203,6 +217,19 @@ class PromptStream:
         self._epoch_rows: Iterator[Prompt | None] | None = None
         self._usable = 0
         self.broken = False  # a draw has failed
+
+    @classmethod
+    def of(cls, config: Config, dataset: PromptDataset) -> PromptStream:
+        """The stream of a training run: as many prompts at a time as it samples at a time."""
+        rollout = config.rollout
+        option = "filter_prompts" if rollout.dynamic_filter else "prompts"
+        return cls(
+            dataset,
+            getattr(rollout, option),
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            option=f"rollout.{option}",
+        )
 
     @property
     def epoch(self) -> int:

@@ -23,12 +23,14 @@ from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
 from papo_fast.evaluate import VISION, evaluate
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import pick_device
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.sampler import Sampler
 from papo_fast.run.progress import Progress
+from papo_fast.samples import Completion, Group, Sample
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +97,10 @@ def warm_start(
     dev_prompts = _encode(PromptDataset(dev, data, encoder), "reading pictures", progress)
     dev_prompts = [p for p in dev_prompts if p.kind == VISION]
     targets = [
-        encoder.tokenizer.encode(response(p.reading, p.answer), add_special_tokens=False)
-        + [encoder.eos_token_ids[0]]
+        _as_if_sampled(
+            encoder.tokenizer.encode(response(p.reading, p.answer), add_special_tokens=False)
+            + [encoder.eos_token_ids[0]]
+        )
         for p in train_prompts
     ]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, betas=(0.9, 0.98))
@@ -109,7 +113,7 @@ def warm_start(
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1.0, step / 50)
             picked = rng.sample(range(len(train_prompts)), BATCH)
-            groups = [Group(train_prompts[i].encoded, [targets[i]], [i]) for i in picked]
+            groups = [Group(train_prompts[i], [Sample(targets[i])]) for i in picked]
             batch = pack(groups, policy.prompt_positions).to(device)
             stats, _ = policy.stats(batch)
             loss = -stats.logprobs.mean()
@@ -118,7 +122,8 @@ def warm_start(
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step()
             if step >= CHECK_FROM and step % CHECK_EVERY == 0:
-                result = evaluate(engine, encoder, dev_prompts, scorer, config, samples=2)
+                sampler = Sampler(engine, encoder, scorer)
+                result = evaluate(sampler, dev_prompts, config, _silent, samples=2)
                 accuracy = result.accuracy[VISION]
                 if accuracy >= config.digits.warm_accuracy:
                     log.info("warm start: accuracy %.2f after %d steps", accuracy, step)
@@ -128,6 +133,14 @@ def warm_start(
         f"the warm start reached accuracy {accuracy:.2f} after {total} steps, short of "
         f"digits.warm_accuracy = {config.digits.warm_accuracy}: raise digits.warm_max_steps"
     )
+
+
+def _as_if_sampled(token_ids: list[int]) -> Completion:
+    return Completion(token_ids, logprobs=[], finished=True)
+
+
+def _silent(done: int) -> None:
+    """The warm start's own bar tells how far it is."""
 
 
 def _encode(dataset: PromptDataset, label: str, progress: Progress) -> Sequence[Prompt]:

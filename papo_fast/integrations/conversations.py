@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from papo_fast.config import DataConfig
-from papo_fast.data.encoder import PLACEHOLDER
+from papo_fast.data.encoder import content_parts
 from papo_fast.data.rows import as_list, open_image
 from papo_fast.errors import InputError
 
@@ -50,20 +50,3 @@ def conversations(source: str | Path, data: DataConfig | None = None) -> dataset
         return {"prompt": prompts, "images": images, "answer": list(rows[data.answer_key])}
 
     return table.with_transform(transform)
-
-
-def content_parts(problem: str, n_images: int) -> list[dict[str, str]]:
-    """A user's message with a place for each picture: at `<image>`, or in front without any."""
-    pieces = problem.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        pieces = [""] * n_images + pieces
-    if len(pieces) - 1 != n_images:
-        raise InputError(
-            f"the problem has {len(pieces) - 1} {PLACEHOLDER} placeholders but the row has "
-            f"{n_images} images; expected one placeholder per image, or none at all"
-        )
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(pieces):
-        parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from papo_fast.config import ObjectiveConfig
 from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
+from papo_fast.estimators import annealed
 from papo_fast.integrations.streams import AugStream, two_streams
-from papo_fast.objective import TERMS, annealed
+from papo_fast.objective import TERMS, sum_of_terms
 from papo_fast.token_batch import TokenBatch
 from papo_kernels import TokenStats
 
@@ -97,6 +98,7 @@ class PAPOConfig(GRPOConfig):
             kl_coef=self.beta,
             kl_prcp_coef=self.kl_prcp_coef,
             kl_prcp_clip=self.kl_prcp_clip,
+            kl_prcp_anneal_steps=self.kl_prcp_anneal_steps,
             entropy_coef=self.entropy_loss_coef,
             aug_entropy_coef=self.aug_entropy_loss_coef,
         ).resolved()
@@ -186,7 +188,7 @@ class PAPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that adds PAPO's terms to TRL's loss; takes a `PAPOConfig` as `args`.
 
     Of TRL it overrides the three methods below. Pictures are corrupted on the processor's own patch
-    grid, one mask per prompt and rollout for all of its responses. With `parity="official"` the
+    grid, once per prompt and rollout for all of its responses. With `parity="official"` the
     corrupted stream's log-probs are taken at each update, without gradient; the authors take them
     once per rollout, which is the same where a rollout makes one update.
     """
@@ -216,7 +218,7 @@ class PAPOTrainer(GRPOTrainer):
             self._corruption = PatchCorruption.of(processor, args.corruption_ratio)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, with a seed per sequence: responses to one prompt share their mask."""
+        """TRL's, with a seed per sequence: responses to one prompt share their corruption."""
         batch = super()._generate_and_score_completions(inputs)
         first = self.accelerator.process_index * len(inputs)
         size = self.num_generations if self.model.training else self.num_generations_eval
@@ -233,7 +235,7 @@ class PAPOTrainer(GRPOTrainer):
         self._head.stats = None
         if self.goal.needs_aug:
             pixels = self.corrupted(inputs) if "pixel_values" in inputs else None
-            self._head.aug = AugStream(pixels, bool(self.goal.aug_gradient))
+            self._head.aug = AugStream(pixels, self.goal.aug_stream == "trained")
         loss = super()._compute_loss(model, inputs)
         stats = self._head.stats
         if stats is None or self._head.aug is not None:
@@ -246,8 +248,8 @@ class PAPOTrainer(GRPOTrainer):
     def corrupted(self, inputs: dict[str, Any]) -> Tensor:
         """`inputs["pixel_values"]`, a share `corruption_ratio` of each image's patches black."""
         pixels, grid, counts = (inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images"))
-        rows = grid.prod(-1).split(counts)
-        parts = pixels.split([int(r.sum()) for r in rows])
+        patches = grid.prod(-1).split(counts)
+        parts = pixels.split([int(p.sum()) for p in patches])
         seeds = inputs["corruption_seeds"].tolist()
         return torch.cat(
             [
@@ -267,25 +269,23 @@ class PAPOTrainer(GRPOTrainer):
             name: None if x is None else x[:, -mask.shape[1] :][counted]
             for name, x in stats._asdict().items()
         }
-        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[counted]
+        ids = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[counted]
         batch = TokenBatch(
             old_logprobs=vectors["logprobs"].detach(),
             advantages=torch.zeros_like(vectors["logprobs"]),
-            sequence_ids=rows,
+            sequence_ids=ids,
             **vectors,
         )
         gamma = annealed(
-            self.goal.kl_prcp_coef, self.state.global_step, self.args.kl_prcp_anneal_steps
+            self.goal.kl_prcp_coef, self.state.global_step, self.goal.kl_prcp_anneal_steps
         )
-        loss = vectors["logprobs"].new_zeros(())
-        for term in TERMS:
-            if term.name not in OUR_TERMS or term.coef(self.goal) == 0:
-                continue
-            values = term.values(batch, self.goal)
-            coef = -gamma if term.name == "kl_prcp" else term.coef(self.goal)
-            loss = loss + coef * (weights * values).sum()
+        goal = replace(self.goal, kl_prcp_coef=gamma)
+        asked = [t for t in TERMS if t.name in OUR_TERMS and t.coef(self.goal) != 0]
+        loss, _ = sum_of_terms(asked, batch, goal, lambda term: weights)
+        for term in asked:
             if term.name != "entropy":  # TRL logs that one
-                self._log_mean(term.name, values)
+                with torch.no_grad():
+                    self._log_mean(term.name, term.values(batch, goal))
         return loss
 
     def token_weights(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -181,12 +181,12 @@ def papo_loss(
     mask = response_mask.bool()
     if correct is not None and correct.ndim == 1:
         correct = correct[:, None].expand_as(mask)
-    rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    sequence_ids = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
     per_token = {
         "logprobs": log_prob,
         "old_logprobs": old_log_prob,
         "advantages": advantages,
-        "sequence_ids": rows,
+        "sequence_ids": sequence_ids,
         "entropy": entropy,
         "aug_logprobs": aug_log_prob,
         "aug_entropy": aug_entropy,

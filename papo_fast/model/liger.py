@@ -31,7 +31,7 @@ def use_liger(model: nn.Module, config: ModelConfig, device: torch.device) -> bo
     if device.type != "cuda":
         why_not = f"its kernels need a GPU and this run is on {device.type}"
     elif importlib.util.find_spec("liger_kernel") is None:
-        why_not = "liger-kernel is not installed (pip install -e '.[peers]')"
+        why_not = "liger-kernel is not installed (pip install -e '.[liger]')"
     if why_not:
         if config.liger == "on":
             raise InputError(

@@ -10,18 +10,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from papo_fast.config import ModelConfig
 from papo_fast.errors import InputError
-
-if TYPE_CHECKING:
-    from papo_fast.model.packing import PackedBatch
-    from papo_fast.model.policy import Policy
-    from papo_kernels import TokenStats
 
 ADAPTER = "default"
 BASE = ".base_layer"
@@ -147,15 +141,3 @@ def merged(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         key = f"{name}{BASE}.weight"
         state[key] = _merge(layer, state[key], a, b)
     return {name.replace(BASE, ""): value for name, value in state.items()}
-
-
-class SharedReference:
-    """The policy without its adapters, as a reference policy."""
-
-    def __init__(self, policy: Policy):
-        self.policy = policy
-
-    def stats(self, batch: PackedBatch, **options: object) -> tuple[TokenStats, Tensor | None]:
-        """`Policy.stats` of the model beneath the adapters."""
-        with without_adapters(self.policy.model):
-            return self.policy.stats(batch, **options)

@@ -1,7 +1,7 @@
 """The vision-language model as a policy: load it, score sequences with it, save it.
 
-Scoring gives the per-token statistics of DESIGN §2 for the `full` stream (real picture) and, where
-asked, the `aug` stream (corrupted picture), from one forward pass over both. Logits are never
+Scoring gives the per-token statistics of docs/design.md for the `full` stream (real picture) and,
+where asked, the `aug` stream (corrupted picture), from one forward pass over both. Logits are never
 held as a whole: `papo_kernels.token_stats` takes hidden states and the output embedding.
 """
 
@@ -25,7 +25,6 @@ from papo_fast.model.liger import use_liger
 from papo_fast.model.loading import load_model
 from papo_fast.model.lora import (
     BASE,
-    SharedReference,
     adapted_layers,
     add_adapters,
     freeze_in,
@@ -228,7 +227,7 @@ class Policy(nn.Module):
                 tree=batch.tree,
                 use_cache=False,
             ).last_hidden_state[0]
-        return [hidden_TD[rows].to(self.dtype) for rows in batch.rows]
+        return [hidden_TD[at].to(self.dtype) for at in batch.predictors]
 
     def _encoded_images(self, batch: PackedBatch) -> dict[str, object]:
         """Each distinct picture through the vision tower once, put in the order of the trees."""
@@ -320,3 +319,15 @@ def inference(policy: Policy):
             yield policy
     finally:
         policy.train(was_training)
+
+
+class SharedReference:
+    """The policy without its adapters, as a reference policy."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def stats(self, batch: PackedBatch, **options: object) -> tuple[TokenStats, Tensor | None]:
+        """`Policy.stats` of the model beneath the adapters."""
+        with without_adapters(self.policy.model):
+            return self.policy.stats(batch, **options)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from papo_fast.config import Config
+from papo_fast.config_checks import resolve
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
 from papo_fast.planning.advice import effects, remedy
@@ -47,7 +48,7 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     # what is not needed to plan may be missing
     digits = dataclasses.replace(config.digits, enabled=False)
     data = dataclasses.replace(config.data, train=config.data.train or "any")
-    dataclasses.replace(config, digits=digits, data=data).validate()
+    config = resolve(dataclasses.replace(config, digits=digits, data=data))
     sizes = ModelSizes.of(config.model)
     layout = Layout(ranks=arguments.gpus, gpu_memory=gpu.memory)
     plan = plan_memory(config, sizes, lengths, layout)

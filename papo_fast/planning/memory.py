@@ -192,7 +192,11 @@ class _Model:
         )
         yield from [unit] * s.layers.count
         yield _Unit((FULL + 2 * self.stream) * d.hidden * b.tokens, 0, 0)
-        yield _Unit(2 * c * d.hidden * b.rows * b.streams, self.head_working(), self.head_gradient)
+        yield _Unit(
+            2 * c * d.hidden * b.response_tokens * b.streams,
+            self.head_working(),
+            self.head_gradient,
+        )
 
     @property
     def head_gradient(self) -> int:
@@ -206,8 +210,8 @@ class _Model:
         if self.compute == 2:
             columns += 2 * s.vocab * s.decoder.hidden
         if self.cuda:  # logits stay in registers; a byte per tile of 64 rows and word
-            return columns + b.rows / 64 * s.vocab
-        chunk = min(b.rows, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
+            return columns + b.response_tokens / 64 * s.vocab
+        chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
         return columns + 4 * FULL * chunk
 
     # moments
@@ -280,13 +284,13 @@ def plan_memory(
                 f"{sampling['vLLM'] / 2**30:.1f} GiB, less than the {vllm_least(sizes) / 2**30:.1f}"
                 " GiB that vLLM needs in each process"
             )
-    rows = batch.rows * update_streams(config)
+    scored = batch.response_tokens * update_streams(config)
     return MemoryPlan(
         update=update,
         rollout=rollout,
         host=host,
         loading=FULL * sizes.parameters,
-        logits=2 * FULL * rows * sizes.vocab,
+        logits=2 * FULL * scored * sizes.vocab,
         batch=batch,
         problem=problem,
     )
@@ -302,7 +306,7 @@ def sampling_bytes(
     if rollout.engine == "vllm":  # asleep during an update
         return {}, {"vLLM": rollout.gpu_memory * (layout.gpu_memory or 0)}
     whole = {"sampler": model.weights} if model.sharded else {}
-    each = 2 * model.compute * sizes.decoder.keys * sizes.layers.count
+    each = model.compute * sizes.decoder.cached
     tokens = lengths.prompt + rollout.max_new_tokens
     return whole, whole | {"keys and values": rollout.batch_size * tokens * each}
 

@@ -1,6 +1,6 @@
 """The micro-batch and the step that a configuration makes of prompts and responses of given size.
 
-The same arithmetic as `papo_fast.model.packing`, on averages instead of sequences.
+The same arithmetic as `papo_fast.model.batching`, on averages instead of sequences.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.experience import needs_aug_forward
 from papo_fast.model.flops import ModelShape
+from papo_fast.rollout.engines import engine_class
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MicroBatch:
     keys: int
     """Keys that attention gathers: a response's own and its prompt's."""
     patches: int
-    rows: int
+    response_tokens: int
     """Response tokens of one stream, which go through the lm_head."""
     streams: int
     segments: int
@@ -58,11 +58,11 @@ class MicroBatch:
 
 
 def update_streams(config: Config) -> int:
-    return 2 if needs_aug_forward(config) and config.objective.resolved().aug_gradient else 1
+    return 2 if config.objective.aug_stream == "trained" else 1
 
 
 def micro_batch(config: Config, lengths: Lengths, merge: int, ranks: int) -> MicroBatch:
-    """The largest one that `packing.plan` makes of an update, on every one of `ranks` ranks.
+    """The largest one that `batching.distribute` makes of an update, on every one of `ranks` ranks.
 
     Args:
         merge: patches of an image token.
@@ -83,7 +83,7 @@ def micro_batch(config: Config, lengths: Lengths, merge: int, ranks: int) -> Mic
         tokens=round(streams * (prompt + responses)),
         keys=round(streams * (prompt + responses + trees * together * lengths.prompt)),
         patches=round(streams * trees * lengths.image * merge),
-        rows=round(responses),
+        response_tokens=round(responses),
         streams=streams,
         segments=round(streams * trees * (1 + together)),
         accumulated=batches > ranks,
@@ -106,7 +106,7 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
     A backward pass counts twice its forward, once where weights are frozen; checkpointing repeats
     the forward. The lm_head counts dense, which is more than its sparse backward does.
     """
-    objective, model, n = config.objective.resolved(), config.model, config.rollout.group_size
+    objective, model, n = config.objective, config.model, config.rollout.group_size
     prompts = config.rollout.prompts
     length, prompt = lengths.response, lengths.prompt
     pairs = prompt * (prompt + 1) // 2 + n * (length * prompt + length * (length + 1) // 2)
@@ -114,11 +114,10 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
     head = prompts * n * shape.head(length)
     vision = prompts * shape.vision(lengths.image)
     forward = text + head + vision
-    several = prompts > config.train.update_prompts
     passes = (
         (objective.needs_reference and objective.kl_estimator == "sampled")
-        + (several and config.rollout.old_logprobs == "recompute")
-        + (objective.needs_aug and not needs_aug_forward(config))
+        + (config.old_logprobs_from == "pass")
+        + (objective.aug_stream == "stored")
     )
     again = int(model.gradient_checkpointing)
     text_factor = 2 + again + (model.lora_rank == 0)
@@ -128,6 +127,6 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
     update = update_streams(config) * (
         text_factor * text + vision_factor * vision + (4 - (model.lora_rank > 0)) * head
     )
-    copies = n if config.rollout.engine == "hf" else 1  # generate repeats the prompt
-    prefill = copies * (vision + prompts * shape.language(prompt, prompt * (prompt + 1) // 2))
+    once = vision + prompts * shape.language(prompt, prompt * (prompt + 1) // 2)
+    prefill = engine_class(config.rollout.engine).prompt_passes(n) * once
     return StepWork(passes * forward, update, prefill, prompts * n)

@@ -25,7 +25,7 @@ from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
 from papo_fast.rewards import answer_check
 
-START_LIMIT = 120.0
+START_LIMIT = 600.0
 """Seconds a worker may take to start; a busy machine imports sympy slowly."""
 WALL_FACTOR = 10.0
 """A worker that uses no CPU time, so that its own limit never comes, is killed after this many
@@ -91,6 +91,11 @@ class Scorer:
             worker.kill()
         self._workers.clear()
         self._idle = queue.SimpleQueue()
+
+    def alarms(self) -> list[str]:
+        """What the user should hear since the last call."""
+        failure, self.last_failure = self.last_failure, ""
+        return [f"an answer could not be compared: {failure}"] if failure else []
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[Score]:
         """Scores of `responses` against the reference `answers`, one for each.

@@ -28,7 +28,6 @@ class HFRollout:
         policy: its weights are the ones that sample.
         eos_token_ids, pad_token_id: from the prompt encoder.
         batch_size: sequences generated at a time.
-        progress: called with the number of prompts done after every batch.
     """
 
     def __init__(
@@ -37,13 +36,11 @@ class HFRollout:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         batch_size: int,
-        progress: Callable[[int], None] | None = None,
     ):
         self.policy = policy
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
-        self.progress = progress
 
     def generate(
         self,
@@ -53,6 +50,7 @@ class HFRollout:
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
         """Sample `n` responses per prompt at `temperature` (see `RolloutEngine`)."""
         per_call = max(1, self.batch_size // n)
@@ -63,14 +61,18 @@ class HFRollout:
             for start in range(0, len(prompts), per_call):
                 chunk = prompts[start : start + per_call]
                 groups += self._generate(chunk, n, temperature, max_new_tokens)
-                if self.progress is not None:
-                    self.progress(len(chunk))
+                advance(len(chunk))
         return groups
 
     def load_weights(self, policy: Policy) -> None:
         """A copy of the policy's weights, where the sampler is not the policy itself."""
         if policy is not self.policy:
             self.policy.copy_weights_from(policy)
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """Once: `_prefill` copies keys and values."""
+        return 1
 
     def sleep(self) -> None:
         """There is no memory to leave to anybody."""
@@ -84,8 +86,8 @@ class HFRollout:
         model, device = self.policy.model, self.policy.device
         hidden_RD, cache, seen_RK, places_R = self._prefill(prompts, n)
         count = len(hidden_RD)
-        # row r of the batch writes response rows[r]
-        rows = torch.arange(count, device=device)
+        # row r of the batch writes response written_R[r]
+        written_R = torch.arange(count, device=device)
         tokens = torch.full((count, max_new_tokens), self.pad_token_id, device=device)
         logprobs = torch.zeros(count, max_new_tokens, device=device)
         writing = torch.ones(count, dtype=torch.bool, device=device)
@@ -95,18 +97,18 @@ class HFRollout:
             logits_RV = model.lm_head(hidden_RD).float() + self.policy.banned_V
             logprobs_RV = (logits_RV / temperature).log_softmax(-1)
             drawn_R1 = torch.multinomial(logprobs_RV.exp(), 1)
-            tokens[rows, t] = drawn_R1[:, 0]
-            logprobs[rows, t] = logprobs_RV.gather(1, drawn_R1)[:, 0]
+            tokens[written_R, t] = drawn_R1[:, 0]
+            logprobs[written_R, t] = logprobs_RV.gather(1, drawn_R1)[:, 0]
             writing = writing & ~torch.isin(drawn_R1[:, 0], eos)
             left = int(writing.sum())
             if left == 0 or t + 1 == max_new_tokens:
                 break
-            if left <= COMPACT_AT * len(rows):
+            if left <= COMPACT_AT * len(written_R):
                 keep = writing.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                rows, drawn_R1, seen_RK = rows[keep], drawn_R1[keep], seen_RK[keep]
+                written_R, drawn_R1, seen_RK = written_R[keep], drawn_R1[keep], seen_RK[keep]
                 places_R, writing = places_R[keep], writing[keep]
-            seen_RK = torch.cat([seen_RK, seen_RK.new_ones(len(rows), 1)], dim=1)
+            seen_RK = torch.cat([seen_RK, seen_RK.new_ones(len(written_R), 1)], dim=1)
             hidden_RD = model.model(
                 input_ids=drawn_R1,
                 attention_mask=seen_RK,

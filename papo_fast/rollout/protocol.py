@@ -20,9 +20,6 @@ class RolloutError(InputError):
 class RolloutEngine(Protocol):
     """What the training loop asks of an engine. Every rank calls every method."""
 
-    progress: Callable[[int], None] | None
-    """Called with the number of prompts that are done since the last call."""
-
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
@@ -31,12 +28,21 @@ class RolloutEngine(Protocol):
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
-        """Sample `n` responses to each prompt; the same seed and weights give the same tokens."""
+        """Sample `n` responses to each prompt; the same seed and weights give the same tokens.
+
+        `advance` is called with the number of prompts that are done since the last call.
+        """
         ...
 
     def load_weights(self, policy: Policy) -> None:
         """Sample with the policy's weights as they are now; forget all that older ones computed."""
+        ...
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """How often the model runs a prompt, its pictures included, for `n` responses to it."""
         ...
 
     def sleep(self) -> None:

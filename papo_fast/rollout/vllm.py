@@ -21,6 +21,7 @@ from papo_fast.rollout.vllm_requests import (
     RequestFormat,
     cpu_options,
     engine_options,
+    prompt_passes,
     prompt_seeds,
 )
 from papo_fast.rollout.vllm_setup import prepare_this_process
@@ -73,7 +74,6 @@ class VLLMRollout:
         self.format = RequestFormat(encoder)
         self.can_sleep = not on_cpu
         self.asleep = False
-        self.progress: Callable[[int], None] | None = None
 
     def generate(
         self,
@@ -83,6 +83,7 @@ class VLLMRollout:
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
         """Sample `n` responses per prompt at `temperature` (see `RolloutEngine`)."""
         from vllm import SamplingParams
@@ -107,8 +108,7 @@ class VLLMRollout:
         ):
             self.format.check_prompt(prompt, answer.prompt_token_ids, "vLLM")
             groups.append([self._completion(output) for output in answer.outputs])
-        if self.progress is not None:
-            self.progress(len(prompts))
+        advance(len(prompts))
         return groups
 
     def _completion(self, output) -> Completion:
@@ -130,6 +130,11 @@ class VLLMRollout:
             raise RuntimeError("vLLM kept keys and values of the old weights")
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """See `vllm_requests.prompt_passes`."""
+        return prompt_passes(n)
 
     def sleep(self) -> None:
         """Level 2: neither weights nor cache are kept, as all of them are about to be replaced."""

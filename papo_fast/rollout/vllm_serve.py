@@ -1,6 +1,6 @@
-"""Starts a vLLM server whose options are those that a run needs.
+"""The vLLM server whose options are those that a run needs.
 
-`papo-fast serve PRESET ...` takes the options of the run and becomes the server; a run without
+`papo-fast serve PRESET ...` becomes the server (`papo_fast.launch`); a run without
 `rollout.server_urls` starts one for itself on loopback and ends it. Whoever reaches the server can
 change its weights (vLLM calls this development mode), so it belongs on loopback or in a network of
 one's own.
@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rich.console import Console
 from transformers import AutoConfig
 
 from papo_fast.config import Config
@@ -30,28 +29,6 @@ from papo_fast.parallel import pick_device
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import set_environment
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-
-def serve(config: Config, console: Console) -> None:
-    """Become the vLLM server of a run with this configuration; does not return."""
-    urls = config.rollout.server_urls or (DEFAULT_URL,)
-    if len(urls) > 1:
-        raise InputError(
-            f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
-        )
-    config.validate()
-    require_vllm()
-    if config.digits.enabled:
-        from papo_fast.digits.warmstart import prepare
-        from papo_fast.run.progress import Progress
-
-        config = prepare(config, Progress(console))
-    command, environment = server_command(config, urls[0])
-    environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    console.print(f"vLLM serves {config.model.path} at {urls[0]}")
-    os.execve(command[0], command, environment)
 
 
 def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]:

@@ -32,7 +32,7 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
 from papo_fast.rollout.protocol import RolloutError
-from papo_fast.rollout.vllm_requests import RequestFormat, prompt_seeds
+from papo_fast.rollout.vllm_requests import RequestFormat, prompt_passes, prompt_seeds
 from papo_fast.rollout.vllm_serve import OwnServer
 from papo_fast.samples import Completion
 
@@ -147,7 +147,6 @@ class VLLMServerRollout:
         self.weights = Path(rollout.server_weights or run_dir / "server_weights").resolve()
         self.loaded = 0
         self.own: OwnServer | None = None
-        self.progress: Callable[[int], None] | None = None
         urls, error = rollout.server_urls, None
         try:
             if not urls and is_main():
@@ -172,6 +171,7 @@ class VLLMServerRollout:
         temperature: float,
         max_new_tokens: int,
         seed: int,
+        advance: Callable[[int], None],
     ) -> list[list[Completion]]:
         """Sample `n` responses per prompt at `temperature` (see `RolloutEngine`)."""
         server, path = self.servers[rank() % len(self.servers)], "/inference/v1/generate"
@@ -188,8 +188,7 @@ class VLLMServerRollout:
                     {"type": "image_url", "url": data_url(picture)} for picture in pictures
                 ]
             found = self._completions(server, path, prompt, n, server.call("POST", path, request))
-            if self.progress is not None:
-                self.progress(1)
+            advance(1)
             return found
 
         groups: list[list[Completion]] = []
@@ -246,6 +245,11 @@ class VLLMServerRollout:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
         _fail_together(error)
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """See `vllm_requests.prompt_passes`."""
+        return prompt_passes(n)
 
     def sleep(self) -> None:
         """Servers have GPUs of their own."""

@@ -47,11 +47,11 @@ class Saved:
 
     @property
     def score(self) -> float:
-        return self.progress()["score"]
+        return self.state()["score"]
 
-    def progress(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What was saved beside weights and optimizer; plain values."""
-        return torch.load(self.path / "progress.pt", weights_only=True)
+        return torch.load(self.path / "state.pt", weights_only=True)
 
 
 class CheckpointStore:
@@ -80,12 +80,12 @@ class CheckpointStore:
         step: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        progress: dict[str, Any],
+        state: dict[str, Any],
     ) -> Path:
         """Write one and drop those that need not be kept.
 
         Args:
-            progress: plain values and tensors, which `Saved.progress` gives back; its `score`
+            state: plain values and tensors, which `Saved.state` gives back; its `score`
                 decides which checkpoint is the best (higher is better).
 
         Raises:
@@ -105,7 +105,7 @@ class CheckpointStore:
                 checkpoint_id=partial / "shards",
             )
             if is_main():
-                torch.save(progress, partial / "progress.pt")
+                torch.save(state, partial / "state.pt")
                 _flush(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
@@ -124,7 +124,7 @@ class CheckpointStore:
         return final
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Restore the latest one in place; its progress, or None where there is none."""
+        """Restore the latest one in place; its state, or None where there is none."""
         for leftover in self.folder.glob(f"*{PARTIAL}") if is_main() else ():
             _log.info("removing %s, which an interrupted run left unfinished", leftover)
             shutil.rmtree(leftover)
@@ -145,7 +145,7 @@ class CheckpointStore:
             options=options,
         )
         _log.info("resumed from %s", latest.path)
-        return latest.progress()
+        return latest.state()
 
     def _drop_old(self) -> None:
         whole = self.saved()
@@ -156,6 +156,21 @@ class CheckpointStore:
                 doomed = old.path.with_name(old.path.name + PARTIAL)
                 old.path.rename(doomed)
                 shutil.rmtree(doomed)
+
+
+def export_model(policy: Any, encoder: Any, path: Path) -> None:
+    """The policy and its encoder as a HuggingFace checkpoint, in the place of an older one.
+
+    Every rank of a sharded policy takes part; the main one writes.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+    policy.save(partial)
+    if is_main():
+        encoder.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
 
 
 def _options(model: nn.Module) -> StateDictOptions:

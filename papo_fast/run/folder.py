@@ -11,6 +11,7 @@ from pathlib import Path
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
+from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG, is_run
 
 
@@ -112,3 +113,16 @@ def git_commit() -> str | None:
         check=False,
     )
     return found.stdout.strip() or None
+
+
+def describe(config: Config, steps: int, clock: Clock, bad_updates: int) -> dict[str, object]:
+    """The entries of summary.json that say which run it is of."""
+    return {
+        "preset": config.preset,
+        "seed": config.seed,
+        "git_commit": git_commit(),
+        "steps": steps,
+        "seconds": round(clock.seconds, 1),
+        "samples_per_question": config.eval.samples,
+        "bad_updates": bad_updates,
+    }

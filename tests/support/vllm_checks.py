@@ -12,9 +12,11 @@ from PIL import Image
 
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.digits.model import build_checkpoint
-from papo_fast.model.packing import Group, pack
+from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, inference
 from papo_fast.presets import get_preset
+from papo_fast.samples import Group, Sample
+from support.groups import as_prompt
 
 CPU = torch.device("cpu")
 
@@ -63,21 +65,26 @@ def mixed_prompts(encoder):
 
 def sample(engine, prompts, n=3, temperature=0.7, max_new_tokens=12, seed=5):
     return engine.generate(
-        prompts, n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+        prompts,
+        n,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        advance=lambda done: None,
     )
 
 
 def differences(policy, prompts, groups, temperature=0.7):
     """|sampler's log-prob - trainer's| of every sampled token, (N,)."""
-    trees, theirs = [], []
-    for prompt, group in zip(prompts, groups, strict=True):
-        members = list(range(len(theirs), len(theirs) + len(group)))
-        trees.append(Group(prompt, [c.token_ids for c in group], members, None))
-        theirs += [torch.tensor(c.logprobs) for c in group]
+    trees = [
+        Group(as_prompt(prompt), [Sample(completion) for completion in group])
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
     batch = pack(trees, policy.prompt_positions)
     with inference(policy):
         stats, _ = policy.stats(batch, temperature=temperature)
-    return (stats.logprobs - torch.cat([theirs[i] for i in batch.sequences])).abs()
+    theirs = torch.cat([torch.tensor(s.completion.logprobs) for s in batch.samples])
+    return (stats.logprobs - theirs).abs()
 
 
 def disturb(policy, scale, only=""):

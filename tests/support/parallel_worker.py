@@ -8,7 +8,9 @@ Run by test_parallel.py, with torchrun's variables in the environment. Of severa
 writes what it does with gradients that NaN reaches on one rank alone.
 """
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from torch.distributed.tensor import DTensor
 
 from papo_fast.cli import leave
 from papo_fast.errors import InputError
-from papo_fast.experience import Experience, score_without_gradient
+from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import is_main, process_group, rank, world_size
 from papo_fast.run.checkpoint import CheckpointStore
+from papo_fast.samples import Group
 from papo_fast.update import Updater
 
 
@@ -30,50 +33,51 @@ def main(job_path: str, out: str) -> None:
     torch.manual_seed(0)  # adapters start the same however many ranks there are
     job = torch.load(job_path, weights_only=False)  # written by the test itself
     config, device = job["config"], torch.device("cpu")
+    config = dataclasses.replace(config, objective=config.objective.resolved())
     with process_group(device):
         policy = Policy.load(config.model, job["bans"], device, config.parallel)
         reference = policy.reference(config)
-        experience = Experience(**job["experience"])
+        groups = job["groups"]
         updater = Updater(config, policy, reference, total_updates=3)
-        score_without_gradient(experience, policy, reference, config, on_policy=False)
+        add_logprobs(groups, policy, reference, config)
         store = CheckpointStore(Path(job.get("resume") or out) / "checkpoints")
         if job.get("resume"):
             updater.restore(store.load(policy, updater.optimizer)["updater"])
-        n, rows = len(experience) // 3, []
+        rows = []
         for i in range(updater.updates, 3):
-            rows.append(updater.update(experience, range(i * n, (i + 1) * n), lambda _: None))
+            some = groups[2 * i : 2 * i + 2]
+            rows.append(updater.update(some, lambda _: None, first=i == 0))
             if i == 1 and job.get("checkpoint"):
-                progress = {"score": 0.0, "updater": updater.counters()}
-                store.save(2, policy, updater.optimizer, progress)
+                state = {"score": 0.0, "updater": updater.counters()}
+                store.save(2, policy, updater.optimizer, state)
         policy.save(Path(out))
         if is_main():
             torch.save(rows, Path(out) / "rows.pt")
         if world_size() > 1:
-            found = with_nan(updater, experience)
+            found = with_nan(updater, groups)
             (Path(out) / f"rank{rank()}.json").write_text(json.dumps(found))
             barrier()
 
 
-def with_nan(updater: Updater, experience: Experience) -> dict:
+def with_nan(updater: Updater, groups: list[Group]) -> dict:
     """Updates with one advantage of NaN, a good one between them, until the run would stop."""
     weights = list(updater.policy.parameters())
     found = {"batches_with_nan": 0, "norms": [], "moved": [], "stopped": ""}
     token_batch = updater._token_batch
 
-    def seen(experience, pieces):
-        tokens, mismatch = token_batch(experience, pieces)
+    def seen(groups, first):
+        tokens, metrics = token_batch(groups, first)
         found["batches_with_nan"] += int(tokens.advantages.isnan().any())
-        return tokens, mismatch
+        return tokens, metrics
 
     updater._token_batch = seen
-    good = experience.advantages_B.clone()
+    sample = groups[0].samples[0]
+    good = sample.advantage
     for broken in (True, False, True, True, True):
-        experience.advantages_B = good.clone()
-        if broken:
-            experience.advantages_B[0] = float("nan")
+        sample.advantage = math.nan if broken else good
         before = [_local(p).clone() for p in weights]
         try:
-            row = updater.update(experience, range(len(experience)), lambda _: None)
+            row = updater.update(groups, lambda _: None)
         except InputError as error:
             found["stopped"] = str(error)
             break

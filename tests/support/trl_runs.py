@@ -4,15 +4,14 @@
 import pytest
 
 for _package in ("trl", "peft"):
-    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[peers,lora]'")
-
-from family_checkpoints import FAMILIES, write_checkpoint
+    pytest.importorskip(_package, reason=f"{_package} is missing: pip install '.[trl,lora]'")
 
 from papo_fast.config import DataConfig
 from papo_fast.digits.task import write_questions
 from papo_fast.integrations.conversations import conversations
 from papo_fast.integrations.processor import load_processor
 from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer
+from support.family_checkpoints import FAMILIES, write_checkpoint
 
 TERMS = dict(kl_prcp_coef=0.02, entropy_loss_coef=0.05, aug_entropy_loss_coef=0.03)
 

@@ -1,0 +1,141 @@
+"""What a run writes down as it goes: metrics, alarms, checkpoints, the evaluation before.
+
+Every rank keeps a journal, the main one writes. A run that was killed goes on from its journal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from papo_fast.config import Config
+from papo_fast.parallel import is_main, wait_for_all
+from papo_fast.run.alarms import CollapseMonitor, mismatch_alarm
+from papo_fast.run.checkpoint import CheckpointStore
+from papo_fast.run.clock import Clock
+from papo_fast.run.files import METRICS
+from papo_fast.run.folder import write_json
+from papo_fast.run.metrics import MetricsLog, Row, json_line, read_metrics
+
+BEFORE = "before.json"
+
+
+class Journal:
+    """The record of one run.
+
+    Attributes:
+        done: steps that have ended.
+
+    Args:
+        clock: its seconds are kept in checkpoints.
+        say: prints one line for the user.
+    """
+
+    def __init__(self, config: Config, folder: Path, clock: Clock, say: Callable[[str], None]):
+        self.config = config
+        self.folder = folder
+        self.clock = clock
+        self.say = say
+        self.done = 0
+        self._store = CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints)
+        self._monitor = CollapseMonitor()
+        self._rewards: list[float] = []  # since the last checkpoint
+        self._log: MetricsLog | None = None
+        self._state: dict[str, Any] = {}
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Go back to the last checkpoint; its state, or None where there is none."""
+        saved = self._store.load(model, optimizer)
+        self.done = saved["step"] if saved else 0
+        path = self.folder / METRICS
+        rows = read_metrics(path)[0] if path.is_file() else []
+        wait_for_all()  # everybody has read the rows
+        if is_main():  # steps after the checkpoint will be made again
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json_line(row) + "\n" for row in rows[: self.done]))
+            partial.replace(path)
+        for row in rows[: self.done]:
+            self._monitor.update(row)
+        if saved:
+            self.clock.go_on_from(saved["seconds"])
+        return saved
+
+    def open(self, state: dict[str, Any]) -> None:
+        """Begin to write; `state` is that of the step that was done last."""
+        self._state = state
+        if is_main():
+            self._log = MetricsLog(self.folder / METRICS, resume=self.config.resume)
+
+    def alarms(self, row: Row) -> list[str]:
+        """What a row, before it is entered, should warn the user of."""
+        return [*self._monitor.update(row), *mismatch_alarm(row)]
+
+    def enter(self, row: Row, state: dict[str, Any], steps: int) -> None:
+        """A step has ended.
+
+        Args:
+            state: what a checkpoint of it keeps besides weights and optimizer; plain values.
+            steps: of the whole run.
+        """
+        if self._log is not None:
+            self._log.append(row)
+        self._rewards.append(row["reward"])
+        self.done, self._state = row["step"], state
+        self.say(step_line(row, steps))
+        for alarm in row["alarms"]:
+            self.say(f"[yellow]warning:[/yellow] {alarm}")
+
+    def checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the step that has just ended."""
+        rewards, self._rewards = self._rewards, []
+        self._store.save(
+            self.done,
+            model,
+            optimizer,
+            {
+                "step": self.done,
+                "score": sum(rewards) / len(rewards),
+                "seconds": self.clock.seconds,
+                **self._state,
+            },
+        )
+
+    def is_saved(self) -> bool:
+        """Whether there is nothing that a checkpoint would keep now."""
+        return self.done in (0, *(saved.step for saved in self._store.saved()))
+
+    def evaluated_before(self, evaluate: Callable[[], dict]) -> dict:
+        """Entries of the summary; kept in a file, since a resumed run has another model by now."""
+        path = self.folder / BEFORE
+        if self.done and path.is_file():
+            return json.loads(path.read_text())
+        entries = evaluate()
+        if is_main():
+            write_json(path, entries)
+        return entries
+
+
+def step_line(row: Row, steps: int) -> str:
+    """One line of a step's metrics."""
+    parts = [f"step {row['step']:>3}/{steps}"]
+    for name, label, form in (
+        ("reward", "reward", ".3f"),
+        ("accuracy", "acc", ".3f"),
+        ("kl_prcp", "KL_prcp", ".3f"),
+        ("kl_ref", "KL_ref", ".4f"),
+        ("entropy", "H", ".3f"),
+        ("aug_entropy", "H_aug", ".3f"),
+        ("clip_fraction_high", "clip", ".3f"),
+        ("grad_norm", "grad", ".2f"),
+        ("response_length", "len", ".1f"),
+    ):
+        if row.get(name) is not None:
+            parts.append(f"{label} {row[name]:{form}}")
+    phases = ("sync", "rollout", "experience", "update")
+    seconds = sum(row.get(f"{phase}_seconds", 0) for phase in phases)
+    return "  ".join([*parts, f"{seconds:.1f} s"])

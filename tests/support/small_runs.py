@@ -1,0 +1,55 @@
+"""Runs of a few steps on a tiny checkpoint; their questions and checkpoints are in conftest.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from papo_fast.config import EvalConfig, RewardConfig
+from papo_fast.launch import train
+
+VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
+
+
+def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.manual_seed(seed))
+    out = io.BytesIO()
+    Image.fromarray(pixels.to(torch.uint8).numpy()).save(out, format="PNG")
+    return out.getvalue()
+
+
+def small(config, path, data, out, **changes):
+    """`config` shrunk to two steps of four prompts."""
+    return dataclasses.replace(
+        config,
+        out=str(out),
+        device="cpu",
+        model=dataclasses.replace(config.model, path=str(path), dtype="float32"),
+        data=dataclasses.replace(
+            config.data,
+            train=str(data),
+            test=str(data),
+            min_pixels=56 * 56,
+            max_pixels=112 * 112,
+        ),
+        rollout=dataclasses.replace(
+            config.rollout, prompts=4, group_size=3, max_new_tokens=6, filter_prompts=4
+        ),
+        train=dataclasses.replace(config.train, update_prompts=2, max_tokens=400, steps=2, lr=1e-3),
+        eval=EvalConfig(samples=2),
+        reward=RewardConfig(workers=1),
+        **changes,
+    )
+
+
+def run(config):
+    """Train; the metrics rows, without wall-clock times, and the summary."""
+    folder = train(config, Console(file=io.StringIO()))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
+    return folder, rows, json.loads((folder / "summary.json").read_text())
