@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 
 import papo_fast
-from papo_fast import cli, objective
+from papo_fast import cli, estimators, objective
 from papo_fast.config import Config
+from papo_fast.config_checks import resolve
 from papo_fast.presets import PRESETS
+from support import SUPPORT, TESTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-GIVENS = ROOT / "tests" / "support" / "doc_givens.py"
-CONFIGS = ROOT / "tests" / "data" / "configs"
+GIVENS = SUPPORT / "doc_givens.py"
+CONFIGS = TESTS / "data" / "configs"
 MODELS = {  # folders of the commands → whose config.json stands for it
     "Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
     "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
@@ -177,13 +179,13 @@ def desk(tmp_path, monkeypatch):
     def stand_in(module, name):
         def record(first, *rest):
             if isinstance(first, Config):
-                first.validate()
+                resolve(first)
             asked.append(name)
 
         monkeypatch.setattr(f"papo_fast.{module}.{name}", record)
 
-    stand_in("trainer", "train")
-    stand_in("rollout.vllm_serve", "serve")
+    stand_in("launch", "train")
+    stand_in("launch", "serve")
     stand_in("evaluate", "evaluate_checkpoint")
     stand_in("report", "print_run")
     return asked
@@ -243,7 +245,8 @@ def check_command(words, asked, done, capsys):
     elif program == "pip":
         pip_accepts(rest)
     elif program == "git":
-        assert rest[0] == "clone" and len(rest) == 3
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert rest == ["clone", project["urls"]["Homepage"]]
     elif program == "source":
         assert rest == [".venv/bin/activate"]
     elif program == "cd":
@@ -459,9 +462,9 @@ def documented_keys():
 def keys_of_the_code():
     import torch
 
-    row = json.loads((ROOT / "tests" / "data" / "metrics_row.json").read_text())
+    row = json.loads((TESTS / "data" / "metrics_row.json").read_text())
     zeros = torch.zeros(1)
-    _, of_weights = objective.truncated_weights(zeros, zeros, 2.0)
+    _, of_weights = estimators.truncated_weights(zeros, zeros, 2.0)
     return set(row) | {term.name for term in objective.TERMS} | set(of_weights)
 
 
@@ -526,7 +529,7 @@ def planned(preset, model, gpus, engine):
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=model),
-        objective=dataclasses.replace(config.objective, parity="official"),
+        objective=dataclasses.replace(config.objective, parity="official").resolved(),
         rollout=dataclasses.replace(config.rollout, engine=engine, gpu_memory=0.25),
     )
     gpu, sizes = find_gpu("h100"), ModelSizes.of(config.model)

@@ -143,7 +143,7 @@ def run(job: dict[str, Any], folder: Path) -> int:
 
 def main(jobs: dict[str, dict[str, Any]], folder: Path) -> None:
     # once for all jobs; a job's process begins with what is imported here
-    import papo_fast.trainer
+    import papo_fast.launch
 
     if importlib.util.find_spec("trl"):
         import papo_fast.integrations.trl  # noqa: F401
