@@ -23,7 +23,7 @@ TITLE_FONT = FontProperties(family="DejaVu Sans", size=9.5, weight="bold")
 
 
 @dataclass(frozen=True)
-class Group:
+class BarGroup:
     """One quantity of every run."""
 
     name: str
@@ -35,7 +35,7 @@ class Group:
 @dataclass(frozen=True)
 class BarPanel:
     title: str
-    groups: tuple[Group, ...]
+    groups: tuple[BarGroup, ...]
 
     @property
     def height(self) -> float:
@@ -45,11 +45,11 @@ class BarPanel:
 def bar_panels(runs: Sequence[Run]) -> list[BarPanel]:
     """What the runs' summaries hold: accuracy for each kind of question, then the errors."""
 
-    def group(name: str, key: str, kind: str | None = None, faint: bool = True) -> Group | None:
+    def group(name: str, key: str, kind: str | None = None, faint: bool = True) -> BarGroup | None:
         values = [run.summary.get(key) for run in runs]
         if kind is not None:
             values = [(value or {}).get(kind) for value in values]
-        return None if all(v is None for v in values) else Group(name, tuple(values), faint)
+        return None if all(v is None for v in values) else BarGroup(name, tuple(values), faint)
 
     found = []
     for kind in kinds(runs):
