@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -109,26 +110,35 @@ def test_every_block_is_of_a_language_that_is_checked():
 def done(tmp_path_factory):
     """{name: (exit status, output, folder)} of every chain of blocks and every script's --help.
 
-    One process imports torch and TRL, once, and forks for each of them.
+    One process imports torch and TRL, once, and forks for each of them. Where several processes run
+    the tests, the first to come does it for all.
     """
-    folder = tmp_path_factory.mktemp("docs")
-    jobs = {f"{job_name(c)}": {"blocks": [dataclasses.asdict(b) for b in c]} for c in chains()}
-    jobs |= {job_name(script): {"script": str(ROOT / script)} for script in scripts()}
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    all_of_them = subprocess.run(
-        [sys.executable, str(GIVENS), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert all_of_them.returncode == 0, all_of_them.stderr[-4000:]
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "statuses.json").is_file():
+            do_jobs(folder)
     statuses = json.loads((folder / "statuses.json").read_text())
     return {
         name: (status, (folder / name / "output.txt").read_text(), folder / name)
         for name, status in statuses.items()
     }
+
+
+def do_jobs(folder):
+    jobs = {job_name(c): {"blocks": [dataclasses.asdict(b) for b in c]} for c in chains()}
+    jobs |= {job_name(script): {"script": str(ROOT / script)} for script in scripts()}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    ended = subprocess.run(
+        [sys.executable, str(GIVENS), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 def job_name(work):
@@ -141,11 +151,7 @@ def scripts():
     return sorted({w for c in words for w in c if w.endswith(".py") and (ROOT / w).is_file()})
 
 
-# A group of its own keeps what shares the fixture `done` in one of xdist's processes.
-together = pytest.mark.xdist_group("docs")
-
-
-@together
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", chains(), ids=lambda chain: str(chain[0]))
 def test_a_python_block_runs(chain, done):
     if any(re.search(r"integrations\.trl|from trl", block.text) for block in chain):
@@ -194,7 +200,7 @@ def desk(tmp_path, monkeypatch):
 BASH = [block for block in BLOCKS if block.language == "bash"]
 
 
-@together
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BASH, ids=str)
 def test_the_commands_of_a_block_are_accepted(block, desk, done, capsys):
     commands = list(commands_of(block))
@@ -203,7 +209,7 @@ def test_the_commands_of_a_block_are_accepted(block, desk, done, capsys):
         check_command(words, desk, done, capsys)
 
 
-@together
+@pytest.mark.slow
 def test_a_command_with_a_mistake_is_refused(desk, done, capsys):
     for line in (
         "papo-fast train papo-g-3b --model.path M/ --data.train D.parquet --train.step 5",
@@ -473,7 +479,7 @@ def test_every_key_of_the_metrics_is_documented_once():
     assert sorted(keys) == sorted(keys_of_the_code())
 
 
-@together
+@pytest.mark.slow
 def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
     (chain,) = [c for c in chains() if c[0].page == "docs/usage.md"]
     status, output, folder = done[job_name(chain)]

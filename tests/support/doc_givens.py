@@ -118,7 +118,7 @@ def print_help(script: str) -> None:
 
 def run(job: dict[str, Any], folder: Path) -> int:
     """Do one job in a process and a folder of its own; returns its exit status."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
         status = 1
