@@ -58,6 +58,8 @@ class ReportArguments:
 
     run: str
     """The run's folder, e.g. runs/tiny-seed0."""
+    beside: tuple[str, ...] = ()
+    """Folders of other runs, e.g. a baseline's, to show beside it."""
 
 
 def run() -> NoReturn:
@@ -202,7 +204,7 @@ def _report(argv: list[str], console: Console) -> int:
     arguments = tyro.cli(ReportArguments, args=argv, prog="papo-fast report")
     from papo_fast.report import print_run
 
-    print_run(Path(arguments.run), console)
+    print_run(Path(arguments.run), console, [Path(other) for other in arguments.beside])
     return 0
 
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tomllib
 import typing
@@ -22,14 +21,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from papo_fast.config import RewardConfig, RolloutConfig
+from papo_fast.config import ModelConfig, RewardConfig, RolloutConfig
+from papo_fast.machine import gpu_names, install_command
 
 Status = Literal["ok", "info", "optional", "missing", "outside"]
 PYTHON = (3, 11)
 
 # What an optional package is for: extra, distribution, purpose.
 OPTIONAL = (
-    ("flash", "flash-attn", "attention; so far torch's own is used"),
+    ("flash", "flash-attn", "variable-length attention on GPUs"),
     ("vllm", "vllm", "rollout engines vllm and vllm_server"),
     ("lora", "peft", "LoRA, --model.lora-rank"),
     ("liger", "liger-kernel", "layers on GPUs; compared with in the benchmarks"),
@@ -104,14 +104,6 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def gpu_names() -> list[str]:
-    """Lines of `nvidia-smi -L`; empty where it is missing or fails, as the Makefile decides."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return done.stdout.splitlines() if done.returncode == 0 else []
-
-
 def requirements() -> dict[str, list[Requirement]]:
     """What pyproject.toml asks for here, by extra; the key "" holds what is always required."""
     file = Path(__file__).parents[1] / "pyproject.toml"
@@ -134,13 +126,6 @@ def requirements() -> dict[str, list[Requirement]]:
             r for r in listed if r not in asked[""] and r.marker.evaluate({"extra": extra})
         ]
     return asked
-
-
-def install_command(machine: str, extra: str = "") -> str:
-    """The pip command that installs an extra, or what is always required, under the constraints."""
-    target = f"'.[{extra}]'" if extra else "."
-    isolation = " --no-build-isolation" if extra == "flash" else ""
-    return f"pip install -c constraints/{machine}.txt{isolation} -e {target}"
 
 
 def _python() -> Row:
@@ -263,7 +248,7 @@ def _paths() -> list[Row]:
     return [
         Row("paths", "device", str(device), "info", "--device"),
         Row("paths", "token_stats", f"{backend} backend", "info"),
-        Row("paths", "attention", "scaled_dot_product_attention of torch", "info"),
+        Row("paths", "attention", _attention(device.type), "info", "--model.dtype"),
         Row(
             "paths",
             "rollout engine",
@@ -273,6 +258,15 @@ def _paths() -> list[Row]:
         ),
         Row("paths", "rewards", f"{workers} processes", "info", "--reward.workers"),
     ]
+
+
+def _attention(device: str) -> str:
+    import torch
+
+    from papo_fast.model.attention import chosen_path
+
+    dtype = ModelConfig().dtype
+    return f"{chosen_path(device, getattr(torch, dtype)).name}, for {dtype}"
 
 
 def _available_engines() -> list[str]:

@@ -6,7 +6,6 @@ error* where it read it right (the paper's error study); that needs a `reading` 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import pick_device, rank
 from papo_fast.report import print_summary
+from papo_fast.rewards.reading import reading
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.sampler import Sampler
@@ -96,12 +96,6 @@ def error_shares(groups: Sequence[Group]) -> tuple[float | None, float | None]:
     wrong = [(sample, truth) for sample, truth in judged if not sample.is_right]
     misread = sum(reading(sample.text) != truth for sample, truth in wrong)
     return misread / len(judged), (len(wrong) - misread) / len(judged)
-
-
-def reading(response: str) -> str | None:
-    """What stands between <think> and </think>, or None where there is no such pair."""
-    match = re.search(r"<think>(.*?)</think>", response, re.DOTALL)
-    return match.group(1).strip() if match else None
 
 
 class Evaluator:

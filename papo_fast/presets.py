@@ -23,8 +23,8 @@ from papo_fast.config import (
 _DAPO_ROLLOUT = RolloutConfig(dynamic_filter=True)
 
 
-def _preset(name: str, objective: ObjectiveConfig, rollout: RolloutConfig) -> Config:
-    return Config(preset=name, objective=objective, rollout=rollout)
+def _preset(objective: ObjectiveConfig, rollout: RolloutConfig) -> Config:
+    return Config(objective=objective, rollout=rollout)
 
 
 def _papo(gamma: float, eta: float, beta: float = 0.01, clip_high: float = 0.3) -> ObjectiveConfig:
@@ -37,7 +37,7 @@ def _papo(gamma: float, eta: float, beta: float = 0.01, clip_high: float = 0.3) 
     )
 
 
-def _tiny(name: str, objective: ObjectiveConfig) -> Config:
+def _tiny(objective: ObjectiveConfig) -> Config:
     """The default job: everything small enough for two CPU cores and a few minutes.
 
     γ is lower than the paper's and each token's KL is bounded: the exact KL has no upper bound, and
@@ -47,7 +47,6 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
     of the warm start (docs/log.md).
     """
     return Config(
-        preset=name,
         threads=1,  # the same figures on any machine; two threads gain a third
         model=ModelConfig(dtype="float32", gradient_checkpointing=False),
         data=DataConfig(
@@ -84,52 +83,52 @@ def _tiny(name: str, objective: ObjectiveConfig) -> Config:
 
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    name: (help_text, config)
+    name: (help_text, replace(config, preset=name))
     for name, help_text, config in (
         (
             "tiny",
             "The default job: PAPO on handwritten-digit arithmetic, model and data made here.",
-            _tiny("tiny", replace(_papo(0.005, 0.001, beta=0.02), kl_prcp_clip=2.0)),
+            _tiny(replace(_papo(0.005, 0.001, beta=0.02), kl_prcp_clip=2.0)),
         ),
         (
             "tiny-grpo",
             "The default job without PAPO's terms, for comparison.",
-            _tiny("tiny-grpo", _papo(0.0, 0.0, beta=0.02)),
+            _tiny(_papo(0.0, 0.0, beta=0.02)),
         ),
         (
             "papo-g-3b",
             "PAPO on GRPO, Qwen2.5-VL-3B.",
-            _preset("papo-g-3b", _papo(0.02, 0.0), RolloutConfig()),
+            _preset(_papo(0.02, 0.0), RolloutConfig()),
         ),
         (
             "papo-g-7b",
             "PAPO on GRPO with the double entropy loss, Qwen2.5-VL-7B.",
-            _preset("papo-g-7b", _papo(0.02, 0.05), RolloutConfig()),
+            _preset(_papo(0.02, 0.05), RolloutConfig()),
         ),
         (
             "papo-d",
             "PAPO on DAPO (3B and 7B): no reference KL, clip-higher, dynamic sampling.",
-            _preset("papo-d", _papo(0.01, 0.03, 0.0, 0.28), _DAPO_ROLLOUT),
+            _preset(_papo(0.01, 0.03, 0.0, 0.28), _DAPO_ROLLOUT),
         ),
         (
             "papo-g-noref",
             "PAPO on GRPO without a reference model.",
-            _preset("papo-g-noref", _papo(0.01, 0.03, 0.0), RolloutConfig()),
+            _preset(_papo(0.01, 0.03, 0.0), RolloutConfig()),
         ),
         (
             "papo-qwen3-2b",
             "PAPO on GRPO, Qwen3-VL-2B.",
-            _preset("papo-qwen3-2b", _papo(0.01, 0.0), RolloutConfig()),
+            _preset(_papo(0.01, 0.0), RolloutConfig()),
         ),
         (
             "grpo",
             "Baseline: GRPO.",
-            _preset("grpo", _papo(0.0, 0.0), RolloutConfig()),
+            _preset(_papo(0.0, 0.0), RolloutConfig()),
         ),
         (
             "dapo",
             "Baseline: DAPO.",
-            _preset("dapo", _papo(0.0, 0.0, 0.0, 0.28), _DAPO_ROLLOUT),
+            _preset(_papo(0.0, 0.0, 0.0, 0.28), _DAPO_ROLLOUT),
         ),
     )
 }

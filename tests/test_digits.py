@@ -25,8 +25,11 @@ from papo_fast.digits.task import (
     response,
     write_questions,
 )
-from papo_fast.evaluate import Sampled, error_shares, reading
+from papo_fast.evaluate import error_shares
 from papo_fast.presets import get_preset
+from papo_fast.rewards.reading import reading
+from papo_fast.rewards.scorer import Score
+from papo_fast.samples import Completion, Group, Sample
 
 DATA = DataConfig(prompt_suffix="", min_pixels=CELL * CELL, max_pixels=CELL * CELL * 64)
 
@@ -137,14 +140,24 @@ def test_wrong_answers_split_into_misread_and_miscalculated(tmp_path, checkpoint
     vision, leaning = prompts
     assert (vision.kind, leaning.kind) == KINDS
     right = response(vision.reading, vision.answer)
-    samples = [
-        Sampled(vision, right, 1.0, 1.0),
-        Sampled(vision, response("9999", vision.answer), 1.0, 1.0),  # right by luck: no error
-        Sampled(vision, response(vision.reading, "-1"), 0.1, 0.0),
-        Sampled(vision, response("9999", "-1"), 0.1, 0.0),
-        Sampled(vision, "<think>never closed", 0.0, 0.0),
-        Sampled(leaning, response("9999", "-1"), 0.1, 0.0),  # not a vision-dependent question
+
+    def sample(text, accuracy):
+        return Sample(Completion([], [], True), text, Score(accuracy, accuracy, 1.0, False))
+
+    groups = [
+        Group(
+            vision,
+            [
+                sample(right, 1.0),
+                sample(response("9999", vision.answer), 1.0),  # right by luck: no error
+                sample(response(vision.reading, "-1"), 0.0),
+                sample(response("9999", "-1"), 0.0),
+                sample("<think>never closed", 0.0),
+            ],
+        ),
+        # not a vision-dependent question
+        Group(leaning, [sample(response("9999", "-1"), 0.0)]),
     ]
-    assert error_shares(samples) == (2 / 5, 1 / 5)
-    assert error_shares(samples[-1:]) == (None, None)
+    assert error_shares(groups) == (2 / 5, 1 / 5)
+    assert error_shares(groups[-1:]) == (None, None)
     assert reading("<think> 3+4 </think>\\boxed{7}") == "3+4"

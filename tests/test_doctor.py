@@ -1,9 +1,14 @@
 import io
+import subprocess
+import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from papo_fast import doctor
+from papo_fast.model import attention
+from papo_fast.parallel import pick_device
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def installed(monkeypatch):
 
 
 def report():
-    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console = Console(file=io.StringIO(), width=240, color_system=None)
     status = doctor.print_report(console)
     return status, console.file.getvalue()
 
@@ -107,3 +112,45 @@ def test_a_missing_compiler_is_named(installed, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     status, text = report()
     assert status == 0 and "less than half its speed" in text
+
+
+def test_the_attention_it_names_is_the_one_that_runs(monkeypatch):
+    tree = attention.TreeLayout([attention.Segment(0, 3)])
+    x = torch.randn(1, 2, 3, 4)
+    ran = []
+
+    def run(q, k, v, tree, scale):
+        ran.append(q.dtype)
+        return q
+
+    monkeypatch.setattr(attention, "chosen_path", lambda *a: attention.Path(run, f"by {a[0]}"))
+    attention._implementation.cache_clear()
+    try:
+        attention.tree_attention(torch.nn.Module(), x, x, x, None, tree=tree)
+    finally:
+        attention._implementation.cache_clear()
+    assert ran == [torch.float32]
+    _, text = report()
+    assert f"by {pick_device('auto').type}, for bfloat16" in line(text, "attention")
+
+
+def test_the_attention_of_each_kind_of_machine(monkeypatch):
+    found = {"flash_attn": object()}
+    monkeypatch.setattr(attention.importlib.util, "find_spec", found.get)
+    assert attention.chosen_path("cpu", torch.bfloat16).run is attention._sdpa
+    assert attention.chosen_path("cuda", torch.float32).run is attention._sdpa
+    assert attention.chosen_path("cuda", torch.bfloat16).run is attention._flash_varlen
+    found.clear()
+    assert attention.chosen_path("cuda", torch.bfloat16).run is attention._torch_varlen
+
+
+def test_engines_do_not_import_the_doctor():
+    code = (
+        "import sys, papo_fast.rollout.vllm_requests as r\n"
+        "try: r.require_vllm()\n"
+        "except r.InputError as error: print(error)\n"
+        "assert 'papo_fast.doctor' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout or "pip install -c constraints/" in done.stdout

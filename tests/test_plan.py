@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from support.family_checkpoints import write_checkpoint
 
@@ -18,7 +21,8 @@ import update_memory
 from update_memory import Case
 
 from papo_fast.cli import main
-from papo_fast.config import ModelConfig
+from papo_fast.config import DataConfig, ModelConfig, RolloutConfig
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
@@ -29,6 +33,8 @@ from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, micro_batch, step_work
 from papo_fast.presets import get_preset
+from papo_fast.rollout.engines import engine_class
+from papo_fast.rollout.hf import HFRollout
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 # published numbers of parameters, in billions
@@ -239,6 +245,56 @@ def test_time_counts_the_passes_and_falls_with_more_gpus(sizes):
     tokens = 384 * (760 + 5 * 350)
     about = 2 * 4 * 2 * 7.6e9 * tokens / (0.35 * 989e12)
     assert one.update == pytest.approx(about, rel=0.3)
+
+
+ENGINES = typing.get_args(typing.get_type_hints(RolloutConfig)["engine"])
+
+
+@pytest.mark.parametrize("responses", [1, 4])
+def test_a_prompt_goes_through_the_model_as_often_as_its_engine_says(tmp_path, responses):
+    path = write_checkpoint(tmp_path / "model", "qwen2_5_vl")
+    encoder = PromptEncoder(path, DataConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
+    policy = Policy.load(ModelConfig(path=str(path), dtype="float32"), [], torch.device("cpu"))
+    engine = HFRollout(policy, encoder.eos_token_ids, encoder.pad_token_id, batch_size=8)
+    prompts = [encoder.encode(f"{i} + 2?", [Image.new("RGB", (84, 56))]) for i in (1, 3)]
+    tokens, patches = [], []
+    model = policy.model.model
+    model.language_model.register_forward_hook(
+        lambda module, given, output: tokens.append(output.last_hidden_state.shape[:2].numel())
+    )
+    model.visual.patch_embed.register_forward_hook(
+        lambda module, given, output: patches.append(len(output))
+    )
+    with torch.no_grad():
+        hidden_RD = engine._prefill(prompts, responses)[0]
+    assert len(hidden_RD) == 2 * responses
+    passes = HFRollout.prompt_passes(responses)
+    assert sum(tokens) == passes * sum(map(len, prompts))
+    assert sum(patches) == passes * sum(len(p.pixel_values) for p in prompts)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_plan_counts_the_prompt_passes_of_the_engine(sizes, engine, monkeypatch):
+    config, lengths = get_preset("papo-g-7b"), Lengths()
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
+    model = sizes["qwen2_5_vl_7b"]
+    once = step_work(config, lengths, model.flops).prefill
+    # two FLOPs for a weight and a token: 760 of the decoder, and 640 x 4 patches of the tower
+    about = 2 * config.rollout.prompts * (760 * 6.5e9 + 640 * 4 * 0.64e9)
+    assert once == pytest.approx(about, rel=0.1)
+    monkeypatch.setattr(engine_class(engine), "prompt_passes", staticmethod(lambda n: n))
+    again = step_work(config, lengths, model.flops).prefill
+    assert again == config.rollout.group_size * once
+
+
+def test_planning_does_not_import_vllm():
+    code = (
+        "import sys, papo_fast.planning.command, papo_fast.rollout.engines as e\n"
+        "[e.engine_class(name).prompt_passes(5) for name in sys.argv[1:]]\n"
+        "assert 'vllm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *ENGINES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):

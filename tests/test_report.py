@@ -10,11 +10,14 @@ import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
+from papo_fast.cli import main
 from papo_fast.errors import InputError
 from papo_fast.report import print_run, print_summary, read_run, save_examples, write_report
-from papo_fast.report.curves import smooth
-from papo_fast.report.examples import choose
+from papo_fast.report.curves import smooth, spread
+from papo_fast.report.examples import choose, is_right
 from papo_fast.report.figure import draw
+from papo_fast.report.naming import name_runs
+from papo_fast.rewards.reading import reading
 from papo_fast.run.metrics import MetricsLog
 
 SUMMARY = {
@@ -102,6 +105,8 @@ def assert_nothing_overlaps(figure):
     for axes in figure.axes:
         low, high = axes.get_ylim()
         ticks = [t.label1 for t in axes.yaxis.get_major_ticks() if low <= t.get_loc() <= high]
+        left, right = axes.get_xlim()
+        ticks += [t.label1 for t in axes.xaxis.get_major_ticks() if left <= t.get_loc() <= right]
         labels = [*axes.texts, axes.title, axes._left_title, *ticks]
         boxes += [(t.get_text(), t.get_window_extent()) for t in labels if t.get_text()]
     for text, box in boxes:
@@ -222,7 +227,10 @@ def test_run_without_aug_stream_has_one_row_of_pictures(tmp_path):
 @pytest.mark.parametrize("key", ["response", "problem", "answer"])
 def test_hostile_text_is_printed_literally_and_stays_in_its_place(tmp_path, key):
     rows = [
-        example(**{key: text, "accuracy": i % 2, "problem" if key != "problem" else "kind": str(i)})
+        example(
+            **{key: text, "accuracy": i % 2, "problem" if key != "problem" else "kind": str(i)},
+            reading=None,
+        )
         for i, text in enumerate(HOSTILE)
     ]
     run = write_run(tmp_path / "run", examples=rows, summary=SUMMARY | {"preset": "$x_1"})
@@ -237,7 +245,9 @@ def test_hostile_text_is_printed_literally_and_stays_in_its_place(tmp_path, key)
 
 
 def test_no_warning_about_missing_glyphs(tmp_path, recwarn):
-    write_report(write_run(tmp_path / "run", examples=[example(response=HOSTILE[-1])]))
+    write_report(
+        write_run(tmp_path / "run", examples=[example(response=HOSTILE[-1], reading=None)])
+    )
     assert [str(w.message) for w in recwarn if "lyph" in str(w.message)] == []
 
 
@@ -283,6 +293,50 @@ def test_choice_does_not_show_samples_of_one_question_twice():
     same = [{"when": "after", "problem": "a", "image": "1", "accuracy": 1.0}] * 8
     other = [{"when": "after", "problem": str(i), "image": "2", "accuracy": 1.0} for i in range(5)]
     assert sorted(r["problem"] for r in choose(same + other)) == ["0", "1", "2", "3", "4", "a"]
+
+
+def told(i, response, accuracy, when="after", **changes):
+    """A row of examples.jsonl: question `i`, whose picture shows 7+5."""
+    row = {"when": when, "problem": f"Compute {i}.", "kind": "vision_dependent", "answer": "12"}
+    row |= {"reading": "7+5", "response": response, "accuracy": accuracy, "reward": accuracy}
+    return row | changes
+
+
+RIGHT, LUCKY = "<think>7+5</think>\\boxed{12}", "<think>8+4</think>\\boxed{12}"
+WRONG, UNREAD = "<think>7+5</think>\\boxed{11}", "\\boxed{12}"
+
+
+def test_a_right_answer_with_a_wrong_reading_is_never_shown(tmp_path):
+    for when in ("before", "after"):
+        lucky = [told(i, text, 1.0, when) for i, text in enumerate([LUCKY, UNREAD] * 8)]
+        assert choose(lucky) == []
+        rows = lucky + [told(20, RIGHT, 1.0, when), told(21, WRONG, 0.0, when)]
+        assert [row["problem"] for row in choose(rows)] == ["Compute 20.", "Compute 21."]
+    # where nobody says what there is to read, an answer is as good as another
+    assert len(choose([told(i, LUCKY, 1.0, reading=None) for i in range(6)])) == 6
+    run = write_run(tmp_path / "run", examples=[example(response=LUCKY), example(response=WRONG)])
+    words = texts(draw(read_run(run)))
+    assert "8+4" not in words and "1 right answer with a wrong reading is left out" in words
+    only = write_run(tmp_path / "only", examples=[example(response=LUCKY)])
+    assert "Examples" not in texts(draw(read_run(only)))
+
+
+def test_what_training_put_right_is_shown_first():
+    before = [told(i, WRONG if i in (5, 9) else RIGHT, float(i not in (5, 9)), "before")
+              for i in range(10)]  # fmt: skip
+    after = [told(i, RIGHT, 1.0) for i in range(8)] + [told(8, WRONG, 0.0), told(9, LUCKY, 1.0)]
+    after[5]["kind"] = before[5]["kind"] = "text_leaning"
+    chosen = choose(before + after)
+    numbers = [int(row["problem"].split()[1][:-1]) for row in chosen]
+    assert numbers == [5, 0, 1, 2, 3, 8]
+    assert choose(before + after) == chosen
+    assert not any(is_right(row) and reading(row["response"]) != "7+5" for row in chosen)
+
+
+def test_the_same_question_twice_is_paired_in_the_order_of_the_file():
+    before = [told(1, RIGHT, 1.0, "before", image="a"), told(1, WRONG, 0.0, "before", image="b")]
+    after = [told(1, RIGHT, 1.0, image="a"), told(1, RIGHT, 1.0, image="b")]
+    assert [row["image"] for row in choose(before + after)] == ["b", "a"]
 
 
 def test_examples_of_before_and_after_live_together(tmp_path):
@@ -350,3 +404,139 @@ def test_damaged_summary_is_named(tmp_path):
     (run / "summary.json").write_text('{"steps": ')
     with pytest.raises(InputError, match="summary.json is not JSON"):
         write_report(run)
+
+
+GRPO = SUMMARY | {
+    "preset": "tiny-grpo",
+    "seconds": 280.0,
+    "accuracy_after": {"vision_dependent": 0.701, "text_leaning": 0.47},
+    "perception_errors_after": 0.21,
+}
+
+
+def write_other(path, preset, seed=7, summary=GRPO, **changes):
+    run = write_run(path, examples=[example(response="theirs")], summary=summary, **changes)
+    (run / "config.json").write_text(
+        json.dumps({"preset": preset, "seed": seed, "objective": {"kl_prcp_coef": 0.0}})
+    )
+    if summary:
+        (run / "summary.json").write_text(json.dumps(summary | {"preset": preset, "seed": seed}))
+    return run
+
+
+def pair(tmp_path, **changes):
+    rows = [example(), example(when="before", response=WRONG, accuracy=0.0)]
+    run = write_run(tmp_path / "run", examples=rows, summary=SUMMARY)
+    return run, write_other(tmp_path / "other", "tiny-grpo", **changes)
+
+
+def test_another_run_is_drawn_beside_and_its_folder_is_left_alone(tmp_path, capsys):
+    run, other = pair(tmp_path, kl_prcp=None, aug_entropy=None)
+    there = sorted(path.name for path in other.iterdir())
+    assert main(["report", str(run), "--beside", str(other)]) == 0
+    said = capsys.readouterr().out
+    assert "tiny-grpo" in said and "read right but wrong, after" in said
+    assert sorted(path.name for path in other.iterdir()) == there
+    with Image.open(run / "report.png") as image:
+        assert image.width == 1500
+    figure = draw(read_run(run), [read_run(other)])
+    words = texts(figure)
+    assert "tiny beside tiny-grpo, seed 7" in words
+    assert "40 steps · 5 min 12 s" in words and "γ = 0 · 40 steps · 4 min 40 s" in words
+    assert "74.1" in words and "70.1" in words and "23.1" in words
+    assert "before: ✗ wrong" in words and "theirs" not in words
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    for name, expected in (("Reward", {"tiny", "tiny-grpo"}), ("Perception KL, nats", {"tiny"})):
+        assert {t.get_text() for t in panels[name].texts} == expected
+    for folder, line in zip((run, other), panels["Reward"].lines[::2], strict=True):
+        logged = [row["reward"] for row in read_run(folder).rows]
+        np.testing.assert_allclose(line.get_ydata(), logged)
+    colours = [line.get_color() for line in panels["Entropy, nats"].lines]
+    assert colours == ["#0072B2"] * 4 + ["#E69F00"] * 2
+    assert "dashed: corrupted" in {t.get_text() for t in panels["Entropy, nats"].texts}
+    assert_nothing_overlaps(figure)
+
+
+def test_bars_are_as_long_as_the_summaries_say(tmp_path):
+    run, other = pair(tmp_path)
+    figure = draw(read_run(run), [read_run(other)])
+    bars = [axes for axes in figure.axes if axes.patches and not axes.images]
+    found = [[bar.get_width() for bar in axes.patches] for axes in bars]
+    assert found == [
+        [0.362, 0.362, 0.741, 0.701, 0.231, 0.231],
+        [0.5, 0.5, 0.47, 0.47, 0.471, 0.471],
+        [0.41, 0.41, 0.17, 0.21, 0.228, 0.228, 0.089, 0.089],
+    ]
+    assert len({axes.get_xlim() for axes in bars}) == 1  # lengths of all panels compare
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_many_runs_with_long_names_and_nothing_to_tell_find_their_room(tmp_path, count):
+    run, _ = pair(tmp_path)
+    others = [
+        write_other(
+            tmp_path / f"other{i}",
+            ("papo-qwen3-2b", "a-preset-with-a-long-name", "$x_1$ 🙂", "tiny", "dapo")[i],
+            summary=GRPO if i % 2 else None,
+            steps=(40, 3, 1, 90, 40)[i],
+            kl_prcp=1.0,
+            clip_fraction_high=0.0,
+        )
+        for i in range(count)
+    ]
+    figure = draw(read_run(run), [read_run(other) for other in others])
+    words = texts(figure)
+    assert "papo-qwen3-2b: no summary.json" in words and "40 steps so far" in words
+    assert "a-preset-with-a…" in words and "–" in words
+    assert_nothing_overlaps(figure)
+
+
+def test_runs_beside_are_tabled_by_preset_with_dashes_for_what_is_missing(tmp_path):
+    run, other = pair(tmp_path, summary=None)
+    said = printed(lambda folder, console: print_run(folder, console, [other]), run)
+    lines = said.splitlines()
+
+    def cells(start):
+        line = next(line for line in lines if line.startswith(f"│ {start}"))
+        return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+    assert "tiny ┃ tiny-grpo" in said
+    assert cells("vision-dependent, before") == ["36.2 %", "–"]
+    assert cells("vision-dependent, images corrupted") == ["23.1 %", "–"]
+    assert cells("misread, after") == ["17.0 %", "–"]
+    assert cells("read right but wrong, before") == ["22.8 %", "–"]
+    assert cells("time") == ["5 min 12 s", "2 min 0 s"]
+    assert "Note on tiny-grpo: no summary.json" in said
+
+
+def test_runs_of_one_preset_are_told_apart_by_seed_or_folder(tmp_path):
+    runs = [write_other(tmp_path / name, "tiny", seed) for name, seed in (("a", 7), ("b", 8))]
+    named = name_runs([read_run(run) for run in runs])
+    assert [entry.name for entry in named] == ["tiny 7", "tiny 8"]
+    runs.append(write_other(tmp_path / "c", "tiny", 7))
+    assert [e.name for e in name_runs([read_run(r) for r in runs])] == ["a", "tiny 8", "c"]
+    assert len({entry.colour for entry in name_runs([read_run(r) for r in runs])}) == 3
+
+
+def test_what_cannot_stand_beside_is_named(tmp_path, capsys):
+    run, other = pair(tmp_path)
+    assert main(["report", str(run), "--beside", str(run)]) == 2
+    assert "is named twice" in " ".join(capsys.readouterr().err.split())
+    assert main(["report", str(run), "--beside", str(tmp_path / "nowhere")]) == 2
+    assert "no such directory" in " ".join(capsys.readouterr().err.split())
+    many = [write_other(tmp_path / str(i), "tiny", i) for i in range(6)]
+    assert main(["report", str(run), "--beside", *map(str, many)]) == 2
+    assert "name at most 5" in " ".join(capsys.readouterr().err.split())
+    assert not (run / "report.png").exists()
+    assert main(["report", str(run)]) == 0
+    words = texts(draw(read_run(run)))
+    assert "beside" not in words and "Held-out accuracy, mean@8" in words
+
+
+@pytest.mark.parametrize("places", [[], [0.5], [0.5, 0.5], [0.0, 0.01, 0.02], [0.9, 0.95, 1.0]])
+def test_names_at_the_ends_of_curves_are_moved_apart_and_no_further(places):
+    moved = spread(places, gap=0.13)
+    assert len(moved) == len(places) and moved == sorted(moved)
+    assert all(b - a >= 0.13 - 1e-9 for a, b in itertools.pairwise(moved))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in moved)
+    assert spread([0.2, 0.5, 0.8], gap=0.13) == [0.2, 0.5, 0.8]

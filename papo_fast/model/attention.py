@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -270,19 +271,30 @@ def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: floa
     )
 
 
+class Path(NamedTuple):
+    """A function that runs the attention of packed trees, and what it is, in words."""
+
+    run: Callable[[Tensor, Tensor, Tensor, TreeLayout, float], Tensor]
+    name: str
+
+
+def chosen_path(device: str, dtype: torch.dtype) -> Path:
+    """Which attention packed trees of this dtype run on a device of this type."""
+    if device != "cuda":
+        return Path(_sdpa, "SDPA on padded blocks of segments")
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Path(_sdpa, f"SDPA on padded blocks: variable-length kernels do not take {dtype}")
+    if importlib.util.find_spec("flash_attn") is not None:
+        return Path(_flash_varlen, "flash-attn's variable-length kernel")
+    return Path(_torch_varlen, "torch.nn.attention.varlen (flash-attn is not installed)")
+
+
 @functools.cache
 def _implementation(device: str, dtype: torch.dtype):
-    """Which attention runs, chosen and logged once per device and dtype."""
-    if device != "cuda":
-        run, why = _sdpa, "SDPA on padded blocks of segments"
-    elif dtype not in (torch.float16, torch.bfloat16):
-        run, why = _sdpa, f"SDPA on padded blocks: variable-length kernels do not take {dtype}"
-    elif importlib.util.find_spec("flash_attn") is not None:
-        run, why = _flash_varlen, "flash-attn's variable-length kernel"
-    else:
-        run, why = _torch_varlen, "torch.nn.attention.varlen (flash-attn is not installed)"
-    _log.info("packed trees attend by %s", why)
-    return run
+    """The function of `chosen_path`, logged once per device and dtype."""
+    path = chosen_path(device, dtype)
+    _log.info("packed trees attend by %s", path.name)
+    return path.run
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from papo_fast.model.family import Decoder, Vision
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -24,29 +26,18 @@ class ModelShape:
     @classmethod
     def of(cls, config: Any) -> ModelShape:
         """From the HuggingFace configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
-        text, vision = config.text_config, config.vision_config
-        hidden, heads = text.hidden_size, text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or hidden // heads
-        attention = head_size * (2 * heads + 2 * text.num_key_value_heads) * hidden
-        mlp = 3 * hidden * text.intermediate_size
-        # Qwen2-VL calls the tower's width embed_dim, and its hidden_size the language model's
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        merge = vision.spatial_merge_size
-        inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-        # Qwen2.5-VL's tower has a gated MLP, of three matrices; the others' have two
-        mlp_matrices = 3 if config.model_type == "qwen2_5_vl" else 2
-        merged = width * merge**2
-        # one merger, and in Qwen3-VL one more for each layer that feeds the decoder (deepstack)
-        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-        merger = mergers * (merged * merged + merged * hidden) / merge**2  # per patch
-        pixels = vision.patch_size**2 * vision.temporal_patch_size * vision.in_channels
-        blocks = vision.depth * (4 * width**2 + mlp_matrices * width * inner)
+        text, vision = Decoder.of(config.text_config), Vision.of(config)
+        attention = (2 * text.queries + 2 * text.keys) * text.hidden
+        mlp = 3 * text.hidden * text.inner
+        merged = vision.hidden * vision.merge
+        merger = vision.mergers * (merged * merged + merged * text.hidden) / vision.merge
+        block = 4 * vision.hidden**2 + vision.mlp_matrices * vision.hidden * vision.inner
         return cls(
-            block_weights=text.num_hidden_layers * (attention + mlp),
-            attention_width=text.num_hidden_layers * heads * head_size,
-            head_weights=hidden * text.vocab_size,
-            patch_weights=int(pixels * width + blocks + merger),
-            merge=merge**2,
+            block_weights=text.layers * (attention + mlp),
+            attention_width=text.layers * text.queries,
+            head_weights=text.hidden * text.vocab,
+            patch_weights=int(vision.pixels * vision.hidden + vision.blocks * block + merger),
+            merge=vision.merge,
         )
 
     def language(self, tokens: int, pairs: int) -> int:

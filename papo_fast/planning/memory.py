@@ -306,7 +306,7 @@ def sampling_bytes(
     if rollout.engine == "vllm":  # asleep during an update
         return {}, {"vLLM": rollout.gpu_memory * (layout.gpu_memory or 0)}
     whole = {"sampler": model.weights} if model.sharded else {}
-    each = 2 * model.compute * sizes.decoder.keys * sizes.layers.count
+    each = model.compute * sizes.decoder.cached
     tokens = lengths.prompt + rollout.max_new_tokens
     return whole, whole | {"keys and values": rollout.batch_size * tokens * each}
 

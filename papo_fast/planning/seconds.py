@@ -52,7 +52,7 @@ def estimate_step(
     # generate waits for the longest of a batch, which is taken to reach the limit
     steps = lengths.response if vllm else config.rollout.max_new_tokens
     width = 2 if vllm else 4
-    cache = 4 * sizes.decoder.keys * sizes.layers.count * lengths.tree(0.5)
+    cache = 2 * sizes.decoder.cached * lengths.tree(0.5)
     read = (width * sizes.parameters + at_a_time * cache) / together
     step = max(TOKEN_SECONDS["vllm" if vllm else "hf"], read / (gpu.bandwidth * BANDWIDTH_SHARE))
     sampling = -(-each // at_a_time) * steps * step

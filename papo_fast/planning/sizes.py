@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import FAMILIES
 from papo_fast.errors import InputError
+from papo_fast.model.family import Decoder, Vision
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.loading import load_model
 
@@ -37,33 +38,6 @@ class Part:
     @property
     def total(self) -> int:
         return self.count * self.parameters
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """One decoder layer's widths: residual, MLP, queries, keys; and heads."""
-
-    hidden: int
-    inner: int
-    queries: int
-    keys: int
-    heads: int
-    normed_queries: bool
-
-
-@dataclass(frozen=True)
-class Vision:
-    """One vision block's widths, per patch before merging."""
-
-    hidden: int
-    inner: int
-    heads: int
-    pixels: int
-    merge: int
-    mergers: int
-    rms_norm: bool
-    inner_saved: int
-    """How many tensors of width `inner` the MLP keeps for its backward."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +83,12 @@ class ModelSizes:
         """
         settings = _settings(config)
         model = load_model(config, empty=True)
-        text, vision = settings.text_config, settings.vision_config
         decoder, tower = model.model.language_model, model.model.visual
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tied = model.lm_head.weight is decoder.embed_tokens.weight
-        width = getattr(vision, "embed_dim", None) or vision.hidden_size
-        family = settings.model_type
-        merger_count = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        text = Decoder.of(settings.text_config)
         return cls(
-            family=family,
-            vocab=text.vocab_size,
+            family=settings.model_type,
+            vocab=text.vocab,
             tied=tied,
             layers=_part(decoder.layers),
             blocks=_part(tower.blocks),
@@ -126,25 +96,8 @@ class ModelSizes:
             head=Part(0, 0, 0) if tied else _part([model.lm_head]),
             norm=_part([decoder.norm]),
             vision_rest=_rest(tower),
-            decoder=Decoder(
-                hidden=text.hidden_size,
-                inner=text.intermediate_size,
-                queries=text.num_attention_heads * head_size,
-                keys=text.num_key_value_heads * head_size,
-                heads=text.num_attention_heads,
-                normed_queries=family == "qwen3_vl",
-            ),
-            vision=Vision(
-                hidden=width,
-                inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
-                heads=vision.num_heads,
-                pixels=vision.patch_size**2 * vision.temporal_patch_size * vision.in_channels,
-                merge=vision.spatial_merge_size**2,
-                mergers=merger_count,
-                rms_norm=family == "qwen2_5_vl",
-                # gate, its activation, up, product; fc1, (a sigmoid), its activation
-                inner_saved={"qwen2_5_vl": 4, "qwen2_vl": 3}.get(family, 2),
-            ),
+            decoder=text,
+            vision=Vision.of(settings),
             flops=ModelShape.of(settings),
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.model.flops import ModelShape
+from papo_fast.rollout.engines import engine_class
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,6 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
     update = update_streams(config) * (
         text_factor * text + vision_factor * vision + (4 - (model.lora_rank > 0)) * head
     )
-    copies = n if config.rollout.engine == "hf" else 1  # generate repeats the prompt
-    prefill = copies * (vision + prompts * shape.language(prompt, prompt * (prompt + 1) // 2))
+    once = vision + prompts * shape.language(prompt, prompt * (prompt + 1) // 2)
+    prefill = engine_class(config.rollout.engine).prompt_passes(n) * once
     return StepWork(passes * forward, update, prefill, prompts * n)

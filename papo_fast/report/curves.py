@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from papo_fast.report.naming import BLUE, ORANGE, NamedRun
+from papo_fast.report.wording import GREY, INK
+from papo_fast.run.files import Run
 from papo_fast.run.metrics import Row
 
-INK, GREY, GRID = "#222222", "#707070", "#e4e4e4"
-# Okabe and Ito's palette: told apart with every common form of colour blindness.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+GRID = "#e4e4e4"
+ALARM = "#CC0000"
+FAINT, FAINT_BESIDE = 0.28, 0.16
 
 
 @dataclass(frozen=True)
@@ -70,33 +73,89 @@ def column(rows: Sequence[Row], key: str) -> np.ndarray:
     return np.array([math.nan if v is None else float(v) for v in values], dtype=float)
 
 
-def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], last_row: bool) -> None:
-    """Draw `panel` into `axes`; says so where there is nothing to draw."""
+@dataclass(frozen=True)
+class Line:
+    """One metric of one run against its steps, both (n,) float64; values are NaN where missing."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    label: str
+    """Stands at the line's end, if it is not empty."""
+    colour: str
+    dashed: bool = False
+    faint: float = FAINT
+    """Opacity of the raw values behind the smoothed ones."""
+
+
+def lines_of(panel: Panel, run: Run) -> list[Line]:
+    """The panel's lines of one run, each in a colour of its own."""
+    scale = 100.0 if panel.percent else 1.0
+    steps = steps_of(run)
+    return [
+        Line(steps, column(run.rows, key) * scale, label, colour)
+        for key, label, colour in panel.lines
+    ]
+
+
+def lines_beside(panel: Panel, runs: Sequence[NamedRun]) -> list[Line]:
+    """The panel's lines of several runs: one colour a run, dashed for the panel's second metric."""
+    return [
+        replace(
+            line,
+            label="" if number else named.name,
+            colour=named.colour,
+            dashed=number > 0,
+            faint=FAINT_BESIDE,
+        )
+        for named in runs
+        for number, line in enumerate(lines_of(panel, named.run))
+    ]
+
+
+def steps_of(run: Run) -> np.ndarray:
+    return np.array([row.get("step") or i for i, row in enumerate(run.rows, start=1)], dtype=float)
+
+
+def draw_panel(
+    axes: Axes,
+    panel: Panel,
+    lines: Sequence[Line],
+    alarms: Sequence[tuple[np.ndarray, str]],
+    last_row: bool,
+    lowest: float = 0.0,
+) -> None:
+    """Draw `lines` into `axes`; says so where there is nothing to draw.
+
+    Args:
+        alarms: steps to mark at the bottom, and the colour of the marks.
+        lowest: share of the panel's height below which no name of a line stands.
+    """
     _style(axes, panel.title, last_row)
-    steps = np.array([row.get("step") or i for i, row in enumerate(rows, start=1)], dtype=float)
     drawn: list[tuple[float, str, str]] = []
     seen: list[np.ndarray] = []
-    for key, label, colour in panel.lines:
-        values = column(rows, key) * (100.0 if panel.percent else 1.0)
-        known = np.isfinite(values)
+    steps: list[np.ndarray] = []
+    for line in lines:
+        known = np.isfinite(line.values)
         if not known.any():
             continue
-        line = np.where(known, smooth(values, max(0.8, len(values) / 30)), np.nan)
-        axes.plot(steps, values, color=colour, alpha=0.28, linewidth=0.9)
+        smoothed = np.where(known, smooth(line.values, max(0.8, len(known) / 30)), np.nan)
+        axes.plot(line.steps, line.values, color=line.colour, alpha=line.faint, linewidth=0.9)
         axes.plot(
-            steps[known],
-            line[known],
-            color=colour,
+            line.steps[known],
+            smoothed[known],
+            color=line.colour,
             linewidth=2.0,
+            linestyle=(0, (3, 1.2)) if line.dashed else "-",
             solid_capstyle="round",
             marker="o" if known.sum() < 4 else None,
             markersize=4,
         )
-        drawn.append((float(line[known][-1]), label, colour))
+        drawn.append((float(smoothed[known][-1]), line.label, line.colour))
         # A single spike must not flatten the rest: it may leave the panel.
-        low, high = np.percentile(values[known], [2, 98])
+        low, high = np.percentile(line.values[known], [2, 98])
         reach = 0.5 * (high - low)
-        seen += [line[known], np.clip(values[known], low - reach, high + reach)]
+        seen += [smoothed[known], np.clip(line.values[known], low - reach, high + reach)]
+        steps.append(line.steps)
     if not drawn:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -105,15 +164,29 @@ def draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], last_row: bool) ->
             ha="center", va="center", fontsize=8.5, color=GREY,
         )  # fmt: skip
         return
-    _limits(axes, steps, np.concatenate(seen))
-    _end_labels(axes, drawn)
-    alarms = [step for step, row in zip(steps, rows, strict=True) if row.get("alarms")]
-    if alarms:
-        axes.plot(
-            alarms, [0.0] * len(alarms), transform=axes.get_xaxis_transform(), clip_on=False,
-            linestyle="none", marker="^", markersize=4.5, color="#CC0000", markeredgewidth=0,
-            zorder=5,
+    _limits(axes, np.concatenate(steps), np.concatenate(seen))
+    _end_labels(axes, drawn, lowest)
+    for marked, colour in alarms:
+        if len(marked):
+            axes.plot(
+                marked, [0.0] * len(marked), transform=axes.get_xaxis_transform(), clip_on=False,
+                linestyle="none", marker="^", markersize=4.5, color=colour, markeredgewidth=0,
+                zorder=5,
+            )  # fmt: skip
+
+
+def say_what_is_dashed(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    """In the upper right corner, where most curves leave room, if such a line was drawn."""
+    if any(line.dashed and np.isfinite(line.values).any() for line in lines):
+        axes.text(
+            0.99, 0.97, f"dashed: {panel.lines[1][1]}", transform=axes.transAxes,
+            fontsize=8, color=GREY, ha="right", va="top",
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
+
+
+def alarm_steps(run: Run) -> np.ndarray:
+    return steps_of(run)[[bool(row.get("alarms")) for row in run.rows]]
 
 
 def _style(axes: Axes, title: str, last_row: bool) -> None:
@@ -143,17 +216,40 @@ def _limits(axes: Axes, steps: np.ndarray, seen: np.ndarray) -> None:
     axes.set_xlim(first - room, last + room)
 
 
-def _end_labels(axes: Axes, drawn: list[tuple[float, str, str]]) -> None:
+def _end_labels(axes: Axes, drawn: list[tuple[float, str, str]], lowest: float) -> None:
     """Write each line's name at its end, moved apart where two ends are close."""
     labelled = sorted(entry for entry in drawn if entry[1])
     bottom, top = axes.get_ylim()
-    places = [min(max((y - bottom) / (top - bottom), 0.03), 0.97) for y, _, _ in labelled]
-    gap = 0.13  # of the panel's height: one line of text
-    if len(places) == 2 and places[1] - places[0] < gap:
-        middle = min(max(sum(places) / 2, gap / 2), 1 - gap / 2)
-        places = [middle - gap / 2, middle + gap / 2]
+    places = spread([(y - bottom) / (top - bottom) for y, _, _ in labelled], 0.13, lowest)
     for place, (_, label, colour) in zip(places, labelled, strict=True):
         axes.text(
             1.015, place, label, transform=axes.transAxes, color=colour,
-            fontsize=8.5, fontweight="bold", ha="left", va="center",
+            fontsize=8.5, fontweight="bold", ha="left", va="center", parse_math=False,
         )  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float, lowest: float = 0.0) -> list[float]:
+    """Ascending `places` in [0, 1], moved apart to at least `gap` and as little as that takes.
+
+    `gap` is one line of text, whose middle stands at a place, and never below `lowest`.
+    """
+    places = [min(max(place, 0.03, lowest), 0.97) for place in places]
+    # neighbours that are too close share a stretch, whose middle is the middle of theirs
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1:
+            below, above = (_stretch(group, gap, lowest) for group in groups[-2:])
+            if below[-1] + gap <= above[0]:
+                break
+            last = groups.pop()
+            groups[-1] += last
+    return [place for group in groups for place in _stretch(group, gap, lowest)]
+
+
+def _stretch(group: Sequence[float], gap: float, lowest: float) -> list[float]:
+    if len(group) == 1:
+        return list(group)
+    half = gap * (len(group) - 1) / 2
+    middle = min(max(sum(group) / len(group), lowest + half), 1 - half)
+    return [middle - half + gap * i for i in range(len(group))]

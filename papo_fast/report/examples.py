@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from PIL import Image, UnidentifiedImageError
 
-from papo_fast.report.curves import GREEN, GREY, INK, RED
-from papo_fast.report.wording import fit
+from papo_fast.report.naming import GREEN, RED
+from papo_fast.report.wording import GREY, INK, fit
+from papo_fast.rewards.reading import reading
 from papo_fast.run.metrics import Row
 
 COUNT = 6
@@ -30,24 +32,81 @@ LINE = 1.28  # of the font size
 def choose(examples: Sequence[Row]) -> list[Row]:
     """Up to six examples, right ones first; those from after training if there are any.
 
-    Preferred in this order: not the same question about the same picture again, vision-dependent
-    questions, questions worded differently. Two places are kept for wrong answers.
+    A right answer whose reading is wrong was luck and is left out. Preferred in this order: not the
+    same question about the same picture again, questions that training put right, vision-dependent
+    ones, questions worded differently, and the order of the file. Two places are kept for wrong
+    answers.
     """
     when = "after" if any(row.get("when") == "after" for row in examples) else "before"
-    rows = [row for row in examples if row.get("when") == when]
-    seen: Counter[str] = Counter()
-    ranked = []
-    for row in rows:
-        question = str(row.get("problem"))
-        sample = f"{question}\n{row.get('reading')}\n{row.get('image')}"
-        other = row.get("kind") != "vision_dependent"
-        ranked.append(((seen[sample] > 0, other, seen[question]), row))
-        seen.update({question, sample})
-    ranked.sort(key=lambda pair: pair[0])  # stable: the order of the file decides among equals
-    right = [row for _, row in ranked if is_right(row)]
-    wrong = [row for _, row in ranked if not is_right(row)]
+    rows = [row for row in examples if row.get("when") == when and not is_lucky(row)]
+    earlier = before_training(examples)
+    right = [row for row in rows if is_right(row)]
+    wrong = [row for row in rows if not is_right(row)]
     places = max(min(len(wrong), WRONG), COUNT - len(right))
-    return right[: COUNT - min(places, len(wrong))] + wrong[:places]
+    chosen: list[Row] = []
+    seen: Counter[str] = Counter()
+    for left, count in ((right, COUNT - min(places, len(wrong))), (wrong, places)):
+        left = list(left)
+        for _ in range(min(count, len(left))):
+            ranks = [_rank(row, earlier.get(id(row)), seen) for row in left]
+            row = left.pop(ranks.index(min(ranks)))
+            seen.update({_question(row), _sample(row)})
+            chosen.append(row)
+    return chosen
+
+
+def how_chosen(examples: Sequence[Row], chosen: Sequence[Row]) -> list[str]:
+    """What a reader has to know of the choice, in short sentences."""
+    notes = []
+    earlier = before_training(examples)
+    if any(_put_right(row, earlier.get(id(row))) for row in chosen):
+        notes.append("questions that training put right come first among the examples")
+    when = chosen[0].get("when") if chosen else None
+    lucky = sum(row.get("when") == when and is_lucky(row) for row in examples)
+    if lucky:
+        are = "answer with a wrong reading is" if lucky == 1 else "answers with a wrong reading are"
+        notes.append(f"{lucky} right {are} left out")
+    return notes
+
+
+def _put_right(row: Row, earlier: Row | None) -> bool:
+    return is_right(row) and earlier is not None and not is_right(earlier)
+
+
+def _rank(row: Row, earlier: Row | None, seen: Counter[str]) -> tuple[bool, bool, bool, int]:
+    other = row.get("kind") != "vision_dependent"
+    return seen[_sample(row)] > 0, not _put_right(row, earlier), other, seen[_question(row)]
+
+
+def _question(row: Row) -> str:
+    return str(row.get("problem"))
+
+
+def _sample(row: Row) -> str:
+    return f"{_question(row)}\n{row.get('reading')}\n{row.get('image')}"
+
+
+def before_training(examples: Sequence[Row]) -> dict[int, Row]:
+    """By the `id` of an example from after training, the one of its question from before."""
+    waiting: dict[str, list[Row]] = defaultdict(list)
+    for row in examples:
+        if row.get("when") == "before":
+            waiting[_same(row)].append(row)
+    pairs = {}
+    for row in examples:
+        if row.get("when") == "after" and waiting[_same(row)]:
+            pairs[id(row)] = waiting[_same(row)].pop(0)
+    return pairs
+
+
+def _same(row: Row) -> str:
+    return json.dumps([row.get(key) for key in ("problem", "kind", "answer", "reading")])
+
+
+def is_lucky(row: Row) -> bool:
+    """Whether the answer is right although the picture was read wrong."""
+    truth = row.get("reading")
+    return truth is not None and is_right(row) and reading(str(row.get("response"))) != truth
 
 
 def is_right(row: Row) -> bool:
@@ -62,6 +121,8 @@ class Card:
     question: list[str]
     response: list[str]
     verdict: list[str]
+    earlier: list[str]
+    """The answer to the same question before training, or nothing."""
     pictures: list[Image.Image | str]
     """Picture and corrupted picture, or why there is none; a run without the aug stream has one."""
 
@@ -69,10 +130,17 @@ class Card:
 class Strip:
     """The chosen examples side by side. Laid out when made, so that its height is known.
 
-    `width` and the heights are in inches; `run_dir` is where the pictures' paths start.
+    `width` and the heights are in inches; `run_dir` is where the pictures' paths start; `earlier`
+    holds the answers from before training, as `before_training` gives them.
     """
 
-    def __init__(self, run_dir: Path, rows: Sequence[Row], width: float):
+    def __init__(
+        self,
+        run_dir: Path,
+        rows: Sequence[Row],
+        width: float,
+        earlier: dict[int, Row] | None = None,
+    ):
         self.width = width
         self.column = (width - GAP * (COUNT - 1)) / COUNT
         inner = self.column * 72 - 1
@@ -84,6 +152,7 @@ class Strip:
                 fit(_said(row, "problem"), QUESTION_FONT, inner, QUESTION_LINES, tail=1),
                 fit(_said(row, "response"), RESPONSE_FONT, inner, RESPONSE_LINES, tail=2),
                 [line for said in _verdict(row) for line in fit(said, SMALL_FONT, inner, 2, 0)],
+                _earlier((earlier or {}).get(id(row)), inner),
                 [_picture(run_dir, row.get(key), key) for key in keys],
             )
             for row in rows
@@ -97,6 +166,8 @@ class Strip:
         self.picture_height = max((self._size(p)[1] for p in images), default=0.2)
         self._question_height = self._height("question", QUESTION_FONT)
         self._response_height = self._height("response", RESPONSE_FONT)
+        self._earlier_height = self._height("earlier", RESPONSE_FONT)
+        self._earlier_height += 0.06 if self._earlier_height else 0.0
         self.height = (
             0.1
             + len(keys) * (self.picture_height + 0.07)
@@ -106,6 +177,7 @@ class Strip:
             + self._response_height
             + 0.06
             + self._height("verdict", SMALL_FONT)
+            + self._earlier_height
         )
 
     def _height(self, part: str, font: FontProperties) -> float:
@@ -134,6 +206,8 @@ class Strip:
             y -= 0.03
             _lines(figure, card.question, x, y, QUESTION_FONT, INK)
             y -= self._question_height + 0.06
+            _lines(figure, card.earlier, x, y, RESPONSE_FONT, GREY)
+            y -= self._earlier_height
             _lines(figure, card.response, x, y, RESPONSE_FONT, INK)
             y -= self._response_height + 0.06
             _lines(figure, card.verdict, x, y, SMALL_FONT, colour)
@@ -154,6 +228,13 @@ class Strip:
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set(color="#c8c8c8", linewidth=0.6)
+
+
+def _earlier(row: Row | None, width: float) -> list[str]:
+    if row is None:
+        return []
+    lines = fit(_said(row, "response"), RESPONSE_FONT, width, RESPONSE_LINES - 2, tail=2)
+    return [f"before: {'✓ right' if is_right(row) else '✗ wrong'}", *lines]
 
 
 def _said(row: Row, key: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from papo_fast.errors import InputError
 from papo_fast.report.figure import write_report
+from papo_fast.report.heldout import kinds
+from papo_fast.report.naming import NamedRun, name_runs
 from papo_fast.report.wording import duration, kind_name
 from papo_fast.run.files import METRICS, read_run
 
@@ -62,27 +64,74 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(Text(" · ".join(facts), style="dim"))
 
 
-def print_run(run_dir: Path, console: Console) -> None:
+def print_run(run_dir: Path, console: Console, beside: Sequence[Path] = ()) -> None:
     """Print the run's table, draw its picture and say where it is.
 
-    Raises `InputError` if `run_dir` is not a run or has no metrics yet (see `read_run`).
+    Args:
+        beside: other runs, which get a column each, and their curves beside the run's own.
+
+    Raises `InputError` if one of them is not a run or has no metrics yet (see `read_run`).
     """
     run = read_run(run_dir)
+    named = name_runs([run, *map(read_run, beside)]) if beside else []
     if not run.rows:
         raise InputError(
             f"{run.path / METRICS} has no step yet: wait for the first one. "
             "The examples from before training are in examples.jsonl"
         )
-    if run.summary:
+    if named:
+        print_beside(named, console)
+    elif run.summary:
         print_summary(run.summary, console)
     else:
         _print_progress(run.rows, console)
-    path = write_report(run.path)
+    path = write_report(run.path, beside)
     if run.alarms:
         console.print(Text(run.alarms[0].upper() + run.alarms[1:], style="red"))
     for note in run.notes:
         console.print(Text(f"Note: {note}", style="yellow"))
+    for entry in named[1:]:
+        for note in entry.run.notes:
+            console.print(Text(f"Note on {entry.name}: {note}", style="yellow"))
     console.print(Text(f"Picture: {path}"), soft_wrap=True)
+
+
+def print_beside(named: Sequence[NamedRun], console: Console) -> None:
+    """Print one column for each run: accuracies and errors in per cent, steps and time.
+
+    A dash stands for what a run did not measure.
+    """
+    table = Table(title="Held-out questions, runs side by side")
+    table.add_column("")
+    for entry in named:
+        table.add_column(Text(entry.name), justify="right")
+    summaries = [entry.run.summary for entry in named]
+
+    def row(name: str, key: str, kind: str | None = None) -> None:
+        values = [summary.get(key) for summary in summaries]
+        if kind is not None:
+            values = [(value or {}).get(kind) for value in values]
+        if any(value is not None for value in values):
+            table.add_row(Text(name), *map(_percent, values))
+
+    for kind in kinds([entry.run for entry in named]):
+        row(f"{kind_name(kind)}, before", "accuracy_before", kind)
+        row(f"{kind_name(kind)}, after", "accuracy_after", kind)
+        row(f"{kind_name(kind)}, images corrupted", "accuracy_after_corrupted", kind)
+        table.add_section()
+    for name, error in (("misread", "perception"), ("read right but wrong", "reasoning")):
+        row(f"{name}, before", f"{error}_errors_before")
+        row(f"{name}, after", f"{error}_errors_after")
+    table.add_section()
+    samples = [summary.get("samples_per_question") for summary in summaries]
+    for name, values in (
+        ("samples per question", samples),
+        ("seed", [entry.run.said("seed") for entry in named]),
+        ("steps", [entry.run.steps for entry in named]),
+    ):
+        table.add_row(name, *("–" if value is None else str(value) for value in values))
+    table.add_row("time", *(duration(entry.run.seconds) for entry in named))
+    console.print(table)
 
 
 def _print_progress(rows: list[dict[str, Any]], console: Console) -> None:

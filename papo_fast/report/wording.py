@@ -10,6 +10,7 @@ from matplotlib import font_manager, ft2font
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties
 
+INK, GREY = "#222222", "#707070"
 DPI = 150  # of the picture; a text's width depends on it a little, through hinting
 BREAKS = re.compile(r"(?<=[>},;/])|(?=[\\<])")  # where `<think>7+5</think>\boxed{12}` may break
 MISSING = "\u25af"  # a box, for characters that the font cannot draw
@@ -62,14 +63,14 @@ def wrap(text: str, font: FontProperties, width: float) -> list[str]:
         for piece in filter(None, BREAKS.split(word)):
             joined = line + space + piece if line else piece
             space = ""
-            if _width(joined, font) <= width:
+            if text_width(joined, font) <= width:
                 line = joined
                 continue
             if line:
                 lines.append(line)
             line = ""
             for char in piece:
-                if line and _width(line + char, font) > width:
+                if line and text_width(line + char, font) > width:
                     lines.append(line)
                     line = ""
                 line += char
@@ -81,7 +82,7 @@ def _renderer() -> RendererAgg:
     return RendererAgg(1, 1, DPI)
 
 
-def _width(text: str, font: FontProperties) -> float:
+def text_width(text: str, font: FontProperties) -> float:
     return _renderer().get_text_width_height_descent(text, font, ismath=False)[0] * 72 / DPI
 
 

@@ -12,22 +12,30 @@ from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.protocol import RolloutEngine
 
 
+def engine_class(name: str) -> type[RolloutEngine]:
+    """The class of a `rollout.engine`; vLLM itself is imported only where one is made."""
+    if name == "vllm":
+        from papo_fast.rollout.vllm import VLLMRollout
+
+        return VLLMRollout
+    if name == "vllm_server":
+        from papo_fast.rollout.vllm_server import VLLMServerRollout
+
+        return VLLMServerRollout
+    return HFRollout
+
+
 def make_engine(
     config: Config, policy: Policy, encoder: PromptEncoder, run_dir: Path
 ) -> RolloutEngine:
     """`rollout.engine` for this rank. Every rank makes its own, at the same time."""
+    engine = engine_class(config.rollout.engine)
     if config.rollout.engine == "vllm":
-        from papo_fast.rollout.vllm import VLLMRollout
-
-        return VLLMRollout(config, encoder, policy.device)
+        return engine(config, encoder, policy.device)
     if config.rollout.engine == "vllm_server":
-        from papo_fast.rollout.vllm_server import VLLMServerRollout
-
-        return VLLMServerRollout(config, encoder, run_dir)
+        return engine(config, encoder, run_dir)
     sampler = policy
     if world_size() > 1:  # transformers' generate needs whole weights
         sampler = Policy.load(config.model, encoder.banned_token_ids, policy.device)
         sampler.requires_grad_(False)
-    return HFRollout(
-        sampler, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size
-    )
+    return engine(sampler, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size)

@@ -69,6 +69,11 @@ class HFRollout:
         if policy is not self.policy:
             self.policy.copy_weights_from(policy)
 
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """Once: `_prefill` copies keys and values."""
+        return 1
+
     def sleep(self) -> None:
         """There is no memory to leave to anybody."""
 

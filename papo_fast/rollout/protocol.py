@@ -40,6 +40,11 @@ class RolloutEngine(Protocol):
         """Sample with the policy's weights as they are now; forget all that older ones computed."""
         ...
 
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """How often the model runs a prompt, its pictures included, for `n` responses to it."""
+        ...
+
     def sleep(self) -> None:
         """Leave the device's memory to the update; weights have to be loaded before `generate`."""
         ...

@@ -21,6 +21,7 @@ from papo_fast.rollout.vllm_requests import (
     RequestFormat,
     cpu_options,
     engine_options,
+    prompt_passes,
     prompt_seeds,
 )
 from papo_fast.rollout.vllm_setup import prepare_this_process
@@ -129,6 +130,11 @@ class VLLMRollout:
             raise RuntimeError("vLLM kept keys and values of the old weights")
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """See `vllm_requests.prompt_passes`."""
+        return prompt_passes(n)
 
     def sleep(self) -> None:
         """Level 2: neither weights nor cache are kept, as all of them are about to be replaced."""

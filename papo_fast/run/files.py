@@ -32,6 +32,20 @@ class Run:
     def finished(self) -> bool:
         return bool(self.summary)
 
+    def said(self, key: str) -> Any:
+        """An entry of the summary, or of the configuration where the summary lacks it."""
+        return {**self.config, **self.summary}.get(key)
+
+    @property
+    def steps(self) -> int:
+        return self.said("steps") or max((row.get("step") or 0 for row in self.rows), default=0)
+
+    @property
+    def seconds(self) -> float:
+        return self.said("seconds") or max(
+            (row.get("seconds") or 0 for row in self.rows), default=0
+        )
+
     @property
     def alarms(self) -> str | None:
         """When the collapse monitor spoke and what it said first; None if it never did."""

@@ -1,0 +1,87 @@
+"""Widths of a model's parts as its family's configuration gives them, under the names used here.
+
+The families name and count some of them differently; what is said about that is said here alone.
+It needs no model and imports no library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model: its layers' widths of residual, MLP, queries and keys, and heads."""
+
+    layers: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    vocab: int
+    normed_queries: bool
+    """Queries and keys are normed, head by head."""
+
+    @classmethod
+    def of(cls, text: Any) -> Decoder:
+        """From the `text_config` of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            inner=text.intermediate_size,
+            queries=heads * head_size,
+            keys=text.num_key_value_heads * head_size,
+            heads=heads,
+            vocab=text.vocab_size,
+            normed_queries=text.model_type.startswith("qwen3_vl"),
+        )
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a token leaves in the cache of keys and values."""
+        return 2 * self.layers * self.keys
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The vision tower: its blocks' widths, per patch before merging."""
+
+    blocks: int
+    hidden: int
+    inner: int
+    heads: int
+    pixels: int
+    """Numbers of one patch as it comes in."""
+    merge: int
+    """Patches that become one token."""
+    mergers: int
+    mlp_matrices: int
+    rms_norm: bool
+    inner_saved: int
+    """How many tensors of width `inner` the MLP keeps for its backward."""
+
+    @classmethod
+    def of(cls, config: Any) -> Vision:
+        """From the configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+        family, vision = config.model_type, config.vision_config
+        # Qwen2-VL calls the tower's width embed_dim, and its hidden_size the language model's
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        return cls(
+            blocks=vision.depth,
+            hidden=width,
+            inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
+            heads=vision.num_heads,
+            pixels=vision.patch_size**2 * vision.temporal_patch_size * vision.in_channels,
+            merge=vision.spatial_merge_size**2,
+            # one, and in Qwen3-VL one more for each layer that feeds the decoder (deepstack)
+            mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+            # Qwen2.5-VL's tower has a gated MLP, of three matrices; the others' have two
+            mlp_matrices=3 if family == "qwen2_5_vl" else 2,
+            rms_norm=family == "qwen2_5_vl",
+            # gate, its activation, up, product; fc1, (a sigmoid), its activation
+            inner_saved={"qwen2_5_vl": 4, "qwen2_vl": 3}.get(family, 2),
+        )
