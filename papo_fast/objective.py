@@ -87,7 +87,7 @@ def aug_entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     return -_aug(batch.vector("aug_logprobs"), config)
 
 
-def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:  # noqa: ARG001  as all terms
     """−log π; averaged over right responses only."""
     return -batch.logprobs
 
