@@ -1,7 +1,7 @@
-"""Tables, plots and the README's section from the JSON that `make bench` writes.
+"""Tables, plots and the section of docs/benchmarks.md from the JSON that `make bench` writes.
 
-python bench/report.py bench/results/cpu/full.json             # the tables
-python bench/report.py bench/results/cpu/full.json --readme    # and the plots, and README.md
+python bench/report.py bench/results/cpu/full.json            # the tables
+python bench/report.py bench/results/cpu/full.json --write    # and the plots, and the page
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 from ways import DENSE, FLOOR, OURS, OUTPUTS, WHOLE
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 START, END = "<!-- kernels -->", "<!-- end of kernels -->"
 KEYS = ("states", "rows", "width", "dtype", "vocab")
@@ -204,37 +205,39 @@ def _save(figure, name, plt):
     return path
 
 
-# README
+# The page
 
 
 def section(content, images):
-    """The README's text between the markers: the case that says most, and the plots."""
+    """The page's text between the markers: the case that says most, and the plots."""
     found = cases(content)
     chosen = [k for k in found if OURS in found[k] and WHOLE in found[k]]
     largest = max(k[1] for k in chosen)
     chosen = [k for k in chosen if k[1] == largest and k[0].startswith("smollm2")]
     parts = [
-        "## Kernels, measured",
-        "Statistics and gradients of both streams, forward and backward, on hidden states of "
-        f"SmolLM2-135M-Instruct. {about(content)}. Made by `make bench SIZE={content['size']}`; "
-        "all cases, and what each way computes: `python bench/report.py "
-        f"bench/results/cpu/{content['size']}.json`.",
+        "## Kernels",
+        "The task is the statistics and the gradients of both streams, forward and backward. The "
+        "inputs are hidden states of SmolLM2-135M-Instruct, so that the probabilities are those of "
+        f"a real language model. Measured on: {about(content)}. `make bench "
+        f"SIZE={content['size']}` made these tables, and this command prints all cases, with what "
+        "each way computes:",
+        f"```bash\npython bench/report.py bench/results/cpu/{content['size']}.json\n```",
     ]
     timed = {way for k in chosen for way in found[k]} - {FLOOR}
     parts += [
-        "Not all of them do the same work:\n\n"
+        "The ways do not all do the same work:\n\n"
         + "\n".join(f"- {n}: {w['computes']}" for n, w in content["ways"].items() if n in timed)
     ]
     parts += [f"{title(found[k])}\n\n{table(found[k])}" for k in chosen]
-    parts += [f"![{p.stem.replace('_', ' ')}]({p.relative_to(ROOT).as_posix()})" for p in images]
+    parts += [f"![{p.stem.replace('_', ' ')}](images/{p.name})" for p in images]
     return "\n\n".join(parts)
 
 
-def into_readme(text, readme):
-    """`readme` with what stands between the two markers replaced by `text`."""
-    if START not in readme or END not in readme:
-        raise ValueError(f"README.md lacks the markers {START} and {END}")
-    before, rest = readme.split(START, 1)
+def into_page(text, page):
+    """`page` with what stands between the two markers replaced by `text`."""
+    if START not in page or END not in page:
+        raise ValueError(f"{PAGE.name} lacks the markers {START} and {END}")
+    before, rest = page.split(START, 1)
     after = rest.split(END, 1)[1]
     return f"{before}{START}\n{text}\n{END}{after}"
 
@@ -242,15 +245,14 @@ def into_readme(text, readme):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("json", type=Path)
-    parser.add_argument("--readme", action="store_true", help="also the plots, and README.md")
+    parser.add_argument("--write", action="store_true", help=f"also the plots, and {PAGE.name}")
     args = parser.parse_args()
     content = json.loads(args.json.read_text())
     print(tables(content))
-    if args.readme:
+    if args.write:
         images = plots(content)
-        readme = ROOT / "README.md"
-        readme.write_text(into_readme(section(content, images), readme.read_text()))
-        print("\nWritten:", ", ".join(p.name for p in images), "README.md")
+        PAGE.write_text(into_page(section(content, images), PAGE.read_text()))
+        print("\nWritten:", ", ".join(p.name for p in images), PAGE.name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:kernels python bench/train_step.py --size quick
     PYTHONPATH=.:kernels python bench/train_step.py --size full --threads 2
-    PYTHONPATH=.:kernels python bench/train_step_report.py      # picture and README from the JSON
+    PYTHONPATH=.:kernels python bench/train_step_report.py      # picture and page from the JSON
 
 The shape is the published one, image tokens : text : response = 640 : 120 : 350, divided by 5
 (quick: by 8), at G = 5 and G = 16, on a Qwen2.5-VL with random weights whose vision tower, language

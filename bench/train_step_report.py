@@ -1,8 +1,8 @@
-"""Tables, picture and README section of `train_step.py`'s results.
+"""Tables and picture of `train_step.py`'s results, and their section of docs/benchmarks.md.
 
     PYTHONPATH=.:kernels python bench/train_step_report.py [--results JSON]
 
-writes docs/images/train_step.png and the README's section "One update".
+writes docs/images/train_step.png and the section "One update" of docs/benchmarks.md.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from train_step_ways import OFF_POLICY, OURS, PACKED, PADDED, PROMPTS_ONCE, UNSH
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu" / "train_step.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- train step -->", "<!-- end train step -->"
 TITLES = {
     "both": "PAPO, gradients in both streams",
@@ -158,35 +159,41 @@ def show(content, console):
     console.print(table)
 
 
-README = """\
+SECTION = """\
 ## One update
 
-The responses of a prompt share its text and its picture, and both streams share all but the
-picture. papo_fast runs each prompt and each picture once per group and stream, both streams in one
-packed pass, and response rows only through the lm_head ([docs/design.md](docs/design.md)). Loss and
-gradients are those of one sequence at a time.
+The responses of a prompt share its text and its picture. The two streams share everything but the
+picture. papo_fast therefore runs each prompt and each picture once per group and stream, it puts
+both streams into one packed pass, and it sends only response rows through the lm_head
+([design.md](design.md#packed-groups)). The loss and the gradients are those of one sequence at a
+time.
 
-![Seconds per update](docs/images/train_step.png)
+![Seconds per update](images/train_step.png)
 
 {seconds}
 
+A line that begins with + adds one change to the line before it. `papo_fast` adds to the last of
+them that only response rows go through the lm_head, and that the backward pass there is sparse.
+
 {ratios}
 
-Measured in float32 with {threads} CPU threads, without rewards and, but in the lines that say so,
-without sampling, on a Qwen2.5-VL with random weights, image : text : response = {lengths} tokens.
-Shares of a sequence's FLOPs, in brackets those of the 3B model: {shares}.
-With sampling, the ratios are of whole steps, as the published ones are (+19 % and +42 % for the
-authors' code).
-Each line that begins with + adds to the one before; papo_fast itself adds that response rows alone
-go through the lm_head, with its sparse backward. Memory is what the process held beyond weights,
-optimizer state and data. All ways of one objective gave the same loss, and the same gradients to
-{same:.0e}, before they were timed; what the sparse backward leaves out moves them by {sparse:.1e}.
-`PYTHONPATH=.:kernels python bench/train_step.py --size full --threads {threads}`
+How this was measured: float32, {threads} CPU threads, a Qwen2.5-VL with random weights, and
+image : text : response = {lengths} tokens. Rewards are not part of the time. Sampling is part of it
+only in the lines that say so; those ratios are of whole steps, as the published ones are (+19 % and
++42 % for the authors' code). Memory is what the process held beyond weights, optimizer state and
+data. Before they were timed, all ways of one objective gave the same loss, and the same gradients
+to {same:.0e}. What the sparse backward leaves out moves the gradients by {sparse:.1e}. Shares of a
+sequence's FLOPs, with those of the 3B model in brackets: {shares}.
+
+```bash
+PYTHONPATH=.:kernels python bench/train_step.py --size full --threads {threads}
+PYTHONPATH=.:kernels python bench/train_step_report.py
+```
 """
 
 
-def readme_section(content):
-    """Markdown between the README's markers."""
+def page_section(content):
+    """Markdown between the page's markers."""
     sizes = group_sizes(content)
     titles = [f"G = {g}" for g in sizes]
     rows = []
@@ -198,17 +205,13 @@ def readme_section(content):
             rows.append([same[0]["way"], *[f"**{c}**" if ours else c for c in cells]])
     seconds = _markdown(["seconds per update (peak MB)", *titles], rows)
     rows = {}
-    for target, _, ratio, flops, bound, _ in ratios(content):
-        row = rows.setdefault(target.name, [target.name, "–"])
+    for target, _, ratio, flops, _, _ in ratios(content):
+        row = rows.setdefault(target.name, [target.name])
         row.append(f"{ratio:.2f}" + ("" if flops is None else f" ({flops:.2f})"))
-        if bound is not None:
-            signs = [row[1]] * (row[1] != "–")
-            sign = ("≥ " if target.at_least else "≤ ") + f"{bound:g}"
-            row[1] = ", ".join(dict.fromkeys([*signs, sign]))
     found = content["records"]
-    return README.format(
+    return SECTION.format(
         seconds=seconds,
-        ratios=_markdown(["ratio of seconds (of FLOPs)", "target", *titles], rows.values()),
+        ratios=_markdown(["ratio of seconds (of FLOPs)", *titles], rows.values()),
         threads=content["machine"]["threads"],
         lengths=" : ".join(map(str, content["image_text_response"])),
         shares=", ".join(
@@ -293,14 +296,13 @@ def main(arguments=None):
     console = Console(width=max(128, Console().width))
     show(content, console)
     picture(content, ROOT / "docs" / "images" / "train_step.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        parser.error(f"README.md has no section between {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{readme_section(content)}{END}{after}", encoding="utf-8")
-    console.print("Written: docs/images/train_step.png and the README's section")
+        parser.error(f"{PAGE.name} has no section between {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{page_section(content)}{END}{after}", encoding="utf-8")
+    console.print(f"Written: docs/images/train_step.png and the section of docs/{PAGE.name}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ PAGE = ROOT / "docs" / "api.md"
 MODULES = (
     "papo_kernels.api",
     "papo_kernels.columns",
+    "papo_fast.launch",
     "papo_fast.objective",
+    "papo_fast.estimators",
     "papo_fast.token_batch",
     "papo_fast.rewards.shaping",
     "papo_fast.data.corruption",

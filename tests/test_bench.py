@@ -157,18 +157,22 @@ def test_a_peer_that_did_not_run_is_named_with_the_reason(content):
     assert "| Liger GRPO | **not run**: liger_kernel is not installed" in report.tables(content)
 
 
-def test_only_the_readmes_section_is_replaced(content):
-    readme = f"above\n{report.START}\nold\n{report.END}\nbelow\n"
-    text = report.into_readme(report.section(content, []), readme)
+def test_only_the_pages_section_is_replaced(content):
+    page = f"above\n{report.START}\nold\n{report.END}\nbelow\n"
+    text = report.into_page(report.section(content, []), page)
     assert text.startswith(f"above\n{report.START}\n## ")
     assert text.endswith(f"\n{report.END}\nbelow\n")
     assert "old" not in text and "N = 1024" in text and "N = 512" not in text
     with pytest.raises(ValueError, match="lacks the markers"):
-        report.into_readme("new", "no markers")
+        report.into_page("new", "no markers")
 
 
-def test_the_readme_has_the_markers():
-    report.into_readme("", (BENCH.parent / "README.md").read_text())
+def test_the_page_says_what_the_results_say():
+    page = report.PAGE.read_text()
+    report.into_page("", page)
+    content = json.loads((BENCH / "results" / "cpu" / "quick.json").read_text())
+    images = [report.IMAGES / name for name in ("kernels_rows.png", "kernels_entropy.png")]
+    assert report.into_page(report.section(content, images), page) == page
 
 
 def test_plots_are_drawn_from_the_results(content, tmp_path, monkeypatch):

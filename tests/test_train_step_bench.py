@@ -103,7 +103,7 @@ def test_small_models_have_the_shares_of_the_large_one():
 
 
 @pytest.mark.slow
-def test_a_run_ends_in_tables_a_picture_and_a_readme_section(tmp_path, monkeypatch, capsys):
+def test_a_run_ends_in_tables_a_picture_and_a_section(tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="pip install -e '.[bench]'")
     monkeypatch.setitem(train_step_case.SIZES, "quick", SMALL)
     monkeypatch.delitem(train_step_case.PROMPTS, 16)
@@ -116,7 +116,7 @@ def test_a_run_ends_in_tables_a_picture_and_a_readme_section(tmp_path, monkeypat
     for record in content["records"]:
         assert record["seconds"] > 0 and record["peak_bytes"] > 0
     assert "/" not in content["machine"]["processor"] and str(tmp_path) not in out.read_text()
-    section = train_step_report.readme_section(content)
+    section = train_step_report.page_section(content)
     for target, g, ratio, _, _, met in train_step_report.ratios(content):
         assert f"{ratio:.2f}" in section
         if met is not None:
@@ -124,6 +124,13 @@ def test_a_run_ends_in_tables_a_picture_and_a_readme_section(tmp_path, monkeypat
     train_step_report.show(content, Console(width=128))
     train_step_report.picture(content, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_the_results_say():
+    content = json.loads(train_step_report.RESULT.read_text())
+    page = train_step_report.PAGE.read_text()
+    shown = page.split(train_step_report.BEGIN + "\n")[1].split(train_step_report.END)[0]
+    assert shown == train_step_report.page_section(content)
 
 
 def test_options_that_make_no_sense_are_refused(capsys):

@@ -1,0 +1,559 @@
+"""README.md and docs/: every block of code runs, every link and every name leads somewhere."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import papo_fast
+from papo_fast import cli, estimators, objective
+from papo_fast.config import Config
+from papo_fast.config_checks import resolve
+from papo_fast.presets import PRESETS
+from support import SUPPORT, TESTS
+
+ROOT = TESTS.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GIVENS = SUPPORT / "doc_givens.py"
+CONFIGS = TESTS / "data" / "configs"
+MODELS = {  # folders of the commands → whose config.json stands for it
+    "Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
+    "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
+    "Qwen3-VL-2B-Thinking": "qwen3_vl_2b",
+}
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+# --- blocks of code -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    """Of its first line of code, from 0."""
+    language: str
+    text: str
+    given: tuple[str, ...]
+    """Names that the reader has already: functions of tests/support/doc_givens.py."""
+    continues: bool
+    """Goes on where the page's last Python block ended."""
+
+    def __str__(self):
+        return f"{self.page}:{self.line + 1}"
+
+
+def blocks_of(page):
+    lines, found, start = page.read_text(encoding="utf-8").splitlines(), [], None
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("```"):
+            continue
+        if start is None:
+            start = number
+            continue
+        above, comments = start - 1, []
+        while above >= 0 and lines[above].startswith("<!--"):
+            comments.append(lines[above].removeprefix("<!--").removesuffix("-->").strip())
+            above -= 1
+        given = [c.removeprefix("given:") for c in comments if c.startswith("given:")]
+        found.append(
+            Block(
+                name_of(page),
+                start + 1,
+                lines[start].strip().removeprefix("```"),
+                "\n".join(lines[start + 1 : number]),
+                tuple(word.strip() for text in given for word in text.split(",")),
+                "continues" in comments,
+            )
+        )
+        start = None
+    assert start is None, f"{page.name}: the block of line {start + 1} has no end"
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def chains():
+    """Python blocks that run in one process."""
+    found = []
+    for block in (b for b in BLOCKS if b.language == "python"):
+        if block.continues:
+            assert found and found[-1][0].page == block.page, f"{block} continues nothing"
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return found
+
+
+def test_every_block_is_of_a_language_that_is_checked():
+    assert [str(b) for b in BLOCKS if b.language not in ("python", "bash")] == []
+    assert {b.language for b in BLOCKS} == {"python", "bash"}
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """{name: (exit status, output, folder)} of every chain of blocks and every script's --help.
+
+    One process imports torch and TRL, once, and forks for each of them.
+    """
+    folder = tmp_path_factory.mktemp("docs")
+    jobs = {f"{job_name(c)}": {"blocks": [dataclasses.asdict(b) for b in c]} for c in chains()}
+    jobs |= {job_name(script): {"script": str(ROOT / script)} for script in scripts()}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    all_of_them = subprocess.run(
+        [sys.executable, str(GIVENS), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert all_of_them.returncode == 0, all_of_them.stderr[-4000:]
+    statuses = json.loads((folder / "statuses.json").read_text())
+    return {
+        name: (status, (folder / name / "output.txt").read_text(), folder / name)
+        for name, status in statuses.items()
+    }
+
+
+def job_name(work):
+    text = work if isinstance(work, str) else str(work[0])
+    return re.sub(r"[/:.]", "-", text)
+
+
+def scripts():
+    words = [command for block in BASH for command in commands_of(block)]
+    return sorted({w for c in words for w in c if w.endswith(".py") and (ROOT / w).is_file()})
+
+
+# A group of its own keeps what shares the fixture `done` in one of xdist's processes.
+together = pytest.mark.xdist_group("docs")
+
+
+@together
+@pytest.mark.parametrize("chain", chains(), ids=lambda chain: str(chain[0]))
+def test_a_python_block_runs(chain, done):
+    if any(re.search(r"integrations\.trl|from trl", block.text) for block in chain):
+        pytest.importorskip("trl", reason="pip install -e '.[trl]'")
+    status, output, _ = done[job_name(chain)]
+    assert status == 0, output[-4000:]
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands_of(block):
+    """Words of each command: lines joined at a backslash, split at `&&`, comments left out."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            yield words[:end]
+            words = words[end + 1 :]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with the models that commands name; what would run for long says it was asked."""
+    for folder, config in MODELS.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def stand_in(module, name):
+        def record(first, *rest):
+            if isinstance(first, Config):
+                resolve(first)
+            asked.append(name)
+
+        monkeypatch.setattr(f"papo_fast.{module}.{name}", record)
+
+    stand_in("launch", "train")
+    stand_in("launch", "serve")
+    stand_in("evaluate", "evaluate_checkpoint")
+    stand_in("report", "print_run")
+    return asked
+
+
+BASH = [block for block in BLOCKS if block.language == "bash"]
+
+
+@together
+@pytest.mark.parametrize("block", BASH, ids=str)
+def test_the_commands_of_a_block_are_accepted(block, desk, done, capsys):
+    commands = list(commands_of(block))
+    assert commands
+    for words in commands:
+        check_command(words, desk, done, capsys)
+
+
+@together
+def test_a_command_with_a_mistake_is_refused(desk, done, capsys):
+    for line in (
+        "papo-fast train papo-g-3b --model.path M/ --data.train D.parquet --train.step 5",
+        "papo-fast train papo-g-4b --model.path M/ --data.train D.parquet",
+        "papo-fast train papo-g-3b --data.train D.parquet",
+        "papo-fast plan --preset papo-g-3b --model.path Qwen2.5-VL-99B/",
+        "torchrun --nproc-per-knot 2 -m papo_fast train tiny",
+        "make trian",
+        "make train SEEDS=1",
+        "python bench/report.py bench/results/cpu/quick.json --readme",
+        "python bench/reports.py",
+        "pip install -e '.[no-such-extra]'",
+        "rm -rf runs",
+    ):
+        with pytest.raises((AssertionError, SystemExit, ValueError)):
+            check_command(shlex.split(line), desk, done, capsys)
+
+
+def check_command(words, asked, done, capsys):
+    words = list(words)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables in front
+        words.pop(0)
+    program, *rest = words
+    if program == "papo-fast":
+        papo_fast_accepts(rest, asked, capsys)
+    elif program == "torchrun":
+        torchrun_accepts(rest, asked, capsys)
+    elif program == "make":
+        make_accepts(rest)
+    elif program == "python" and rest[:2] == ["-m", "papo_fast"]:
+        papo_fast_accepts(rest[2:], asked, capsys)
+    elif program == "python":
+        script_accepts(rest, done)
+    elif program in ("sbatch", "bash"):
+        script = next(i for i, word in enumerate(rest) if word.startswith("examples/"))
+        assert (ROOT / rest[script]).is_file(), rest[script]
+        assert all(re.fullmatch(r"--[a-z-]+|\d+", word) for word in rest[:script]), rest
+        papo_fast_accepts(["train", *rest[script + 1 :]], asked, capsys)
+    elif program == "pip":
+        pip_accepts(rest)
+    elif program == "git":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert rest == ["clone", project["urls"]["Homepage"]]
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+    elif program == "cd":
+        assert rest == ["papo_fast"]  # the folder that git clone makes
+    else:
+        raise AssertionError(f"{program}: say in check_command how this is checked")
+
+
+def papo_fast_accepts(words, asked, capsys):
+    command, before = words[0], len(asked)
+    try:
+        status = cli.main(words)
+    except SystemExit as end:  # tyro after --help
+        status = end.code
+    said = "".join(capsys.readouterr())
+    assert status in (0, None), said
+    if command in ("train", "serve", "eval", "report") and "--help" not in words:
+        assert len(asked) == before + 1, f"{shlex.join(words)} started nothing: {said}"
+
+
+def torchrun_accepts(words, asked, capsys):
+    from torch.distributed.run import get_args_parser
+
+    args = get_args_parser().parse_args(words)
+    assert args.module and args.training_script == "papo_fast"
+    papo_fast_accepts(args.training_script_args, asked, capsys)
+
+
+def make_accepts(words):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        name, given, _ = word.partition("=")
+        if given:
+            assert re.search(rf"^{name}\s*\?=|\$\({name}[):]", makefile, re.M), name
+        else:
+            assert re.search(rf"^{name}:", makefile, re.M), f"make has no target {name}"
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def script_accepts(words, done):
+    script, *rest = words
+    assert (ROOT / script).is_file(), f"there is no {script}"
+    status, said, _ = done[job_name(script)]
+    assert status == 0, said[-2000:]
+    for word in rest:
+        if word.startswith("-"):
+            assert re.search(rf"{word}\b", said), f"{script} has no option {word}"
+        elif "/" in word:
+            assert (ROOT / word).exists(), f"there is no {word}"
+
+
+def pip_accepts(words):
+    assert words.pop(0) == "install"
+    extras = extras_of_pyproject()
+    while words:
+        word = words.pop(0)
+        if word == "-c":
+            assert (ROOT / words.pop(0)).is_file()
+        elif found := re.fullmatch(r"\.\[([a-z,-]+)\]", word):
+            assert set(found[1].split(",")) <= extras, word
+        else:
+            assert word in ("-e", "--no-build-isolation") or (ROOT / word).is_dir(), word
+
+
+def extras_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"])
+
+
+# --- what the pages refer to ----------------------------------------------------------------------
+
+
+def prose(page):
+    """The page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    found = []
+    for title in re.findall(r"^#+ (.*)$", prose(page), re.M):
+        slug = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of
+)
+def test_every_link_leads_somewhere(page):
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            dead.append(target)
+    assert dead == []
+
+
+def inline_code(page):
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+WRITTEN = [p for p in PAGES if p.name not in ("api.md", "log.md")]
+"""Without what is made from docstrings, and without the log, which tells of the past."""
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_every_file_that_is_named_exists(page):
+    pattern = r"(?:tests|bench|docs|examples|kernels|papo_fast|constraints)/[\w./*-]*"
+    named = {n for code in inline_code(page) for n in re.findall(rf"(?<![\w./]){pattern}", code)}
+    assert [name for name in sorted(named) if not list(ROOT.glob(name.rstrip("/.")))] == []
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_every_python_name_exists(page):
+    pattern = r"\b(papo_(?:fast|kernels)(?:\.[A-Za-z_]\w*)+)"
+    named = {n for code in inline_code(page) for n in re.findall(pattern, code)}
+    assert [name for name in sorted(named) if not defined(name)] == []
+
+
+def defined(name):
+    """Whether a dotted name is a module of ours or stands in one, found without importing it."""
+    first, *parts = name.split(".")
+    place = (ROOT / "kernels" / first) if first == "papo_kernels" else ROOT / first
+    while parts and (place / parts[0]).is_dir():
+        place /= parts.pop(0)
+    file = place / "__init__.py"
+    if parts and (place / f"{parts[0]}.py").is_file():
+        file = place / f"{parts.pop(0)}.py"
+    if not parts:
+        return True
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    names = {x.name for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+    for x in body:
+        if isinstance(x, ast.Assign | ast.AnnAssign):
+            targets = x.targets if isinstance(x, ast.Assign) else [x.target]
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+        elif isinstance(x, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in x.names}
+    return parts[0] in names
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_every_setting_exists(page):
+    sections = [n for n in SECTIONS if dataclasses.is_dataclass(getattr(Config(), n))]
+    pattern = rf"(?<![\w./])(?:--)?((?:{'|'.join(sections)})\.[a-z_-]+)(?![\w.(/])"
+    unknown = []
+    for code in inline_code(page):
+        for name in re.findall(pattern, code):
+            section, field = name.split(".")
+            field = field.removeprefix("no-").replace("-", "_")
+            if not hasattr(getattr(Config(), section), field):
+                unknown.append(name)
+    assert unknown == []
+
+
+def test_every_extra_that_is_named_exists():
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "examples").glob("*")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    named = {
+        n for t in texts for found in re.findall(r"'\.\[([a-z,-]+)\]'", t) for n in found.split(",")
+    }
+    assert named - extras_of_pyproject() == set()
+
+
+def test_nothing_refers_to_documents_outside_the_repository():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout, so it is not known which files are the repository's")
+    outside = re.compile(r"\b(?:DESIGN|GPU|FACTS|FAMILY|STYLE)(?:\.md| §)")
+    found = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix not in (".py", ".md", ".toml", ".sh", ".cpp", ".h", ".sbatch", ".cff"):
+            continue
+        if path == Path(__file__) or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if outside.search(line):
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert found == []
+
+
+# --- what the pages claim -------------------------------------------------------------------------
+
+
+def test_the_readme_is_at_most_130_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def table_rows(page, heading):
+    """Cells of the rows of the first table below a heading."""
+    text = page.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def documented_keys():
+    rows = table_rows(ROOT / "docs" / "usage.md", "Every key of `metrics.jsonl`")
+    return [key for row in rows for key in re.findall(r"`(\w+)`", row[0])]
+
+
+def keys_of_the_code():
+    import torch
+
+    row = json.loads((TESTS / "data" / "metrics_row.json").read_text())
+    zeros = torch.zeros(1)
+    _, of_weights = estimators.truncated_weights(zeros, zeros, 2.0)
+    return set(row) | {term.name for term in objective.TERMS} | set(of_weights)
+
+
+def test_every_key_of_the_metrics_is_documented_once():
+    keys = documented_keys()
+    assert sorted(keys) == sorted(keys_of_the_code())
+
+
+@together
+def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
+    (chain,) = [c for c in chains() if c[0].page == "docs/usage.md"]
+    status, output, folder = done[job_name(chain)]
+    assert status == 0, output[-4000:]
+    runs = {path.parent.name: path for path in folder.glob("runs/*/metrics.jsonl")}
+    assert set(runs) == {"from-python", "own-reward", "own-corruption", "own-term"}
+    rows = {name: json.loads(path.read_text().splitlines()[0]) for name, path in runs.items()}
+    assert set(rows["from-python"]) <= set(documented_keys())
+    assert set(rows["own-term"]) - set(documented_keys()) == {"drift"}
+    # 0.1 / (1 + length / 200) for a response of some length, where the built-in reward gives 0
+    assert rows["from-python"]["reward"] == 0 and 0.05 < rows["own-reward"]["reward"] < 0.1
+    assert rows["own-corruption"]["kl_prcp"] != rows["own-reward"]["kl_prcp"]
+
+
+def test_the_presets_are_the_tables():
+    for name, _, gamma, eta, beta, clip, rollout in table_rows(
+        ROOT / "docs" / "reproduce.md", "Settings"
+    ):
+        config = PRESETS[name.strip("`")][1]
+        goal = config.objective
+        shown = [float(x) for x in (gamma, eta, eta, beta, *clip.split("/"))]
+        assert shown == [
+            goal.kl_prcp_coef,
+            goal.entropy_coef,
+            goal.aug_entropy_coef,
+            goal.kl_coef,
+            goal.clip_low,
+            goal.clip_high,
+        ], name
+        assert config.rollout.dynamic_filter == ("filter" in rollout)
+
+
+PLANNED = (
+    ("papo-g-3b", "Qwen2.5-VL-3B-Instruct", 2),
+    ("papo-g-7b", "Qwen2.5-VL-7B-Instruct", 4),
+    ("papo-d", "Qwen2.5-VL-3B-Instruct", 8),
+    ("papo-d", "Qwen2.5-VL-7B-Instruct", 8),
+    ("papo-qwen3-2b", "Qwen3-VL-2B-Thinking", 4),
+    ("grpo", "Qwen2.5-VL-3B-Instruct", 2),
+    ("dapo", "Qwen2.5-VL-3B-Instruct", 2),
+)
+STEPS = 2 * 38_800 // 384
+
+
+def planned(preset, model, gpus, engine):
+    from papo_fast.planning.gpus import GIB, find_gpu
+    from papo_fast.planning.memory import Layout, plan_memory
+    from papo_fast.planning.seconds import estimate_step
+    from papo_fast.planning.sizes import ModelSizes
+    from papo_fast.planning.workload import Lengths
+
+    config = PRESETS[preset][1]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=model),
+        objective=dataclasses.replace(config.objective, parity="official").resolved(),
+        rollout=dataclasses.replace(config.rollout, engine=engine, gpu_memory=0.25),
+    )
+    gpu, sizes = find_gpu("h100"), ModelSizes.of(config.model)
+    layout = Layout(ranks=gpus, gpu_memory=gpu.memory)
+    plan = plan_memory(config, sizes, Lengths(), layout)
+    seconds = estimate_step(config, sizes, Lengths(), layout, gpu).total
+    fits = "" if plan.fits(gpu.memory) else ", does not fit"
+    return f"{plan.peak / GIB:.0f}{fits}", f"{seconds:.0f}", f"{STEPS * seconds / 3600:.1f}"
+
+
+def test_planned_memory_and_time_are_what_plan_says(desk):
+    head = ["preset", "model", "GPUs", "engine", "GiB of one GPU", "s per step", "hours"]
+    lines = [head, ["---"] * 4 + ["---:"] * 3]
+    for preset, model, gpus in PLANNED:
+        for engine in ("hf", "vllm"):
+            cells = planned(preset, model, gpus, engine)
+            lines.append([f"`{preset}`", model.rsplit("-", 1)[0], str(gpus), f"`{engine}`", *cells])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- planned -->\n")[1].split("\n<!-- end of planned -->")[0]
+    assert shown == table, f"the page should say:\n{table}"
+
+
+def test_the_citation_has_the_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", text, re.M)[1].strip('"') == papo_fast.__version__
+    assert "2507.06448" in text
