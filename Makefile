@@ -45,7 +45,7 @@ train: $(if $(filter vllm%,$(ENGINE)),$(VLLM),$(STAMP))
 
 # Before every commit.
 check: lint types
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' $(FAST) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m 'not slow' $(FAST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ def test_every_extra_that_is_named_exists():
         (extra, str(path.relative_to(ROOT)))
         for pattern in NAMES_EXTRAS
         for path in ROOT.glob(pattern)
-        if path.is_file()
+        if path.is_file() and path.name != "test_docs.py"  # it names one that must not exist
         for listed in EXTRAS.findall(path.read_text(encoding="utf-8"))
         for extra in listed.split(",")
     }

@@ -146,6 +146,7 @@ together = pytest.mark.xdist_group("docs")
 
 
 @together
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", chains(), ids=lambda chain: str(chain[0]))
 def test_a_python_block_runs(chain, done):
     if any(re.search(r"integrations\.trl|from trl", block.text) for block in chain):
@@ -195,6 +196,7 @@ BASH = [block for block in BLOCKS if block.language == "bash"]
 
 
 @together
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BASH, ids=str)
 def test_the_commands_of_a_block_are_accepted(block, desk, done, capsys):
     commands = list(commands_of(block))
@@ -204,6 +206,7 @@ def test_the_commands_of_a_block_are_accepted(block, desk, done, capsys):
 
 
 @together
+@pytest.mark.slow
 def test_a_command_with_a_mistake_is_refused(desk, done, capsys):
     for line in (
         "papo-fast train papo-g-3b --model.path M/ --data.train D.parquet --train.step 5",
@@ -474,6 +477,7 @@ def test_every_key_of_the_metrics_is_documented_once():
 
 
 @together
+@pytest.mark.slow
 def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
     (chain,) = [c for c in chains() if c[0].page == "docs/usage.md"]
     status, output, folder = done[job_name(chain)]
