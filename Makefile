@@ -7,6 +7,9 @@ SEED   ?= 0
 ENGINE ?=
 # Processes that run the tests; each uses one thread.
 JOBS   ?= 2
+# The fast part of the tests: the house, the objective, the contract of the kernels, the pages.
+FAST   := tests/test_house.py tests/test_desk.py tests/test_golden.py $(wildcard tests/test_objective*.py) \
+          tests/kernels/test_contract.py $(wildcard tests/test_api_page.py tests/test_docs.py)
 # Which benchmarks: quick, or full for every acceptance figure.
 SIZE   ?= quick
 
@@ -22,14 +25,16 @@ TESTS       := $(VENV)/.installed-tests-$(MACHINE)
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint clean
+.PHONY: help setup train check lint types test bench clean
 
 help:
 	@echo 'make setup    create .venv and install from $(CONSTRAINTS)'
 	@echo 'make train    train the default model on this machine   [PRESET=tiny SEED=0 ENGINE=vllm ARGS=...]'
+	@echo 'make check    lint, types and the fast tests, in under a minute'
+	@echo 'make lint     check style with ruff'
+	@echo 'make types    check the types of the public surface with mypy'
 	@echo 'make test     run the tests                             [ARGS="-k masks -x"]'
 	@echo 'make bench    check and time the kernels beside others  [SIZE=quick|full ARGS=...]'
-	@echo 'make lint     check style with ruff'
 	@echo 'make clean    remove .venv, builds and caches; runs/ stays'
 	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with'
 
@@ -37,6 +42,17 @@ setup: $(STAMP)
 
 train: $(if $(filter vllm%,$(ENGINE)),$(VLLM),$(STAMP))
 	$(BIN)/papo-fast train $(PRESET) --seed $(SEED) $(ENGINE:%=--rollout.engine %) $(ARGS)
+
+# Before every commit.
+check: lint types
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m 'not slow' $(FAST) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
 
 # loadgroup: tests that share a vLLM engine run in one process.
 test: $(TESTS)
@@ -49,13 +65,9 @@ bench: $(BENCH)
 	$(BIN)/python -m pytest bench/test_token_stats.py -q --benchmark-enable --benchmark-only \
 	  --benchmark-quiet --size $(SIZE) $(ARGS)
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/build kernels/*.egg-info
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first, alone, so that nothing else decides which build of it is installed.

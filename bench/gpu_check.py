@@ -95,7 +95,7 @@ def errors_of(case, device):
     upstream = random_upstream(case)
     oracle = Oracle(case)
     want, exact = oracle.statistics(), oracle.gradients(upstream)
-    rounded = {g: 0.0 for g in exact}
+    rounded = dict.fromkeys(exact, 0.0)
     if dtype != torch.float32:
         found = oracle.gradients(upstream, rounded=dtype)
         rounded = {g: gradient_error(found[g], exact[g]) for g in exact}

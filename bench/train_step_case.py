@@ -233,8 +233,13 @@ def _prompt(size, index):
     ids = torch.randint(5, size.vocab, (size.text - 2,))
     mark = torch.tensor
     ids = torch.cat(
-        [ids[:before], mark([VISION_START]), mark([IMAGE]).expand(size.image), mark([VISION_END])]
-        + [ids[before : before + after]]
+        [
+            ids[:before],
+            mark([VISION_START]),
+            mark([IMAGE]).expand(size.image),
+            mark([VISION_END]),
+            ids[before : before + after],
+        ]
     )
     h, w = size.patches
     pixels = torch.randn(h * w, 3 * 2 * 14 * 14)

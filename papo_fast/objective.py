@@ -52,19 +52,19 @@ def policy_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
 def reference_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     """KL(π ‖ π_ref), sampled or exact."""
     if config.kl_estimator == "exact":
-        return batch.ref_kl
+        return batch.vector("ref_kl")
     clamp = config.parity == "official"
-    other = batch.ref_logprobs.detach()
+    other = batch.vector("ref_logprobs").detach()
     return kl_penalty(batch.logprobs, other, config.kl_penalty, clamp_value=clamp)
 
 
 def perception_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     """KL(π ‖ π_aug), sampled or exact, on the chosen tokens only, each at most `kl_prcp_clip`."""
     if config.kl_prcp_estimator == "exact":
-        value = batch.kl_prcp
+        value = batch.vector("kl_prcp")
     else:
         clamp = config.parity == "official"
-        other = _aug(batch.aug_logprobs, config)
+        other = _aug(batch.vector("aug_logprobs"), config)
         value = kl_penalty(batch.logprobs, other, config.kl_prcp_penalty, clamp_value=clamp)
     keep = None
     if config.kl_prcp_top_p is not None:
@@ -77,17 +77,17 @@ def perception_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
 
 def entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     """H[π], sampled (−log π) or exact."""
-    return batch.entropy if config.entropy_estimator == "exact" else -batch.logprobs
+    return batch.vector("entropy") if config.entropy_estimator == "exact" else -batch.logprobs
 
 
 def aug_entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     """H[π_aug], sampled (−log π_aug of the tokens that π sampled) or exact."""
     if config.entropy_estimator == "exact":
-        return _aug(batch.aug_entropy, config)
-    return -_aug(batch.aug_logprobs, config)
+        return _aug(batch.vector("aug_entropy"), config)
+    return -_aug(batch.vector("aug_logprobs"), config)
 
 
-def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:  # noqa: ARG001  as all terms
     """−log π; averaged over right responses only."""
     return -batch.logprobs
 
@@ -126,7 +126,7 @@ def entropy_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominato
 
 def sft_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominators) -> Tensor:
     """Token mean over right responses, 0 if there are none."""
-    chosen = batch.correct.to(batch.logprobs.dtype)
+    chosen = batch.vector("correct").to(batch.logprobs.dtype)
     if config.average_over == "micro":
         return chosen * (batch.n_sequences / over.sequences) / chosen.sum().clamp(min=1)
     if over.correct_tokens is None:
@@ -267,7 +267,7 @@ def _ratio_metrics(batch: TokenBatch, config: ObjectiveConfig) -> Metrics:
     if n == 0:
         return {}
     plain, clipped = _policy_losses(batch, config)
-    metrics = {
+    metrics: Metrics = {
         "ppo_kl": (-log_ratio.sum(), n),
         "clip_fraction_high": ((plain < clipped).sum(), n),
         "ratio_max": (log_ratio.max().exp(), 1),

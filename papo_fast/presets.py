@@ -7,6 +7,7 @@ rollout, 3 updates of 128 prompts, lr 1e-6, 2 epochs of ViRL39K.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from papo_fast.config import (
     Config,
@@ -133,6 +134,6 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
-def get_preset(name: str, **changes: object) -> Config:
+def get_preset(name: str, **changes: Any) -> Config:
     """The named preset with top-level fields replaced (for tests and scripts)."""
     return replace(PRESETS[name][1], **changes)

@@ -85,6 +85,13 @@ class TokenBatch:
                     "must stand next to each other"
                 )
 
+    def vector(self, name: str) -> Tensor:
+        """The (N,) vector of that name; raises `InputError` if it was not given."""
+        value = getattr(self, name)
+        if value is None:
+            raise InputError(f"TokenBatch.{name} is missing: pass it, or a config without its term")
+        return value
+
     @cached_property
     def sequence_index(self) -> Tensor:
         """(N,) int64: 0 for the tokens of the first sequence, 1 for the second, …"""

@@ -21,7 +21,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @LINUX
-@pytest.mark.parametrize("count, each", [(1, 96 * MIB), (96, MIB), (3000, 32 * 1024)])
+@pytest.mark.parametrize(("count", "each"), [(1, 96 * MIB), (96, MIB), (3000, 32 * 1024)])
 def test_peak_memory_is_what_was_allocated(count, each):
     # Freed before the measurement: the heap must not hand it out again unseen.
     old = [torch.ones(each, dtype=torch.uint8) for _ in range(count)]

@@ -55,7 +55,7 @@ def test_wrong_kernels_fail_it(run, monkeypatch):
 
 def test_what_the_time_does_not_suffice_for_is_said_and_kept(run, monkeypatch):
     monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
-    small = {name: gpu_check.TINY for name in ("first", "second")}
+    small = dict.fromkeys(("first", "second"), gpu_check.TINY)
     monkeypatch.setattr(gpu_check, "CASES", small)
     run.tiny = False
     gpu_check.check_kernels(run)

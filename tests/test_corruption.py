@@ -68,7 +68,7 @@ def test_images_of_one_prompt_get_masks_of_their_own():
 
 
 def test_the_input_is_left_alone():
-    clean, grid, black = process([picture(56, 56)], 14)
+    clean, _, black = process([picture(56, 56)], 14)
     before = clean.clone()
     corrupted = blacken_patches(clean, torch.ones(16, dtype=torch.bool), black, 2, 14)
     assert torch.equal(clean, before)

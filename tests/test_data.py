@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -209,9 +210,9 @@ def test_an_unreadable_file_is_named(tmp_path, encoder, name, content, message):
 
 
 def test_a_missing_file_and_an_unknown_hub_name_are_named(tmp_path, encoder):
-    with pytest.raises(InputError, match="there is no file .*gone.parquet"):
+    with pytest.raises(InputError, match=r"there is no file .*gone.parquet"):
         PromptDataset(tmp_path / "gone.parquet", CONFIG, encoder)
-    with pytest.raises(InputError, match="nobody/no-data cannot be read: .*a hub dataset"):
+    with pytest.raises(InputError, match=r"nobody/no-data cannot be read: .*a hub dataset"):
         PromptDataset("nobody/no-data", CONFIG, encoder)
 
 
@@ -221,7 +222,7 @@ def test_data_smaller_than_a_batch_is_named_with_both_numbers(seven):
     ):
         PromptStream(seven, 8, seed=0)
     stream = PromptStream(seven, 7, seed=0, option="rollout.filter_prompts")
-    with pytest.raises(InputError, match="fewer than rollout.filter_prompts = 9: lower --rollout"):
+    with pytest.raises(InputError, match=r"fewer than rollout.filter_prompts = 9: lower --rollout"):
         stream.take(9)
 
 
@@ -230,7 +231,7 @@ def draw(stream, batches):
 
 
 def test_every_epoch_holds_every_row_once_in_a_new_order(seven):
-    drawn = sum(draw(PromptStream(seven, 3, seed=5), 7), [])
+    drawn = list(chain.from_iterable(draw(PromptStream(seven, 3, seed=5), 7)))
     epochs = [drawn[i : i + ROWS] for i in range(0, 3 * ROWS, ROWS)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(ROWS))] * 3
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -254,7 +255,8 @@ def test_drawing_leaves_the_global_generator_alone(seven):
 
 
 def test_without_shuffling_the_rows_come_in_order(seven):
-    assert sum(draw(PromptStream(seven, 4, seed=0, shuffle=False), 3), []) == [
+    drawn = chain.from_iterable(draw(PromptStream(seven, 4, seed=0, shuffle=False), 3))
+    assert list(drawn) == [
         *range(ROWS),
         *range(5),
     ]
@@ -276,7 +278,7 @@ def test_a_restored_stream_goes_on_where_it_was(seven, before):
 def test_a_position_in_other_data_is_refused(folder, encoder, seven):
     state = PromptStream(seven, 3, seed=1).state_dict()
     other = dataset(folder, encoder, [row(n) for n in range(5)], name="other.jsonl")
-    with pytest.raises(InputError, match="in data of 7 rows but .* has 5"):
+    with pytest.raises(InputError, match=r"in data of 7 rows but .* has 5"):
         PromptStream(other, 3, seed=1).load_state_dict(state)
 
 

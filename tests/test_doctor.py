@@ -20,7 +20,7 @@ def installed(monkeypatch):
     }
     versions["torch"] = "2.13.0+cpu"
     monkeypatch.setattr(doctor, "installed_version", versions.get)
-    monkeypatch.setattr(doctor, "gpu_names", lambda: [])
+    monkeypatch.setattr(doctor, "gpu_names", list)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     return versions
 

@@ -230,7 +230,7 @@ def test_an_image_without_pixels_is_named(encoder):
 
 
 def test_an_extreme_aspect_ratio_is_named(encoder):
-    with pytest.raises(InputError, match="image 0 of 3000x2 pixels is refused.*aspect ratio"):
+    with pytest.raises(InputError, match=r"image 0 of 3000x2 pixels is refused.*aspect ratio"):
         encoder.encode("?", [picture(3000, 2)])
 
 
@@ -253,8 +253,8 @@ def test_a_missing_file_is_named_with_what_to_do(qwen25, missing, message):
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         PromptEncoder(tmp_path / "nothing", SMALL)
+    (tmp_path / "weights.bin").write_text("")
     with pytest.raises(InputError, match="is a file; expected the directory"):
-        (tmp_path / "weights.bin").write_text("")
         PromptEncoder(tmp_path / "weights.bin", SMALL)
 
 
@@ -277,5 +277,5 @@ def test_an_image_processor_of_another_model_is_refused(qwen25):
 
 
 def test_pixel_limits_in_the_wrong_order_are_refused(qwen25):
-    with pytest.raises(InputError, match="min_pixels = 9, data.max_pixels = 4"):
+    with pytest.raises(InputError, match=r"min_pixels = 9, data.max_pixels = 4"):
         PromptEncoder(qwen25, DataConfig(min_pixels=9, max_pixels=4))

@@ -159,5 +159,5 @@ def test_a_cap_below_one_is_refused():
         config = dataclasses.replace(
             preset, rollout=dataclasses.replace(preset.rollout, importance_cap=cap)
         )
-        with pytest.raises(InputError, match="rollout.importance_cap"):
+        with pytest.raises(InputError, match=r"rollout.importance_cap"):
             check(config)

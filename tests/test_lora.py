@@ -188,7 +188,7 @@ def test_merging_does_not_change_the_weight_it_is_given(setup):
 
 
 def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
-    config, encoder, plain, _ = setup
+    config, _, plain, _ = setup
     liger._say_once.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -196,7 +196,7 @@ def test_without_a_gpu_it_is_said_once_that_torchs_layers_run(setup, caplog):
     assert [r.message for r in caplog.records if "Liger" in r.message] == [
         "torch's own layers run, not Liger's: its kernels need a GPU and this run is on cpu"
     ]
-    with pytest.raises(InputError, match="model.liger is on, but its kernels need a GPU"):
+    with pytest.raises(InputError, match=r"model.liger is on, but its kernels need a GPU"):
         liger.use_liger(plain.model, dataclasses.replace(config, liger="on"), CPU)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_alarms_do_not_repeat_at_every_step_and_advise_once():
     found = alarms_of(ramp(kl_prcp=0.2, reward=-0.02))
     steps = [step for step, _ in found]
     assert len(found) >= 2
-    assert all(b - a > 10 for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a > 10 for a, b in pairwise(steps))
     assert ["Try" in alarm for _, alarm in found] == [True] + [False] * (len(found) - 1)
 
 

@@ -259,10 +259,9 @@ def test_no_gradient_into_the_aug_stream_unless_asked(estimator, parity):
 
 
 def test_terms_of_coefficient_zero_need_nothing_and_contribute_no_nan():
-    bare = {
-        name: None
-        for name in ("entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "ref_logprobs", "ref_kl")
-    }
+    bare = dict.fromkeys(
+        ("entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "ref_logprobs", "ref_kl")
+    )
     config = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0).resolved()
     loss, metrics = objective(make_batch(**bare, correct=None), config, denominators())
     assert set(metrics).isdisjoint({"kl_prcp", "kl_ref", "aug_entropy", "sft_loss"})

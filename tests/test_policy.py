@@ -83,7 +83,7 @@ def test_exact_reference_kl_matches_the_two_models_own_logits(loaded):
             p.add_(0.05 * torch.randn_like(p))
     prompt, response = some_prompts(encoder)[0], [65, 66, 67, 68]
     batch = pack([group_of(prompt, [response])], policy.prompt_positions)
-    stats, kl = policy.stats(batch, kl_to=reference)
+    _, kl = policy.stats(batch, kl_to=reference)
     log_p = plain_logits(policy, prompt, response, prompt.pixel_values)
     log_r = plain_logits(reference, prompt, response, prompt.pixel_values)
     expected = (log_p.exp() * (log_p - log_r)).sum(-1)

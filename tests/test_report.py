@@ -310,7 +310,7 @@ def test_a_right_answer_with_a_wrong_reading_is_never_shown(tmp_path):
     for when in ("before", "after"):
         lucky = [told(i, text, 1.0, when) for i, text in enumerate([LUCKY, UNREAD] * 8)]
         assert choose(lucky) == []
-        rows = lucky + [told(20, RIGHT, 1.0, when), told(21, WRONG, 0.0, when)]
+        rows = [*lucky, told(20, RIGHT, 1.0, when), told(21, WRONG, 0.0, when)]
         assert [row["problem"] for row in choose(rows)] == ["Compute 20.", "Compute 21."]
     # where nobody says what there is to read, an answer is as good as another
     assert len(choose([told(i, LUCKY, 1.0, reading=None) for i in range(6)])) == 6
@@ -394,7 +394,7 @@ def test_empty_run_is_an_error_that_says_so(tmp_path):
     run = write_run(tmp_path / "run", steps=0)
     (run / "metrics.jsonl").touch()
     for call in (write_report, lambda run: printed(print_run, run)):
-        with pytest.raises(InputError, match="has no metrics yet.*config.json, metrics.jsonl"):
+        with pytest.raises(InputError, match=r"has no metrics yet.*config.json, metrics.jsonl"):
             call(run)
     assert not (run / "report.png").exists()
 
@@ -402,7 +402,7 @@ def test_empty_run_is_an_error_that_says_so(tmp_path):
 def test_damaged_summary_is_named(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "summary.json").write_text('{"steps": ')
-    with pytest.raises(InputError, match="summary.json is not JSON"):
+    with pytest.raises(InputError, match=r"summary.json is not JSON"):
         write_report(run)
 
 
@@ -519,7 +519,7 @@ def test_runs_of_one_preset_are_told_apart_by_seed_or_folder(tmp_path):
 
 
 def test_what_cannot_stand_beside_is_named(tmp_path, capsys):
-    run, other = pair(tmp_path)
+    run, _ = pair(tmp_path)
     assert main(["report", str(run), "--beside", str(run)]) == 2
     assert "is named twice" in " ".join(capsys.readouterr().err.split())
     assert main(["report", str(run), "--beside", str(tmp_path / "nowhere")]) == 2

@@ -54,7 +54,7 @@ def test_bad_rewards_are_refused():
     groups = torch.tensor([0, 0])
     with pytest.raises(InputError, match=r"rewards\[1\] is nan"):
         group_advantages(torch.tensor([0.0, float("nan")]), groups)
-    with pytest.raises(InputError, match="expected .B,. and .B,."):
+    with pytest.raises(InputError, match=r"expected .B,. and .B,."):
         group_advantages(torch.zeros(3), groups)
     with pytest.raises(InputError, match="expected grpo or dr_grpo"):
         group_advantages(torch.zeros(2), groups, "gae")

@@ -156,7 +156,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_then_stops_the_run(
     )
     with pytest.raises(InputError, match="in 3 updates in a row"):
         run(config)
-    rows = [json.loads(line) for line in open(tmp_path / "grpo-seed0" / "metrics.jsonl")]
+    lines = (tmp_path / "grpo-seed0" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert rows[0]["bad_updates"] == 2 and rows[0]["entropy"] > 0
 
 
@@ -287,7 +288,7 @@ def test_an_older_run_is_never_replaced_unasked(checkpoints, questions, tmp_path
     second, _, _ = run(config)
     assert (first.name, second.name) == ("grpo-seed0", "grpo-seed0-2")
     named = dataclasses.replace(config, name="grpo-seed0")
-    with pytest.raises(ValueError, match="already holds a run.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a run.*--overwrite"):
         run(named)
     assert (first / "metrics.jsonl").read_bytes() == before
     run(dataclasses.replace(named, overwrite=True, seed=3))

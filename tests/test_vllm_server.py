@@ -65,9 +65,13 @@ def test_a_server_killed_during_generation_is_named_and_waited_for_no_longer(ser
     process, url = engine.own.process, engine.own.url
     killed = []
     threading.Timer(1.5, lambda: (killed.append(time.monotonic()), process.kill())).start()
-    with pytest.raises(RolloutError, match=rf"{url}.*papo-fast serve.*--resume goes on"):
+
+    def sample_on():
         for seed in range(1000):
             sample(engine, mixed_prompts(encoder), n=8, seed=seed)
+
+    with pytest.raises(RolloutError, match=rf"{url}.*papo-fast serve.*--resume goes on"):
+        sample_on()
     assert time.monotonic() - killed[0] < 60 < engine.servers[0].timeout
     assert not engine.servers[0].is_ready()
 
@@ -258,7 +262,7 @@ def test_a_server_with_other_options_is_refused_at_once(model, tmp_path):
         with pytest.raises(RolloutError, match=f"needs processed_logprobs and {MODEL_LEN}"):
             VLLMServerRollout(at(config, url), encoder, tmp_path)
     with standing_in(encoder, lambda handler: handler.answer(b"gone", 404)) as url:
-        with pytest.raises(RolloutError, match="refused /server_info.*papo-fast serve"):
+        with pytest.raises(RolloutError, match=r"refused /server_info.*papo-fast serve"):
             VLLMServerRollout(at(config, url), encoder, tmp_path)
 
 
@@ -323,7 +327,7 @@ def test_new_weights_that_cannot_be_written_are_an_error_that_names_the_folder(m
     with standing_in(encoder) as url:
         there = at(config, url, server_weights=str(tmp_path / "file"))
         engine = VLLMServerRollout(there, encoder, tmp_path)
-        with pytest.raises(RolloutError, match="rollout.server_weights"):
+        with pytest.raises(RolloutError, match=r"rollout.server_weights"):
             engine.load_weights(policy)
 
 

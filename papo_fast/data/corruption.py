@@ -198,17 +198,18 @@ class PromptCorruption:
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32, or None for a prompt without pictures."""
-        encoded = prompt.encoded
-        if encoded.pixel_values is None:
+        pixels, grid = prompt.encoded.pixel_values, prompt.encoded.image_grid_thw
+        if pixels is None or grid is None:
             return None
         if self.on_images is not None:
             corrupted, _ = self.encoder.process_images(self.on_images(prompt.images, seed))
             return corrupted
-        return self.on_pixels(encoded.pixel_values, encoded.image_grid_thw, seed)
+        assert self.on_pixels is not None
+        return self.on_pixels(pixels, grid, seed)
 
     def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
         """The first corrupted picture as the model gets it, for people to look at."""
-        pixels = self(prompt, seed)
-        if pixels is None:
+        pixels, grid = self(prompt, seed), prompt.encoded.image_grid_thw
+        if pixels is None or grid is None:
             return None
-        return self.encoder.to_images(pixels, prompt.encoded.image_grid_thw[:1])[0]
+        return self.encoder.to_images(pixels, grid[:1])[0]

@@ -98,8 +98,10 @@ def warm_start(
     dev_prompts = [p for p in dev_prompts if p.kind == VISION]
     targets = [
         _as_if_sampled(
-            encoder.tokenizer.encode(response(p.reading, p.answer), add_special_tokens=False)
-            + [encoder.eos_token_ids[0]]
+            [
+                *encoder.tokenizer.encode(response(p.reading, p.answer), add_special_tokens=False),
+                encoder.eos_token_ids[0],
+            ]
         )
         for p in train_prompts
     ]

@@ -45,7 +45,7 @@ def load_processor(
 
 
 def _without_videos(family: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    def get_attributes(cls: type) -> list[str]:
+    def get_attributes(_cls: type) -> list[str]:
         return ["image_processor", "tokenizer"]
 
     members: dict[str, Any] = {"get_attributes": classmethod(get_attributes)}

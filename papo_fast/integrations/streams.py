@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from papo_fast.errors import InputError
 from papo_kernels import TokenStats, token_stats
@@ -98,7 +99,12 @@ def stats_of(
 ) -> TokenStats:
     """As `two_streams`, from the (B, S, D) hidden states of one or both streams."""
     weight, bias = _output_embedding(model)
-    operands = {"hidden": hidden, "weight": weight, "bias": bias, "aug_hidden": aug_hidden}
+    operands: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "aug_hidden": aug_hidden,
+    }
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and not keep_dtype:
         dtype = torch.get_autocast_dtype(device)
@@ -115,14 +121,14 @@ def stats_of(
         grad_budget=grad_budget,
         **flat,
     )
-    return TokenStats(*(None if x is None else x.view(labels.shape) for x in stats))
+    return TokenStats._make(None if x is None else x.view(labels.shape) for x in stats)
 
 
-def _hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def _hidden_states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
-def _output_embedding(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     head = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise InputError(
@@ -138,7 +144,7 @@ def _output_embedding(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     return whole[0], whole[1]
 
 
-def _softcap(model: nn.Module) -> float | None:
+def _softcap(model: PreTrainedModel) -> float | None:
     config = model.config.get_text_config()
     for name in _LOGIT_SCALES:
         if getattr(config, name, None) not in (None, 1, 1.0):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class PAPOConfig(GRPOConfig):
         default=0.0,
         metadata={"help": "η₂, weight of the entropy given the corrupted image, minimised."},
     )
-    parity: str = field(
+    parity: Literal["ours", "official", "paper"] = field(
         default="ours",
         metadata={
             "help": "`ours`: exact terms, gradients into both streams; `official`: sampled terms, "
@@ -153,7 +153,7 @@ class StatsHead:
                 grad_budget=grad_budget,
                 keep_dtype=keep_dtype,
             )
-            self.stats = TokenStats(*(None if x is None else x[:, :-1] for x in stats))
+            self.stats = TokenStats._make(None if x is None else x[:, :-1] for x in stats)
             logprobs, entropy, *rest = self.stats
             return TwoStreamOutput(None, logprobs, entropy, **dict(zip(_AUG, rest, strict=True)))
 
@@ -207,7 +207,7 @@ class PAPOTrainer(GRPOTrainer):
         self.goal = args.objective()
         super().__init__(model, reward_funcs, args, **kwargs)
         self._head = use_token_stats(self, grad_budget=args.grad_budget)
-        self._corruption = None
+        self._corruption: PatchCorruption | None = None
         if self.goal.needs_aug:
             processor = getattr(self.processing_class, "image_processor", None)
             if processor is None:
@@ -251,6 +251,7 @@ class PAPOTrainer(GRPOTrainer):
         patches = grid.prod(-1).split(counts)
         parts = pixels.split([int(p.sum()) for p in patches])
         seeds = inputs["corruption_seeds"].tolist()
+        assert self._corruption is not None, "the objective compares no pictures"
         return torch.cat(
             [
                 self._corruption(part, grids, seed)
@@ -265,7 +266,7 @@ class PAPOTrainer(GRPOTrainer):
         counted = mask.bool()
         weights = self.token_weights(mask, inputs)[counted]
         # the columns that score the completion are the last
-        vectors = {
+        vectors: dict[str, Any] = {
             name: None if x is None else x[:, -mask.shape[1] :][counted]
             for name, x in stats._asdict().items()
         }

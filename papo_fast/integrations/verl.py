@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from papo_fast.config import ObjectiveConfig
+from papo_fast.config import Average, ObjectiveConfig
 from papo_fast.errors import InputError
 from papo_fast.integrations.streams import AugStream, two_streams
 from papo_fast.objective import mean_metrics, objective
 from papo_fast.token_batch import Denominators, TokenBatch
 from papo_kernels import token_stats
 
-AVERAGES = {
+AVERAGES: dict[str, Average] = {
     "token-mean": "token",
     "token": "token",
     "seq-mean-token-mean": "sequence",
@@ -200,7 +200,10 @@ def papo_loss(
             raise InputError(
                 f"{name} has shape {tuple(x.shape)}: expected {tuple(mask.shape)} as response_mask"
             )
-    batch = TokenBatch(**{n: None if x is None else _wide(x[mask]) for n, x in per_token.items()})
+    vectors: dict[str, Any] = {
+        name: None if x is None else _wide(x[mask]) for name, x in per_token.items()
+    }
+    batch = TokenBatch(**vectors)
     tokens = mask.sum() if batch_num_tokens is None else batch_num_tokens
     sequences = len(mask) if global_batch_size is None else global_batch_size
     right_tokens = None if batch.correct is None else batch.correct.sum()

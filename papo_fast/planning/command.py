@@ -59,7 +59,7 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
         soft_wrap=True,
     )
     console.print(_memory_table(plan, gpu))
-    _print_about(arguments, plan, gpu, console)
+    _print_about(arguments, plan, console)
     _print_time(arguments, time, gpu, console)
     _print_options(config, sizes, lengths, layout, plan, console)
 
@@ -79,7 +79,7 @@ def _memory_table(plan: MemoryPlan, gpu: GPU) -> Table:
     return table
 
 
-def _print_about(arguments: PlanArguments, plan: MemoryPlan, gpu: GPU, console: Console) -> None:
+def _print_about(arguments: PlanArguments, plan: MemoryPlan, console: Console) -> None:
     lengths, config, batch = arguments.lengths, arguments.config, plan.batch
     lines = [
         f"For prompts of {lengths.image} image and {lengths.text} text tokens, "

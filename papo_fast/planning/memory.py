@@ -277,13 +277,13 @@ def plan_memory(
     update = max(moments, key=lambda m: sum(m.values()))
     rollout = static | standing | {"weights gathered": 0.0} | sampling
     problem = ""
-    if config.rollout.engine == "vllm" and layout.gpu_memory is not None:
-        if sampling["vLLM"] < vllm_least(sizes):
-            problem = (
-                f"rollout.gpu_memory = {config.rollout.gpu_memory} is "
-                f"{sampling['vLLM'] / 2**30:.1f} GiB, less than the {vllm_least(sizes) / 2**30:.1f}"
-                " GiB that vLLM needs in each process"
-            )
+    in_process = config.rollout.engine == "vllm" and layout.gpu_memory is not None
+    if in_process and sampling["vLLM"] < vllm_least(sizes):
+        problem = (
+            f"rollout.gpu_memory = {config.rollout.gpu_memory} is "
+            f"{sampling['vLLM'] / 2**30:.1f} GiB, less than the {vllm_least(sizes) / 2**30:.1f}"
+            " GiB that vLLM needs in each process"
+        )
     scored = batch.response_tokens * update_streams(config)
     return MemoryPlan(
         update=update,

@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
@@ -116,10 +117,10 @@ class Scorer:
         for pair in dict.fromkeys(pairs):
             reference, candidate = pair
             right = equal_as_text(reference, candidate) if candidate else False
-            if right is None:
-                undecided.append((reference, candidate))
-            else:
+            if right is not None:
                 verdicts[pair] = "right" if right else "wrong"
+            elif candidate:
+                undecided.append((reference, candidate))
         verdicts.update(self._compare(undecided))
         self.timeouts += sum(verdicts[pair] == "timeout" for pair in pairs)
         self.failures += sum(verdicts[pair] == "failure" for pair in pairs)
@@ -133,7 +134,7 @@ class Scorer:
         reward = self.config.accuracy_weight * accuracy + self.config.format_weight * format_
         return Score(reward, accuracy, format_, verdict == "timeout")
 
-    def _compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+    def _compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str | None], Verdict]:
         if not pairs:
             return {}
         if self._threads is None:
@@ -195,9 +196,9 @@ def equal_as_text(reference: str, candidate: str) -> bool | None:
     reference, candidate = _plain(reference), _plain(candidate)
     if reference == candidate:
         return True
-    integers = _INTEGER.fullmatch(reference), _INTEGER.fullmatch(candidate)
-    if all(integers):
-        (sign, digits), (other_sign, other_digits) = (match.groups() for match in integers)
+    integer, other_integer = _INTEGER.fullmatch(reference), _INTEGER.fullmatch(candidate)
+    if integer and other_integer:
+        (sign, digits), (other_sign, other_digits) = integer.groups(), other_integer.groups()
         same_sign = (sign == "-") == (other_sign == "-") or digits == "0"
         return digits == other_digits and same_sign
     if len(reference) == 1 and reference.isascii() and reference.isupper():
@@ -249,20 +250,20 @@ class _Worker:
 
     def compare(self, reference: str, candidate: str) -> tuple[Verdict, str]:
         """The verdict and, for a failure, its reason."""
-        if self.process is None:
-            self._start()
+        process = self.process or self._start()
         request = json.dumps([reference, candidate]).encode() + b"\n"
         try:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
-            line = self._read_line(WALL_FACTOR * self.timeout)
+            stdin, _ = _pipes(process)
+            stdin.write(request)
+            stdin.flush()
+            line = _read_line(process, WALL_FACTOR * self.timeout)
         except BrokenPipeError:
             line = b""
         if line is None:
             self.kill()
             return "timeout", ""
         if not line:
-            status = self.process.wait()
+            status = process.wait()
             self.kill()
             if status == -answer_check.LIMIT_SIGNAL:
                 return "timeout", ""
@@ -278,22 +279,21 @@ class _Worker:
             return
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # part of a request was still buffered; its reader is dead
+        stdin, stdout = _pipes(self.process)
+        stdout.close()
+        with suppress(BrokenPipeError):  # part of a request was still buffered; its reader is dead
+            stdin.close()
         self.process = None
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
         # -P: the package's own folder on sys.path would shadow other libraries' modules.
         command = [sys.executable, "-P", answer_check.__file__, str(self.timeout)]
         # Sets of strings inside sympy would otherwise be visited in another order each time.
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        self.process = subprocess.Popen(
+        self.process = process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        line = self._read_line(START_LIMIT)
+        line = _read_line(process, START_LIMIT)
         reply = json.loads(line) if line else {}
         if not reply.get("ready"):
             self.kill()
@@ -302,16 +302,24 @@ class _Worker:
                 f"cannot start a process that checks answers: {reason}. It needs math-verify: "
                 "pip install 'math-verify[antlr4_13_2]'"
             )
+        return process
 
-    def _read_line(self, limit: float) -> bytes | None:
-        """One line of its output, b"" if it has ended, None if `limit` seconds pass first."""
-        stdout, deadline, line = self.process.stdout.fileno(), time.monotonic() + limit, b""
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
-                return None
-            chunk = os.read(stdout, 65536)
-            if not chunk:
-                return b""
-            line += chunk
-        return line
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """Its stdin and stdout."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _read_line(process: subprocess.Popen[bytes], limit: float) -> bytes | None:
+    """One line of its output, b"" if it has ended, None if `limit` seconds pass first."""
+    stdout, deadline, line = _pipes(process)[1].fileno(), time.monotonic() + limit, b""
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([stdout], [], [], left)[0]:
+            return None
+        chunk = os.read(stdout, 65536)
+        if not chunk:
+            return b""
+        line += chunk
+    return line

@@ -119,7 +119,7 @@ class RequestFormat:
             "max_tokens": max_new_tokens,
             "stop_token_ids": self.encoder.eos_token_ids,
             # as `Policy` scores them: added to the logit before the temperature divides it
-            "logit_bias": {i: BANNED_LOGIT for i in self.encoder.banned_token_ids},
+            "logit_bias": dict.fromkeys(self.encoder.banned_token_ids, BANNED_LOGIT),
             "logprobs": 0,  # the sampled token's alone
             "detokenize": False,
         }
@@ -138,7 +138,7 @@ class RequestFormat:
         return Completion(list(token_ids), list(logprobs), finished=reason == "stop")
 
 
-def prompt_passes(n: int) -> int:
+def prompt_passes(n: int) -> int:  # noqa: ARG001  as the other engine's
     """How often vLLM runs a prompt for `n` responses: once, thanks to its prefix cache.
 
     The cache holds whole blocks, so that each response repeats the last block of its prompt, which

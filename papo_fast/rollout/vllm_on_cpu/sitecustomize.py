@@ -40,7 +40,6 @@ class DeclareOperators:
         if name == "torchvision":
             sys.meta_path.remove(self)
             declare_operators()
-        return None
 
 
 def declare_operators() -> None:
