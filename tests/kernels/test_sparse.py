@@ -14,7 +14,7 @@ from kernel_oracle import (
     random_upstream,
 )
 
-from papo_kernels import record_certificates, token_stats, torch_backend
+from papo_kernels import record_certificates, rows, token_stats
 
 MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
 WORDS = 16411
@@ -52,7 +52,7 @@ def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.flo
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1 << 21)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)
