@@ -42,9 +42,11 @@ class Backward:
 
     def of_rows(self, at):
         """RowStats and Upstream of the rows `at`, (R, 1) each."""
-        return each(lambda x: x[at][:, None], self.stats), each(
-            lambda x: x[at][:, None], self.upstream
-        )
+
+        def column(x):
+            return x[at][:, None]
+
+        return each(column, self.stats), each(column, self.upstream)
 
     def states(self, at):
         """(R, D) states of the rows `at` in both streams; None where logits are not needed."""

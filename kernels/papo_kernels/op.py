@@ -16,7 +16,7 @@ from papo_kernels.eager import forward as eager_forward
 from papo_kernels.reference import compute_dtype
 from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream
 
-# The forward's last results, which are not outputs: the fields of `rows.Saved`.
+# The last results of the forward operator are not outputs, but the fields of `rows.Saved`.
 SAVED = 3
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from papo_kernels.reference import compute_dtype
 
-# What `token_stats` returns, in this order; one stream has the first two.
+# What `token_stats` returns, in this order. Of one stream it returns the first two.
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
 # Logits of one chunk and stream: 128 MiB of float32. A product packs the weight anew for each.
 CHUNK_ELEMENTS = 1 << 25
@@ -283,10 +283,6 @@ class Wanted:
     # Where q is close to p the KL's two gradients nearly cancel in the weight's, and what is
     # dropped must be small beside that: the streams' sum is certified too.
     net: bool
-
-    @property
-    def states(self):
-        return self.hidden or self.aug_hidden
 
     @property
     def full_logits(self):

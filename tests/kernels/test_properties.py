@@ -62,7 +62,7 @@ def test_any_shape_and_head_matches_float64(backend, case, data):
     upstream = random_upstream(case, [o for o in OUTPUTS if o in outputs])
     got = case.gradients(token_stats, upstream, wanted, backend=backend, grad_budget=0.0)
     want = oracle.gradients(upstream)
-    # Where a gradient is all cancellation (a flat entropy, p close to q, a label that has all the
+    # Where a gradient is all cancellation (a flat entropy, p close to q, a target that has all the
     # mass), the logits' rounding is most of it. Allowed besides the contract: what noise of that
     # size does to the exact gradient, and an error of that size in each coefficient of dz.
     moved = Oracle(case, logit_noise=1e-7).gradients(upstream)

@@ -28,7 +28,7 @@ torch_only = pytest.mark.skipif(FAST == "triton", reason="about the torch backen
 def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):
     """Logits with a language model's long tail: word frequencies by Zipf, a few candidates per row.
 
-    `sharpness` multiplies the candidates' lead; labels are sampled from the policy itself.
+    `sharpness` multiplies the candidates' lead; targets are sampled from the policy itself.
     """
     case = make_case(n, d, v, scale=0.5, distance=0.0, dtype=torch.float64, bias=True, seed=seed)
     g = torch.Generator().manual_seed(seed + 1)

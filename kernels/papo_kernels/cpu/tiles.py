@@ -14,7 +14,8 @@ from papo_kernels.cpu import library
 from papo_kernels.cpu.forward import multiply as multiply
 from papo_kernels.equations import slope
 
-# Tiles have most of their words in common: together they read each of them once.
+# Tiles have most of their words in common, so tiles that are tried together read each row of the
+# weight only once.
 TOGETHER, MOST_WAITING = 32, 1 << 22
 # Rows of the weight are read where they stand, so a tile may keep more of them than if they were
 # gathered.
@@ -62,7 +63,7 @@ def picked_logits(states, cols, call):
 
 
 def differentiate(states, candidates, logits, s, g, run):
-    """The streams whose logits are needed are present, whether or not their dz is wanted."""
+    """As in `eager/tiles.py`; every stream that is present gets gradients, wanted or not."""
     call, z, present = run.call, logits, states.present
     bias = None if call.bias is None else call.bias[candidates.cols]
     call.head.finish(z.T, bias)
@@ -87,7 +88,7 @@ def differentiate(states, candidates, logits, s, g, run):
     return found, Gradients(candidates.cols, z, dz, present, states.count)
 
 
-# In the order of the C++.
+# In the order in which the C++ writes them; one stream has the first three.
 TWO_STREAM_SUMS = (
     "mass", "own", "size", "aug_mass", "aug_own", "aug_size", "prob_gap", "log_ratio", "kl_terms",
     "net_size",
@@ -95,7 +96,10 @@ TWO_STREAM_SUMS = (
 
 
 def _rows_for_cpp(states, candidates, s, g, z):
-    """(6 or 14, padded): what `struct Rows` of the C++ holds of each stream, then KL and its dz."""
+    """(6 or 14, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
+
+    Where both are, the KL and its upstream gradient follow.
+    """
     nothing = torch.zeros_like(s.full.peak)
     fields = []
     for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
@@ -142,7 +146,7 @@ def add_gradients(states, gradients, call, d_weight, d_bias, dtype):
     given = []
     for x, finished in zip(states, gradients, strict=True):
         d_x = None
-        if dtype is not None:  # over the states themselves, which are not needed again
+        if dtype is not None:  # it may replace the states themselves: they are not needed again
             d_x = x.rows if x.rows.dtype == dtype else torch.empty_like(x.rows, dtype=dtype)
         places = torch.searchsorted(cols, finished.cols).int()
         given.append((finished.dz, places, x.rows, d_x))

@@ -10,7 +10,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Rows of a tile, which share their choice of words; BLOCK_N of every kernel.
 TILE = 64
-# D from which on a weight counts as wide.
+# A weight of at least so many features counts as wide.
 WIDE = 3072
 
 
