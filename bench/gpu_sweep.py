@@ -7,8 +7,9 @@ from gpu_check import CASES, TINY, errors_of
 from states import synthetic
 from ways import Case
 
-from papo_kernels import token_stats, triton_launch
-from papo_kernels.triton_launch import Blocks, Launch
+from papo_kernels import token_stats
+from papo_kernels.triton import launch as triton_launch
+from papo_kernels.triton.launch import Blocks, Launch
 
 # Which time a kernel's blocks are judged by.
 JUDGED_BY = {"forward": "forward", "dz": "sparse", "d_hidden": "sparse", "d_weight": "sparse"}
@@ -177,10 +178,10 @@ def with_winners(run, time_case):
 
 
 def lines(content):
-    """The winners, to paste into LAUNCHES of papo_kernels/triton_launch.py."""
+    """The winners, to paste into LAUNCHES of papo_kernels/triton/launch.py."""
     if not content["winners"]:
         return "No winners: the sweep did not run to an end."
-    found = ["Winners, for LAUNCHES in kernels/papo_kernels/triton_launch.py:"]
+    found = ["Winners, for LAUNCHES in kernels/papo_kernels/triton/launch.py:"]
     for winner in content["winners"]:
         architecture, size, wide = winner["key"]
         launch = Launch(*(Blocks(*b) for b in winner["blocks"]))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 MODULES = (
     "papo_kernels.api",
-    "papo_kernels.columns",
+    "papo_kernels.certificate",
     "papo_fast.launch",
     "papo_fast.objective",
     "papo_fast.estimators",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from papo_kernels import token_stats, triton_launch
+from papo_kernels import token_stats
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
@@ -21,6 +21,8 @@ pytest.importorskip("triton")
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_sweep  # noqa: E402
+
+from papo_kernels.triton import launch as triton_launch  # noqa: E402
 
 
 @pytest.fixture

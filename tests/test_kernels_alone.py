@@ -26,8 +26,9 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from papo_kernels import cpu_kernels, token_stats
-cpu_kernels.LEAST_LOGITS = 0  # its C++ must have come along
+from papo_kernels import token_stats
+from papo_kernels.cpu import library
+library.LEAST_LOGITS = 0  # its C++ must have come along
 torch.manual_seed(0)
 hidden, aug_hidden = torch.randn(2, 6, 8, requires_grad=True)
 weight = torch.randn(40, 8, requires_grad=True)
@@ -39,7 +40,7 @@ ours, theirs = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0]
                 for x in (stats.kl_prcp, truth))
 print(json.dumps({
     "where": sys.modules["papo_kernels"].__file__,
-    "sources": sorted(p.name for p in cpu_kernels.SOURCES.iterdir()),
+    "sources": sorted(p.name for p in library.SOURCES.iterdir()),
     "value": (stats.kl_prcp - truth).abs().max().item(),
     "gradient": (ours - theirs).norm().item() / theirs.norm().item(),
 }))
@@ -74,7 +75,8 @@ def test_it_brings_torch_and_triton_and_nothing_else(wheel):
     assert {Requirement(line).name for line in asked} == {"torch", "triton"}
     modules = {n for n in names if n.endswith(".py")}
     assert modules == {
-        f"papo_kernels/{p.name}" for p in (ROOT / "kernels" / "papo_kernels").glob("*.py")
+        str(p.relative_to(ROOT / "kernels"))
+        for p in (ROOT / "kernels" / "papo_kernels").rglob("*.py")
     }
 
 
@@ -92,7 +94,7 @@ def test_it_runs_where_transformers_is_not(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert Path(result["where"]).is_relative_to(tmp_path)
-    cpp = ROOT / "kernels" / "papo_kernels" / "cpp"
+    cpp = ROOT / "kernels" / "papo_kernels" / "cpu" / "cpp"
     assert result["sources"] == sorted(p.name for p in cpp.iterdir())
     assert result["value"] < 1e-5 and result["gradient"] < 1e-5
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from papo_kernels import op, reference
+from papo_kernels.rows import Options
 
 log = logging.getLogger("papo_kernels")
 
@@ -90,31 +91,36 @@ def token_stats(
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
     _check_options(temperature, softcap, ignore_index, grad_budget, backend)
-    if validate is None:
-        validate = targets.device.type == "cpu"
-    options = dict(
-        aug_hidden=aug_hidden,
-        bias=bias,
+    options = Options(
         temperature=float(temperature),
         softcap=None if softcap is None else float(softcap),
         ignore_index=ignore_index,
+        grad_budget=float(grad_budget),
+        backend=_choose_backend(backend, (hidden, aug_hidden, weight, bias), vocab_group),
+        group="" if vocab_group is None else vocab_group.group_name,
+        validate=targets.device.type == "cpu" if validate is None else validate,
     )
-    operands = (hidden, aug_hidden, weight, bias)
-    chosen = _choose_backend(backend, operands, vocab_group)
-    if chosen == "reference":
+    if options.backend == "reference":
         if vocab_group is not None:
             raise ValueError("vocab_group is given; backend='reference' needs the whole weight")
-        if validate:
-            op.check_targets(targets, weight.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return TokenStats(*reference.token_stats(hidden, weight, targets, **options))
-    group = "" if vocab_group is None else vocab_group.group_name
-    return TokenStats(
-        *op.token_stats(
-            hidden, weight, targets, grad_budget=float(grad_budget), backend=chosen, group=group,
-            validate=validate, **options,
+        return TokenStats(*_by_reference(hidden, aug_hidden, weight, bias, targets, options))
+    return TokenStats(*op.token_stats(hidden, aug_hidden, weight, bias, targets, options))
+
+
+def _by_reference(hidden, aug_hidden, weight, bias, targets, options):
+    if options.validate:
+        op.check_targets(targets, weight.shape[0], options.ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return reference.token_stats(
+            hidden,
+            weight,
+            targets,
+            aug_hidden=aug_hidden,
+            bias=bias,
+            temperature=options.temperature,
+            softcap=options.softcap,
+            ignore_index=options.ignore_index,
         )
-    )  # fmt: skip
 
 
 def _choose_backend(backend, operands, vocab_group):

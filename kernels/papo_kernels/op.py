@@ -1,19 +1,56 @@
-"""The two custom operators behind `token_stats`: compilers and FSDP2 see one node each way."""
+"""The two custom operators behind `token_stats`: compilers and FSDP2 see one node each way.
+
+The schema of an operator knows tensors and numbers only. So the options travel one by one here, in
+the order of `rows.Options`, and are put together again at once.
+"""
+
+from dataclasses import astuple
 
 import torch
 
-from papo_kernels import torch_backend
+from papo_kernels import chunked_forward
+from papo_kernels.cpu import backward as cpu_backward
+from papo_kernels.cpu import forward as cpu_forward
+from papo_kernels.eager import backward as eager_backward
+from papo_kernels.eager import forward as eager_forward
+from papo_kernels.reference import compute_dtype
+from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream
 
-FIELDS = 5
+# The last results of the forward operator are not outputs, but the fields of `rows.Saved`.
+SAVED = 3
 
 
-def _engine(backend):
-    """The module that does the work; triton's is imported only where it runs."""
-    if backend == "torch":
-        return torch_backend
-    from papo_kernels import triton_backend
+def forward_of(call, keep_levels):
+    """`rows.Saved`, by the way that serves the call."""
+    if call.options.backend == "triton":
+        return _triton_forward().forward(call, keep_levels)
+    way = cpu_forward if cpu_forward.usable(call) else eager_forward
+    return way.forward(call, keep_levels)
 
-    return triton_backend
+
+def backward_of(call, saved, upstream, needs):
+    """Gradients of the four operands or None, by the way that serves the call.
+
+    The ways of `backend="torch"` save the same, so another one may do the forward.
+    """
+    if call.options.backend == "triton":
+        from papo_kernels.triton import backward as triton_backward
+
+        return triton_backward.backward(call, saved, upstream, needs)
+    way = cpu_backward if cpu_backward.usable(call) else eager_backward
+    return way.backward(call, saved, upstream, needs)
+
+
+def _layout(backend):
+    """The module that knows what the forward of a backend saves."""
+    return _triton_forward() if backend == "triton" else chunked_forward
+
+
+def _triton_forward():
+    # Imported only where it runs: triton may not be installed.
+    from papo_kernels.triton import forward as triton_forward
+
+    return triton_forward
 
 
 @torch.library.custom_op("papo::token_stats", mutates_args=())
@@ -26,39 +63,41 @@ def forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    budget: float,
+    grad_budget: float,
     backend: str,
     group: str,
     validate: bool,
-    sparse: bool,
+    keep_levels: bool,
 ) -> list[torch.Tensor]:
-    """The outputs of `TokenStats` that exist, then row statistics and levels for the backward.
+    """The (N,) outputs of `TokenStats` that exist, then the three tensors of `rows.Saved`.
 
-    group: name of the process group whose ranks hold shards of `weight`; "" for none.
-    sparse: the backward may be sparse, so keep levels; else they are empty.
+    keep_levels: whether the backward may be sparse; if not, the levels are empty.
     """
+    options = Options(temperature, softcap, ignore_index, grad_budget, backend, group, validate)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = torch_backend.make_head(hidden, aug_hidden, weight, bias, temperature, softcap)
-        shard = torch_backend.make_shard(weight, group)
+        call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         if validate:
-            check_targets(targets, shard.vocab, ignore_index)
-        outputs, rows, levels = _engine(backend).forward(
-            hidden, aug_hidden, weight, bias, targets, ignore_index, head, shard, sparse
-        )
-    return [*outputs, rows, levels]
+            check_targets(targets, call.shard.vocab, ignore_index)
+        saved = forward_of(call, keep_levels)
+    outputs = saved.outputs(_layout(backend).names(call.streams))
+    return [*outputs, saved.rows, saved.levels, saved.order]
 
 
 @forward.register_fake
 def _(
-    hidden, aug_hidden, weight, bias, targets, temperature, softcap, ignore_index, budget, backend,
-    group, validate, sparse,
+    hidden, aug_hidden, weight, bias, targets, temperature, softcap, ignore_index, grad_budget,
+    backend, group, validate, keep_levels,
 ):  # fmt: skip
-    n, two = targets.shape[0], aug_hidden is not None
-    dtype = torch_backend.compute_dtype(hidden, aug_hidden, weight, bias)
-    outputs = [hidden.new_empty(n, dtype=dtype) for _ in range(5 if two else 2)]
-    rows = hidden.new_empty(torch_backend.saved_rows(two), n, dtype=dtype)
-    shape = _engine(backend).levels_shape(n, weight.shape[0], dtype, sparse)
-    return [*outputs, rows, hidden.new_empty(shape, dtype=torch.uint8)]
+    n, vocab, layout = targets.shape[0], weight.shape[0], _layout(backend)
+    names = layout.names(1 if aug_hidden is None else 2)
+    dtype = compute_dtype(hidden, aug_hidden, weight, bias)
+    levels = layout.levels_shape(n, vocab, keep_levels)
+    return [
+        *(hidden.new_empty(n, dtype=dtype) for name in OUTPUTS if name in names),
+        hidden.new_empty(len(names), n, dtype=dtype),
+        hidden.new_empty(levels, dtype=torch.uint8),
+        targets.new_empty(n),
+    ]
 
 
 @torch.library.custom_op("papo::token_stats_backward", mutates_args=())
@@ -75,35 +114,30 @@ def backward(
     targets: torch.Tensor,
     rows: torch.Tensor,
     levels: torch.Tensor,
+    order: torch.Tensor,
     needs: list[bool],
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    budget: float,
+    grad_budget: float,
     backend: str,
     group: str,
+    validate: bool,
 ) -> list[torch.Tensor]:
     """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
+    options = Options(temperature, softcap, ignore_index, grad_budget, backend, group, validate)
+    upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp)
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _engine(backend).backward(
-            (logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp),
-            (hidden, aug_hidden, weight, bias),
-            needs,
-            targets,
-            rows,
-            levels if len(levels) else None,
-            ignore_index,
-            torch_backend.make_head(hidden, aug_hidden, weight, bias, temperature, softcap),
-            torch_backend.make_shard(weight, group),
-            budget,
-        )
+        call = make_call(hidden, aug_hidden, weight, bias, targets, options)
+        grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
     return [hidden.new_empty(0) if g is None else g for g in grads]
 
 
 @backward.register_fake
 def _(
     logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, hidden, aug_hidden, weight, bias,
-    targets, rows, levels, needs, temperature, softcap, ignore_index, budget, backend, group,
+    targets, rows, levels, order, needs, temperature, softcap, ignore_index, grad_budget, backend,
+    group, validate,
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [
@@ -113,37 +147,32 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, aug_hidden, weight, bias, targets, *options, _validate, _sparse = inputs
+    hidden, aug_hidden, weight, bias, targets, *options, _keep_levels = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, aug_hidden, weight, bias, targets, *output[-2:])
+    ctx.save_for_backward(hidden, aug_hidden, weight, bias, targets, *output[-SAVED:])
     ctx.options = options
 
 
 def _autograd(ctx, grads):
-    upstream = list(grads[:-2])
-    upstream += [None] * (FIELDS - len(upstream))
+    upstream = list(grads[:-SAVED])
+    upstream += [None] * (len(OUTPUTS) - len(upstream))
     needs = list(ctx.needs_input_grad[:4])
     found = backward(*upstream, *ctx.saved_tensors, needs, *ctx.options)
     found = [g if need else None for g, need in zip(found, needs, strict=True)]
-    return (*found, *[None] * 9)
+    return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def token_stats(
-    hidden, weight, targets, *, aug_hidden, bias, temperature, softcap, ignore_index, grad_budget,
-    backend, group, validate,
-):  # fmt: skip
-    """Two or five (N,) tensors: logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp."""
+def token_stats(hidden, aug_hidden, weight, bias, targets, options):
+    """The two or five (N,) tensors that OUTPUTS lists; options: `rows.Options`."""
     operands = (hidden, aug_hidden, weight, bias)
     differentiable = any(x is not None and x.requires_grad for x in operands)
-    sparse = grad_budget > 0 and not group and differentiable and torch.is_grad_enabled()
-    outputs = forward(
-        *operands, targets, temperature, softcap, ignore_index, grad_budget, backend, group,
-        validate, sparse,
-    )  # fmt: skip
-    return outputs[:-2]
+    keep_levels = (
+        options.grad_budget > 0 and not options.group and differentiable and torch.is_grad_enabled()
+    )
+    return forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
 
 
 def check_targets(targets, vocab, ignore_index):

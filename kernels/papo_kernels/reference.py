@@ -19,7 +19,7 @@ def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softc
     """Five (N,) tensors or None: logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp."""
     dtype = compute_dtype(hidden, aug_hidden, weight, bias)
     kept = (targets != ignore_index).nonzero().squeeze(-1)
-    labels = targets[kept]
+    kept_targets = targets[kept]
     wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def log_softmax(x):
@@ -30,9 +30,9 @@ def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softc
             z = softcap * torch.tanh(z / softcap)
         return torch.log_softmax(z / temperature, dim=-1)
 
-    def label_logprob(log_p):
-        valid = (labels >= 0) & (labels < weight.shape[0])
-        chosen = log_p.gather(1, torch.where(valid, labels, 0)[:, None]).squeeze(1)
+    def target_logprob(log_p):
+        valid = (kept_targets >= 0) & (kept_targets < weight.shape[0])
+        chosen = log_p.gather(1, torch.where(valid, kept_targets, 0)[:, None]).squeeze(1)
         return torch.where(valid, chosen, torch.nan)
 
     def entropy(log_p):
@@ -47,8 +47,8 @@ def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softc
         return values.new_zeros(targets.shape).index_put((kept,), values)
 
     log_p = log_softmax(hidden)
-    stats = [label_logprob(log_p), entropy(log_p)]
+    stats = [target_logprob(log_p), entropy(log_p)]
     if aug_hidden is not None:
         log_q = log_softmax(aug_hidden)
-        stats += [label_logprob(log_q), entropy(log_q), kl(log_p, log_q)]
+        stats += [target_logprob(log_q), entropy(log_q), kl(log_p, log_q)]
     return tuple(map(spread, stats)) + (None,) * (5 - len(stats))

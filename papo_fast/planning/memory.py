@@ -14,7 +14,7 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.planning.sizes import ModelSizes, Part
 from papo_fast.planning.workload import Lengths, MicroBatch, micro_batch, update_streams
-from papo_kernels.torch_backend import CHUNK_ELEMENTS
+from papo_kernels.rows import CHUNK_ELEMENTS
 
 FULL = 4  # bytes of master weights, gradients and moments
 RESERVE_BYTES, RESERVE_SHARE = 3 * 2**30 // 2, 0.05

@@ -21,7 +21,7 @@ TARGETS = {
 
 def variants():
     """(name, kernel, dtype, constants, warps, stages, targets) of every shape that is launched."""
-    from papo_kernels import triton_launch as host
+    from papo_kernels.triton import launch as host
 
     for (architecture, size, wide), launch in host.LAUNCHES.items():
         dtype = {2: "bf16", 4: "fp32"}[size]
@@ -37,27 +37,27 @@ def variants():
 
 
 def _kernels(launch):
-    from papo_kernels import triton_gradients, triton_kernels
+    from papo_kernels.triton import gradients, kernels
 
     head = dict(HAS_BIAS=False, CAP=False)
     for two in (False, True):
         name = f"forward {'two streams' if two else 'one stream'}"
         constants = dict(TWO=two, LEVELS=True, **head)
-        yield name, triton_kernels.forward_kernel, constants, launch.forward
+        yield name, kernels.forward_kernel, constants, launch.forward
     for gather in (False, True):
         outputs = dict.fromkeys(
             ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
         )
         name = f"dz {'gathered' if gather else 'dense'}"
         constants = dict(GATHER=gather, NET=gather, **outputs, **head)
-        yield name, triton_gradients.dz_kernel, constants, launch.dz
-    yield "d_hidden", triton_gradients.d_hidden_kernel, {}, launch.d_hidden
+        yield name, gradients.dz_kernel, constants, launch.dz
+    yield "d_hidden", gradients.d_hidden_kernel, {}, launch.d_hidden
     constants = dict(WEIGHT=True, BIAS=True)
-    yield "d_weight", triton_gradients.d_weight_kernel, constants, launch.d_weight
+    yield "d_weight", gradients.d_weight_kernel, constants, launch.d_weight
 
 
 FIXED = {
-    "y_ptr": "*i64", "rows_ptr": "*i64", "count_ptr": "*i64", "part_ptr": "*fp32",
+    "targets_ptr": "*i64", "rows_ptr": "*i64", "count_ptr": "*i64", "part_ptr": "*fp32",
     "level_ptr": "*u8", "stats_ptr": "*fp32", "up_ptr": "*fp32", "tile_ptr": "*i64",
     "first_ptr": "*i64", "last_ptr": "*i64", "col_ptr": "*i64", "offset_ptr": "*i64",
     "sums_ptr": "*fp32", "dw_ptr": "*fp32", "db_ptr": "*fp32", "temperature": "fp32",

@@ -2,15 +2,15 @@
 
 import pytest
 
-from papo_kernels import cpu_kernels
+from papo_kernels.cpu import library
 
 
 @pytest.fixture(autouse=True)
 def cpp_for_small_calls(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(library, "LEAST_LOGITS", 0)
 
 
 @pytest.fixture
 def without_cpp(monkeypatch):
     """As on a machine without a compiler: torch's operators alone."""
-    monkeypatch.setattr(cpu_kernels, "usable", lambda *_: False)
+    monkeypatch.setattr(library, "usable", lambda *_: False)

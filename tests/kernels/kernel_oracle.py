@@ -113,7 +113,7 @@ class Oracle:
         self.logit_noise = logit_noise
         self.noise_source = torch.Generator().manual_seed(0)
         self.kept = case.targets != case.ignore_index
-        self.labels = case.targets[self.kept]
+        self.kept_targets = case.targets[self.kept]
         self.z, self.slope = self._logits(case.hidden)
         self.log_p = self._normalise(self.z)
         self.p = self.log_p.exp()
@@ -145,17 +145,17 @@ class Oracle:
         return z - z.exp().sum(-1, keepdim=True).log()
 
     def statistics(self):
-        columns = {"logprobs": self._label(self.log_p), "entropy": self.entropy}
+        columns = {"logprobs": self._of_target(self.log_p), "entropy": self.entropy}
         if self.case.aug_hidden is not None:
             columns |= {
-                "aug_logprobs": self._label(self.log_q),
+                "aug_logprobs": self._of_target(self.log_q),
                 "aug_entropy": self.aug_entropy,
                 "kl_prcp": self.kl,
             }
         return {name: self._spread(x) for name, x in columns.items()}
 
-    def _label(self, log_p):
-        return log_p.gather(1, self.labels[:, None]).squeeze(1)
+    def _of_target(self, log_p):
+        return log_p.gather(1, self.kept_targets[:, None]).squeeze(1)
 
     def _spread(self, x):
         out = x.new_zeros(self.case.targets.shape[:1] + x.shape[1:])
@@ -165,7 +165,7 @@ class Oracle:
     def dz(self, upstream):
         """(rows kept, V) gradients of both streams' logits, before softcap and temperature."""
         u = {o: g[self.kept].double()[:, None] for o, g in upstream.items()}
-        hot = torch.zeros_like(self.p).scatter_(1, self.labels[:, None], 1.0)
+        hot = torch.zeros_like(self.p).scatter_(1, self.kept_targets[:, None], 1.0)
         dz, dz_aug = torch.zeros_like(self.p), torch.zeros_like(self.p)
         if "logprobs" in u:
             dz += u["logprobs"] * (hot - self.p)

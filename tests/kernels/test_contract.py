@@ -19,7 +19,7 @@ from kernel_oracle import (
     statistic_errors,
 )
 
-from papo_kernels import token_stats, torch_backend
+from papo_kernels import rows, token_stats
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -39,8 +39,8 @@ def chunk_elements(request, monkeypatch):
     if size == "no C++":
         request.getfixturevalue("without_cpp")
         size = 4000
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", size)
-    monkeypatch.setattr(torch_backend, "COPY_ELEMENTS", size)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", size)
+    monkeypatch.setattr(rows, "COPY_ELEMENTS", size)
 
 
 @backends

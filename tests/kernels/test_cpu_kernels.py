@@ -7,16 +7,20 @@ import pytest
 import torch
 from kernel_oracle import FAST, OUTPUTS, Oracle, check, gradient_error, make_case, random_upstream
 
-from papo_kernels import columns, cpu_kernels, row_math, token_stats
-from papo_kernels.cpu_tile import CppTile
-from papo_kernels.sparse_backward import Backward
+from papo_kernels import token_stats
+from papo_kernels.chunked_backward import GradientSum
+from papo_kernels.cpu import forward as cpu_forward
+from papo_kernels.cpu import library
+from papo_kernels.cpu import tiles as cpu_tiles
+from papo_kernels.eager import forward as eager_forward
+from papo_kernels.rows import BY_PROBABILITY, statistics_names, unpack
 
 pytestmark = [
-    pytest.mark.skipif(cpu_kernels._library() is None, reason="no C++ compiler here"),
+    pytest.mark.skipif(library._library() is None, reason="no C++ compiler here"),
     pytest.mark.skipif(FAST == "triton", reason="about the torch backend"),
 ]
 needs_bf16 = pytest.mark.skipif(
-    cpu_kernels._library() is None or not cpu_kernels._multiplies_bf16(),
+    library._library() is None or not library._multiplies_bf16(),
     reason="no processor that multiplies bfloat16",
 )
 PROCESSORS = ["native"] + ["x86-64-v3", "x86-64"] * (platform.machine() == "x86_64")
@@ -26,12 +30,12 @@ PROCESSORS = ["native"] + ["x86-64-v3", "x86-64"] * (platform.machine() == "x86_
 def processor(request, monkeypatch, tmp_path):
     """Compiled for this processor, and for older ones with shorter vectors and no bfloat16."""
     if request.param != "native":
-        flags = [f for f in cpu_kernels.FLAGS if not f.startswith("-march")]
-        monkeypatch.setattr(cpu_kernels, "FLAGS", [*flags, f"-march={request.param}"])
-        library = cpu_kernels._library.__wrapped__()
-        assert library.lanes() < cpu_kernels._library().lanes() or library.lanes() == 8
-        monkeypatch.setattr(cpu_kernels, "_library", lambda: library)
-        monkeypatch.setattr(cpu_kernels, "_multiplies_bf16", lambda: False)
+        flags = [f for f in library.FLAGS if not f.startswith("-march")]
+        monkeypatch.setattr(library, "FLAGS", [*flags, f"-march={request.param}"])
+        older = library._library.__wrapped__()
+        assert older.lanes() < library._library().lanes() or older.lanes() == 8
+        monkeypatch.setattr(library, "_library", lambda: older)
+        monkeypatch.setattr(library, "_multiplies_bf16", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,28 +60,28 @@ def test_statistics_and_levels_are_those_of_torch_in_float64(processor, aug, voc
     g = torch.Generator().manual_seed(vocab)
     logits = [torch.randn(21, vocab, generator=g) * 8 for _ in range(1 + aug)]
     logits[0][3, 1:2] = -torch.inf
-    found = cpu_kernels.statistics(logits[0], logits[1] if aug else None)
-    exact = (row_math.two_streams if aug else row_math.one_stream)(*(z.double() for z in logits))
+    found = cpu_forward.row_statistics(logits)
+    exact = eager_forward.row_statistics([z.double() for z in logits])
     torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
     order = torch.randperm(21, generator=g)
-    normalisers = found[[0, 1, 3, 4]] if aug else found[:2]
-    levels = cpu_kernels.levels(logits, order, normalisers[:, :, None], 8, columns.LEVELS_PER_NAT)
-    highest = columns.highest_of_two if aug else columns.highest_of_one
-    rows = (*logits, *normalisers[:, :, None])
-    assert torch.equal(levels, torch.stack([highest(tile, *rows) for tile in order.split(8)]))
+    s = unpack(found[:, :, None], statistics_names(1 + aug, BY_PROBABILITY))
+    levels = cpu_forward.find_levels(logits, order, s, 8)
+    assert torch.equal(levels, eager_forward.find_levels(logits, order, s, 8))
 
 
 def test_a_nan_or_infinity_spoils_its_own_row_and_its_tile_keeps_all_words():
     logits = [torch.randn(6, 100), torch.randn(6, 100)]
     logits[0][1, 99], logits[1][4, 3] = torch.nan, torch.inf
-    found = cpu_kernels.statistics(*logits)
-    assert found[1:3].isnan().nonzero()[:, 1].unique().tolist() == [1]
-    assert found[4:6].isnan().nonzero()[:, 1].unique().tolist() == [4]
-    assert found[6].isnan().nonzero().flatten().tolist() == [1, 4]
-    levels = cpu_kernels.levels(
-        logits, torch.arange(6), found[[0, 1, 3, 4]], 3, columns.LEVELS_PER_NAT
-    )
-    assert not levels.any()
+    found = cpu_forward.row_statistics(logits)
+    s = unpack(found[:, :, None], statistics_names(2, BY_PROBABILITY))
+
+    def spoiled(x):
+        return x.isnan().nonzero()[:, 0].tolist()
+
+    assert spoiled(s.full.log_sum) == spoiled(s.full.entropy) == [1]
+    assert spoiled(s.aug.log_sum) == spoiled(s.aug.entropy) == [4]
+    assert spoiled(s.kl_prcp) == [1, 4]
+    assert not cpu_forward.find_levels(logits, torch.arange(6), s, 3).any()
 
 
 def test_threads_change_nothing(monkeypatch):
@@ -92,20 +96,20 @@ def test_threads_change_nothing(monkeypatch):
 
 def test_a_bfloat16_gradient_of_the_weight_is_a_float32_sum_rounded_once(monkeypatch):
     case = make_case(300, 130, 2111, scale=12.0, dtype=torch.bfloat16)
-    sums, made = [], Backward._sum_of_weight
+    sums, made = [], GradientSum._sum_of_weight
     monkeypatch.setattr(
-        Backward, "_sum_of_weight", lambda self: sums.append(made(self)) or sums[-1]
+        GradientSum, "_sum_of_weight", lambda self: sums.append(made(self)) or sums[-1]
     )
 
     def gradients(most_waiting):
-        monkeypatch.setattr(CppTile, "most_waiting", most_waiting)
+        monkeypatch.setattr(cpu_tiles, "MOST_WAITING", most_waiting)
         found = case.gradients(token_stats, random_upstream(case))
         return found, sums.pop().dtype
 
     # all tiles at once, or some after others; numel // 4 may wait in any case
     whole, dtype = gradients(1 << 22)
     assert dtype == torch.bfloat16
-    monkeypatch.setattr(CppTile, "rounds_weight", False)
+    monkeypatch.setattr(cpu_tiles, "ROUNDS_WEIGHT", False)
     parts, dtype = gradients(1)
     assert dtype == torch.float32
     differ = whole["weight"] != parts["weight"]  # sums in another order round to a neighbour
@@ -130,7 +134,7 @@ def operands(n, v, d, seed=0):
 def test_products_are_as_near_to_float64_as_float32_ones(n, v, d):
     x, w, z = operands(n, v, d)
     room = torch.full((n, v + 5), torch.nan)
-    assert cpu_kernels.product(x, w, z) and cpu_kernels.product(x, w, room[:, :v])
+    assert library.product(x, w, z) and library.product(x, w, room[:, :v])
     exact = x.double() @ w.double().T
     allowed = 2e-6 * x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)
     assert ((z - exact).abs() <= allowed).all()
@@ -140,11 +144,11 @@ def test_products_are_as_near_to_float64_as_float32_ones(n, v, d):
 @needs_bf16
 def test_strides_of_products_change_nothing():
     x, w, z = operands(24, 515, 65)
-    cpu_kernels.product(x, w, z)
+    library.product(x, w, z)
     padded = torch.full((515, 80), torch.nan, dtype=torch.bfloat16)
     padded[:, :65] = w
     other = torch.full_like(z, torch.nan)
-    cpu_kernels.product(x.T.contiguous().T, padded[:, :65], other)
+    library.product(x.T.contiguous().T, padded[:, :65], other)
     assert torch.equal(other, z)
 
 
@@ -152,7 +156,7 @@ def test_strides_of_products_change_nothing():
 def test_a_nan_stays_in_its_row_and_column_of_a_product():
     x, w, z = operands(15, 40, 33)
     x[7, 32], w[9, 0] = torch.nan, torch.inf
-    cpu_kernels.product(x, w, z)
+    library.product(x, w, z)
     touched = torch.zeros_like(z, dtype=torch.bool)
     touched[7], touched[:, 9] = True, True
     assert torch.equal(z.isfinite(), ~touched) and z[7].isnan().all()
@@ -167,29 +171,29 @@ def test_other_operands_of_a_product_are_refused_and_out_is_left_alone(change):
         z = z.half()
     else:
         w = w.T.contiguous().T
-    assert not cpu_kernels.product(x, w, z)
+    assert not library.product(x, w, z)
     assert z.isnan().all()
 
 
 def test_what_is_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fresh = cpu_kernels._library.__wrapped__
+    fresh = library._library.__wrapped__
     assert fresh() is not None
     assert len(list((tmp_path / "papo_kernels").iterdir())) == 1
-    monkeypatch.setattr(cpu_kernels.subprocess, "run", None)
+    monkeypatch.setattr(library.subprocess, "run", None)
     assert fresh().lanes() > 0
-    monkeypatch.setattr(cpu_kernels, "FLAGS", ["-O0"])
+    monkeypatch.setattr(library, "FLAGS", ["-O0"])
     with pytest.raises(TypeError):  # other flags make another file
         fresh()
 
 
 def test_a_compiler_that_fails_is_reported_and_torch_runs(monkeypatch, tmp_path, caplog):
     (tmp_path / "broken.cpp").write_text("this is not C++")
-    monkeypatch.setattr(cpu_kernels, "SOURCES", tmp_path)
-    broken = cpu_kernels._library.__wrapped__
-    monkeypatch.setattr(cpu_kernels, "_library", broken)
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    broken = library._library.__wrapped__
+    monkeypatch.setattr(library, "_library", broken)
     with caplog.at_level(logging.WARNING, logger="papo_kernels"):
-        assert not cpu_kernels.usable(10)
+        assert not library.usable(10, torch.device("cpu"))
     assert "half the speed" in caplog.text and "error" in caplog.text
     case = make_case(5, 8, 100)
     check(

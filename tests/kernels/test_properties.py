@@ -20,7 +20,7 @@ from kernel_oracle import (
     statistic_errors,
 )
 
-from papo_kernels import token_stats, torch_backend
+from papo_kernels import rows, token_stats
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -62,7 +62,7 @@ def test_any_shape_and_head_matches_float64(backend, case, data):
     upstream = random_upstream(case, [o for o in OUTPUTS if o in outputs])
     got = case.gradients(token_stats, upstream, wanted, backend=backend, grad_budget=0.0)
     want = oracle.gradients(upstream)
-    # Where a gradient is all cancellation (a flat entropy, p close to q, a label that has all the
+    # Where a gradient is all cancellation (a flat entropy, p close to q, a target that has all the
     # mass), the logits' rounding is most of it. Allowed besides the contract: what noise of that
     # size does to the exact gradient, and an error of that size in each coefficient of dz.
     moved = Oracle(case, logit_noise=1e-7).gradients(upstream)
@@ -112,7 +112,7 @@ def test_permuting_the_vocabulary_permutes_the_gradients(backend):
 
 @backends
 def test_permuting_and_splitting_rows_changes_nothing(backend, monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 503 * 8)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 503 * 8)
     case = make_case(40, 16, 503, bias=True, ignored=0.2, seed=22)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     upstream = random_upstream(case)
@@ -120,19 +120,17 @@ def test_permuting_and_splitting_rows_changes_nothing(backend, monkeypatch):
     want_grads = case.gradients(token_stats, upstream, backend=backend, grad_budget=0.0)
     got = [torch.zeros(40) for _ in OUTPUTS]
     sums = {g: torch.zeros_like(x) for g, x in want_grads.items()}
-    for rows in order.split([1, 12, 0, 27]):
-        part = Case(
-            case.hidden[rows], case.weight, case.targets[rows], case.aug_hidden[rows], case.bias
-        )
+    for at in order.split([1, 12, 0, 27]):
+        part = Case(case.hidden[at], case.weight, case.targets[at], case.aug_hidden[at], case.bias)
         for total, value in zip(got, part.call(token_stats, backend=backend), strict=True):
-            total[rows] = value
-        part_upstream = {o: u[rows] for o, u in upstream.items()}
+            total[at] = value
+        part_upstream = {o: u[at] for o, u in upstream.items()}
         grads = part.gradients(token_stats, part_upstream, backend=backend, grad_budget=0.0)
         for g, x in grads.items():
             if g in ("weight", "bias"):
                 sums[g] += x
             else:
-                sums[g][rows] = x
+                sums[g][at] = x
     check(
         {o: statistic_error(a, b.double()) for o, a, b in zip(OUTPUTS, got, want, strict=True)},
         5e-6,

@@ -14,7 +14,7 @@ from kernel_oracle import (
     random_upstream,
 )
 
-from papo_kernels import record_certificates, token_stats, torch_backend
+from papo_kernels import record_certificates, rows, token_stats
 
 MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
 WORDS = 16411
@@ -28,7 +28,7 @@ torch_only = pytest.mark.skipif(FAST == "triton", reason="about the torch backen
 def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):
     """Logits with a language model's long tail: word frequencies by Zipf, a few candidates per row.
 
-    `sharpness` multiplies the candidates' lead; labels are sampled from the policy itself.
+    `sharpness` multiplies the candidates' lead; targets are sampled from the policy itself.
     """
     case = make_case(n, d, v, scale=0.5, distance=0.0, dtype=torch.float64, bias=True, seed=seed)
     g = torch.Generator().manual_seed(seed + 1)
@@ -52,7 +52,7 @@ def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.flo
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", 1 << 21)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)

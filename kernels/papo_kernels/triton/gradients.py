@@ -1,18 +1,50 @@
 """Triton kernels of the backward: gradients of logits, and their products with weight and states.
 
-Shapes and names as in `triton_kernels`.
+Shapes and names are those of `kernels`.
 """
 
 import triton
 import triton.language as tl
 
-from papo_kernels.triton_kernels import head, log_prob, product, slope, two_products
+from papo_kernels.rows import OUTPUTS
+from papo_kernels.triton.kernels import (
+    AUG_STREAM,
+    ENTROPY_ROW,
+    KL_ROW,
+    head,
+    log_prob,
+    product,
+    slope,
+    two_products,
+)
+
+# The sums of a block's entries, as they stand in (blocks, len(SUMS), BLOCK_N): see
+# `certificate.CandidateSums`. `dz_kernel` leaves alone what its flags make needless.
+SUMS = (
+    "mass", "own", "logit_gap", "size", "aug_mass", "aug_own", "aug_logit_gap", "aug_size",
+    "kl_terms", "net_size",
+)  # fmt: skip
+N_SUMS = tl.constexpr(len(SUMS))
+MASS, AUG_MASS = tl.constexpr(SUMS.index("mass")), tl.constexpr(SUMS.index("aug_mass"))
+OWN, AUG_OWN = tl.constexpr(SUMS.index("own")), tl.constexpr(SUMS.index("aug_own"))
+SIZE, AUG_SIZE = tl.constexpr(SUMS.index("size")), tl.constexpr(SUMS.index("aug_size"))
+LOGIT_GAP = tl.constexpr(SUMS.index("logit_gap"))
+AUG_LOGIT_GAP = tl.constexpr(SUMS.index("aug_logit_gap"))
+KL_TERMS = tl.constexpr(SUMS.index("kl_terms"))
+NET_SIZE = tl.constexpr(SUMS.index("net_size"))
+
+# Where upstream gradients stand in (len(OUTPUTS), N).
+UP_LOGPROB = tl.constexpr(OUTPUTS.index("logprobs"))
+UP_ENTROPY = tl.constexpr(OUTPUTS.index("entropy"))
+UP_LOGPROB_AUG = tl.constexpr(OUTPUTS.index("aug_logprobs"))
+UP_ENTROPY_AUG = tl.constexpr(OUTPUTS.index("aug_entropy"))
+UP_KL = tl.constexpr(OUTPUTS.index("kl_prcp"))
 
 
 @triton.jit
 def dz_kernel(
-    x_ptr, xa_ptr, w_ptr, b_ptr, y_ptr, rows_ptr, stats_ptr, up_ptr, tile_ptr, first_ptr, last_ptr,
-    col_ptr, dz_ptr, dza_ptr, sums_ptr,
+    x_ptr, aug_ptr, w_ptr, b_ptr, targets_ptr, rows_ptr, stats_ptr, up_ptr, tile_ptr, first_ptr,
+    last_ptr, col_ptr, dz_ptr, dz_aug_ptr, sums_ptr,
     N, V, D, count, first_tile, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
     stride_entry, stride_tile, temperature, softcap,
     TWO: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, LOGPROB: tl.constexpr,
@@ -25,8 +57,7 @@ def dz_kernel(
 
     GATHER: block b holds the entries [first[b], last[b]) of tile tile[b], whose words are `col`.
     Else: grid (word blocks, tiles), all words. Entry k of row r of a tile goes to
-    dz[k * stride_entry + r + tile * stride_tile]. sums (blocks, 10, BLOCK_N), over entries: per
-    stream p, p (log p + H), p |z - z_aug|, |dz|; with NET also the KL's terms and |dz + dz_aug|.
+    dz[k * stride_entry + r + tile * stride_tile]. sums: see SUMS.
     """
     block = tl.program_id(0)
     if GATHER:
@@ -42,14 +73,14 @@ def dz_kernel(
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     live = offs_n < count
     row = tl.load(rows_ptr + offs_n, mask=live, other=0)
-    y = tl.load(y_ptr + row, mask=live, other=0)
-    valid = (y >= 0) & (y < V)
-    hit = (col[None, :] == y[:, None]) & in_col[None, :]
+    target = tl.load(targets_ptr + row, mask=live, other=0)
+    valid = (target >= 0) & (target < V)
+    hit = (col[None, :] == target[:, None]) & in_col[None, :]
     stat = stats_ptr + row
     up = up_ptr + row
     if TWO:
         acc, acc_aug = two_products(
-            x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
+            x_ptr, aug_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
             stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
     else:
@@ -60,49 +91,50 @@ def dz_kernel(
     keep = live[:, None] & in_col[None, :]
     z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
     log_p, p = log_prob(z, stat, N, live, keep)
-    entropy = tl.load(stat + 2 * N, mask=live, other=0.0)[:, None]
+    entropy = tl.load(stat + ENTROPY_ROW * N, mask=live, other=0.0)[:, None]
     log_q, q, distance = log_p, p, p
     if TWO:
         z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
-        log_q, q = log_prob(z_aug, stat + 3 * N, N, live, keep)
+        log_q, q = log_prob(z_aug, stat + AUG_STREAM * N, N, live, keep)
         distance = tl.abs(z - z_aug)
     g_kl = tl.zeros((BLOCK_N, 1), tl.float32)
     if KL:
-        g_kl = tl.load(up + 4 * N, mask=live, other=0.0)[:, None]
+        g_kl = tl.load(up + UP_KL * N, mask=live, other=0.0)[:, None]
     out = entry[None, :] * stride_entry + (
         tl.arange(0, BLOCK_N)[:, None] + (tile - first_tile) * stride_tile
     )
-    sums = sums_ptr + block.to(tl.int64) * 10 * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = sums_ptr + block.to(tl.int64) * N_SUMS * BLOCK_N + tl.arange(0, BLOCK_N)
     if GATHER:
-        tl.store(sums, tl.sum(p, 1))
+        tl.store(sums + MASS * BLOCK_N, tl.sum(p, 1))
         if TWO:
-            tl.store(sums + 4 * BLOCK_N, tl.sum(q, 1))
+            tl.store(sums + AUG_MASS * BLOCK_N, tl.sum(q, 1))
     if FULL:
         factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         if ENTROPY:
-            factor -= tl.load(up + N, mask=live, other=0.0)[:, None] * (log_p + entropy)
+            g = tl.load(up + UP_ENTROPY * N, mask=live, other=0.0)[:, None]
+            factor -= g * (log_p + entropy)
         if KL:
-            kl = tl.load(stat + 6 * N, mask=live, other=0.0)[:, None]
+            kl = tl.load(stat + KL_ROW * N, mask=live, other=0.0)[:, None]
             factor -= g_kl * (log_q - log_p + kl)
         dz = p * factor
         if LOGPROB:
-            g = tl.load(up, mask=live, other=0.0)[:, None]
+            g = tl.load(up + UP_LOGPROB * N, mask=live, other=0.0)[:, None]
             dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
         dz = tl.where(keep, dz, 0.0)
         if GATHER:
-            tl.store(sums + BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
-            tl.store(sums + 3 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+            tl.store(sums + OWN * BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
+            tl.store(sums + SIZE * BLOCK_N, tl.sum(tl.abs(dz), 1))
         net = dz
         dz *= slope(z, temperature, softcap, CAP)
         tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=in_col[None, :])
     if GATHER and KL:
-        tl.store(sums + 2 * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
-        tl.store(sums + 6 * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
+        tl.store(sums + LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
+        tl.store(sums + AUG_LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
     if AUG:
-        entropy_aug = tl.load(stat + 5 * N, mask=live, other=0.0)[:, None]
+        entropy_aug = tl.load(stat + (AUG_STREAM + ENTROPY_ROW) * N, mask=live, other=0.0)[:, None]
         dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         if ENTROPY_AUG:
-            g = tl.load(up + 3 * N, mask=live, other=0.0)[:, None]
+            g = tl.load(up + UP_ENTROPY_AUG * N, mask=live, other=0.0)[:, None]
             dz -= g * q * (log_q + entropy_aug)
         if KL:
             x = log_q - log_p
@@ -110,18 +142,19 @@ def dz_kernel(
             gap = tl.where(tl.abs(x) < 0.25, p * series, q - p)
             dz += g_kl * gap
         if LOGPROB_AUG:
-            g = tl.load(up + 2 * N, mask=live, other=0.0)[:, None]
+            g = tl.load(up + UP_LOGPROB_AUG * N, mask=live, other=0.0)[:, None]
             dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
         dz = tl.where(keep, dz, 0.0)
         if GATHER:
-            tl.store(sums + 5 * BLOCK_N, tl.sum(tl.where(keep, q * (log_q + entropy_aug), 0.0), 1))
-            tl.store(sums + 7 * BLOCK_N, tl.sum(tl.abs(dz), 1))
+            own_aug = tl.where(keep, q * (log_q + entropy_aug), 0.0)
+            tl.store(sums + AUG_OWN * BLOCK_N, tl.sum(own_aug, 1))
+            tl.store(sums + AUG_SIZE * BLOCK_N, tl.sum(tl.abs(dz), 1))
         if NET:
             terms = tl.where(keep, gap - p * (log_q - log_p), 0.0)
-            tl.store(sums + 8 * BLOCK_N, tl.sum(terms, 1))
-            tl.store(sums + 9 * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
+            tl.store(sums + KL_TERMS * BLOCK_N, tl.sum(terms, 1))
+            tl.store(sums + NET_SIZE * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
         dz *= slope(z_aug, temperature, softcap, CAP)
-        tl.store(dza_ptr + out, dz.to(dza_ptr.dtype.element_ty), mask=in_col[None, :])
+        tl.store(dz_aug_ptr + out, dz.to(dz_aug_ptr.dtype.element_ty), mask=in_col[None, :])
 
 
 @triton.jit

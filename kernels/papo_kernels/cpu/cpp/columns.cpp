@@ -1,10 +1,12 @@
-// Gradients of the logits of a tile's picked columns, what the certificate needs to know of them, and
-// which of them matter least. Matrices are (columns, rows of both streams).
+// Gradients of the logits of a tile's picked columns, the sums over them that the certificate needs,
+// and which of them matter least. Matrices are (columns, rows of both streams).
 
 #include "vectors.h"
 
-struct Rows {  // statistics and upstream gradients of LANES rows of one stream
-    vf peak, log_sum, entropy, up_logprob, up_entropy, up_label;
+// Statistics and upstream gradients of LANES rows of one stream. up_target is up_logprob again, or NaN
+// where the target is no word.
+struct Rows {
+    vf peak, log_sum, entropy, up_logprob, up_entropy, up_target;
     static Rows at(const float *p, int64_t stride)
     {
         return {load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride),
@@ -12,24 +14,28 @@ struct Rows {  // statistics and upstream gradients of LANES rows of one stream
     }
 };
 
-struct Own {  // one word's p, log p and p (log p + H), and its gradient but for the KL's
+// One word's p, log p and p (log p + H), and its gradient without the KL's part.
+struct Own {
     vf log_p, p, entropy, dz;
-    Own(vf z, const Rows &s, vi is_label)
+    Own(vf z, const Rows &s, vi is_target)
     {
         vf x = (z - s.peak) - s.log_sum;
         log_p = x < LOG_ZERO ? splat(LOG_ZERO) : x;
         p = exponential(log_p);
         entropy = p * (log_p + s.entropy);
-        dz = (is_label ? s.up_label : (vf){}) - s.up_logprob * p - s.up_entropy * entropy;
+        dz = (is_target ? s.up_target : (vf){}) - s.up_logprob * p - s.up_entropy * entropy;
     }
 };
 
-// z (columns, streams * padded) to g. rows: (6, padded) fields of `Rows`, those of the second stream
-// behind them, and then, of two streams, the KL and its upstream gradient. labels: (padded,) where
-// among the columns a row's label is. Sums over columns, (3 or 10, padded):
+enum { FIELDS = 6, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 10 };
+
+// From logits z (columns, streams * padded) to their gradients g, which have the same shape.
+// rows: (6, padded) fields of `Rows`; where there are two streams, those of the second follow, and
+// then the KL and its upstream gradient. targets: (padded,) where among the columns a row's target
+// stands. sums: (3 or 10, padded) sums over the columns of
 //   p, p (log p + H), |dz|; the same of q; |q - p|, p |log q - log p|, the KL's terms, |dz + dz_aug|.
 extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_t streams,
-                                 int64_t padded, const float *rows, const int32_t *labels,
+                                 int64_t padded, const float *rows, const int32_t *targets,
                                  float *sums)
 {
     int64_t stride = streams * padded;
@@ -37,27 +43,28 @@ extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_
         Rows a = Rows::at(rows + r, padded), b = a;
         vf kl = {}, up_kl = {};
         if (streams == 2) {
-            b = Rows::at(rows + 6 * padded + r, padded);
-            kl = load(rows + 12 * padded + r), up_kl = load(rows + 13 * padded + r);
+            b = Rows::at(rows + FIELDS * padded + r, padded);
+            kl = load(rows + 2 * FIELDS * padded + r);
+            up_kl = load(rows + (2 * FIELDS + 1) * padded + r);
         }
-        vi label;
-        memcpy(&label, labels + r, sizeof label);
-        vf total[10] = {};
+        vi target;
+        memcpy(&target, targets + r, sizeof target);
+        vf total[TWO_STREAM_SUMS] = {};
         for (int64_t first = 0; first < count; first += FEATURES) {
             int64_t last = first + FEATURES < count ? first + FEATURES : count;
-            vf part[10] = {};
+            vf part[TWO_STREAM_SUMS] = {};
             for (int64_t c = first; c < last; c++) {
                 const float *zc = z + c * stride + r;
                 float *gc = g + c * stride + r;
-                vi is_label = label == (int32_t)c;
-                Own p(load(zc), a, is_label);
+                vi is_target = target == (int32_t)c;
+                Own p(load(zc), a, is_target);
                 part[0] += p.p, part[1] += p.entropy;
                 if (streams == 1) {
                     part[2] += magnitude(p.dz);
                     store(gc, p.dz);
                     continue;
                 }
-                Own q(load(zc + padded), b, is_label);
+                Own q(load(zc + padded), b, is_target);
                 vf x = q.log_p - p.log_p, gap = q_minus_p(p.p, q.p, x), drift = p.p * x;
                 vf dz = p.dz - up_kl * (drift + p.p * kl), dz_aug = q.dz + up_kl * gap;
                 part[2] += magnitude(dz);
@@ -67,13 +74,15 @@ extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_
                 store(gc, dz);
                 store(gc + padded, dz_aug);
             }
-            for (int i = 0; i < 10; i++) total[i] += part[i];
+            for (int i = 0; i < TWO_STREAM_SUMS; i++) total[i] += part[i];
         }
-        for (int i = 0; i < (streams == 2 ? 10 : 3); i++) store(sums + i * padded + r, total[i]);
+        int fields = streams == 2 ? TWO_STREAM_SUMS : ONE_STREAM_SUMS;
+        for (int i = 0; i < fields; i++) store(sums + i * padded + r, total[i]);
     }
 }
 
-struct Sizes {  // |dz| of LANES rows of one column: both streams' and of their sum
+// |dz| of LANES rows of one column: of each stream, and of their sum where `net` asks for it.
+struct Sizes {
     vf x[3];
     int count;
     Sizes(const float *g, int64_t streams, int64_t padded, bool net) : count(streams + net)
@@ -86,8 +95,7 @@ struct Sizes {  // |dz| of LANES rows of one column: both streams' and of their 
     }
 };
 
-// The largest over rows of |dz| in units of what the row may still drop, which `room` gives the
-// inverse of.
+// The largest over rows of |dz| in units of what the row may still drop; `room` is 1 over that.
 static float column_need(const float *g, int64_t streams, int64_t padded, bool net,
                          const std::vector<float> &room)
 {
@@ -102,7 +110,8 @@ static float column_need(const float *g, int64_t streams, int64_t padded, bool n
     return most;
 }
 
-// Columns by how much some row needs them, least first, to an eighth of a power of two.
+// Columns in the order of how much some row needs them, the least needed first. The order is exact to
+// an eighth of a power of two.
 static std::vector<int32_t> by_need(const std::vector<float> &need)
 {
     auto bucket = [&](size_t c) {
@@ -119,7 +128,7 @@ static std::vector<int32_t> by_need(const std::vector<float> &need)
 
 // Drops the columns that matter least for as long as every row stays within what it may drop,
 // `allowed` (2 or 3, padded). keep: the other columns, ascending; returns how many those are.
-// dropped (2 or 3, padded): sums of |dz| over what is dropped.
+// dropped (2 or 3, padded): sums of |dz| over the columns that are dropped.
 extern "C" int64_t drop_least(const float *g, int64_t count, int64_t streams, int64_t padded, int net,
                               const float *allowed, float *dropped, int64_t *keep)
 {

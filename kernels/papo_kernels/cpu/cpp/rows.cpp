@@ -32,11 +32,11 @@ static inline vf log_prob(vf z, Stream s)
 }
 
 struct Sums {
-    vf entropy, aug_entropy, kl, gap, ratio;
+    vf entropy, aug_entropy, kl, prob_gap, log_ratio;
     void add(const Sums &s)
     {
-        entropy += s.entropy, aug_entropy += s.aug_entropy, kl += s.kl, gap += s.gap;
-        ratio += s.ratio;
+        entropy += s.entropy, aug_entropy += s.aug_entropy, kl += s.kl;
+        prob_gap += s.prob_gap, log_ratio += s.log_ratio;
     }
 };
 
@@ -54,12 +54,12 @@ static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
     s.entropy -= p * log_p;
     s.aug_entropy -= q * log_q;
     s.kl += gap - drift;
-    s.gap += magnitude(gap);
-    s.ratio += magnitude(drift);
+    s.prob_gap += magnitude(gap);
+    s.log_ratio += magnitude(drift);
 }
 
-// (rows, vocab) logits to the fields of row_math.RowStats, out[field * stride + row]: 9 of them, or
-// 3 where z_aug is null.
+// From (rows, vocab) logits to the statistics that rows.statistics_names lists, in that order, at
+// out[field * stride + row]: 9 of them, or 3 where z_aug is null.
 extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int64_t vocab,
                            float *out, int64_t stride, int threads)
 {
@@ -89,12 +89,13 @@ extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int
             if (!y) continue;
             o[3 * stride] = b.peak, o[4 * stride] = b.log_sum;
             o[5 * stride] = sum(total.aug_entropy), o[6 * stride] = sum(total.kl);
-            o[7 * stride] = sum(total.gap), o[8 * stride] = sum(total.ratio);
+            o[7 * stride] = sum(total.prob_gap), o[8 * stride] = sum(total.log_ratio);
         }
     });
 }
 
-// ---- Levels: see columns.py. stats: peak and log_sum of each stream, stats[i * stride + row].
+// ---- Levels, which certificate.py explains. stats: peak and log_sum of each stream, at
+// stats[i * stride + row].
 
 extern "C" void levels(const float *z, const float *z_aug, const int64_t *order, int64_t rows,
                        int64_t vocab, int64_t tile, const float *stats, int64_t stride,

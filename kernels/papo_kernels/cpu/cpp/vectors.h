@@ -1,8 +1,8 @@
 // Vectors, threads and the exponential, shared by the other files.
 //
-// Vectors are GCC's, so one source serves every processor; LANES is what its registers hold. NaN
-// must stay NaN: no -ffast-math. Every function splits its work over `threads` in a way that does
-// not change the result.
+// The vector type is GCC's own, so that one source serves every processor; LANES is how many floats a
+// register holds. NaN must stay NaN, so -ffast-math is not used. Every function splits its work over
+// `threads` in a way that does not change the result.
 
 #pragma once
 
@@ -20,7 +20,7 @@ enum { LANES = 8, ACCUMULATORS = 10, WIDEST = 2 };
 #else
 enum { LANES = 4, ACCUMULATORS = 12, WIDEST = 2 };
 #endif
-// Sums longer than this go to memory and start again: long ones lose several times more.
+// A sum over more terms than this is made in parts: a longer one loses several times more bits.
 enum { FEATURES = 256 };
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -92,7 +92,7 @@ static inline void split(int64_t count, int64_t grain, int threads,
     for (auto &t : others) t.join();
 }
 
-// q - p as in row_math.q_minus_p: by a series where q is close to p.
+// q - p as in equations.q_minus_p: by a series where q is close to p.
 static inline vf q_minus_p(vf p, vf q, vf x)
 {
     vf series = x * (1 + x * (1 / 2.f) * (1 + x * (1 / 3.f) * (1 + x * (1 / 4.f) *

@@ -13,14 +13,14 @@
 // ---- Whole products of bfloat16
 
 #ifdef __AVX512BF16__
-// Lanes are words: WORDS rows of w are packed so that one load holds a pair of features of 16
-// words, and ROWS rows of x share it.
+// Every lane is a word: WORDS rows of w are packed so that one load holds a pair of features of 16
+// words, which ROWS rows of x share.
 enum { ROWS = 12, WORDS = 32, PAIRS = FEATURES / 2 };
 
 static void pack(const uint16_t *w, int64_t stride, int words, int64_t d, uint32_t *packed)
 {
     int64_t whole = d / 2;
-    for (int64_t first = 0; first < whole; first += 16)  // a cache line of every word in turn
+    for (int64_t first = 0; first < whole; first += 16)  // one cache line of each word in turn
         for (int v = 0; v < words; v++) {
             int64_t last = first + 16 < whole ? first + 16 : whole;
             const uint16_t *from = w + v * stride;
@@ -110,12 +110,14 @@ extern "C" int multiplies_bf16()
 
 // ---- Products with picked rows of weight
 
-// Those of which some tile picks are a part; they stay in the second-level cache.
+// The tiles go through the vocabulary together, so many words at a time: the rows of `weight` that
+// some tile picks among these words stay in the second-level cache until the last tile has used them.
 enum { WORDS_AT_ONCE = 256 };
 
-// acc[w][m] += sum over k of weight[w][k] * x[k][m]: lanes are rows of x, which stands transposed,
-// so that rows of weight are read in place.
-// `next` are as many rows that are read next: the processor does not foresee picked ones.
+// acc[w][m] += sum over k of weight[w][k] * x[k][m]. Every lane is a row of x, and x stands
+// transposed, so that rows of weight are read in place.
+// `next` points to the W rows that will be read after these: the processor cannot foresee which rows
+// were picked, so they are fetched ahead.
 template <int M, int W>
 static void logit_block(const float *const *weight, const float *const *next, const float *x,
                         int64_t stride_x, int64_t size, float *const *z, bool add)
@@ -161,8 +163,9 @@ static void logit_block(const uint32_t *const *weight, const uint32_t *const *ne
 }
 #endif
 
-// T: float, or uint32_t for a pair of bfloat16. Columns [first, last) of `cols` for M vectors of
-// rows from x; z is (columns, stride_z). W columns at a time, and returns the first that is left.
+// Products of the columns [first, last) of `cols` with M vectors of rows of x, W columns at a time.
+// T is float, or uint32_t for a pair of bfloat16; z is (columns, stride_z). It returns the first
+// column that is left over.
 template <int M, int W, typename T>
 static int64_t logit_columns(const T *weight, int64_t stride_w, const int64_t *cols, int64_t first,
                              int64_t last, const T *x, int64_t stride_x, int64_t width, float *z,
@@ -196,8 +199,8 @@ static void logit_rows(const T *weight, int64_t stride_w, const int64_t *cols, i
     COLUMNS_BY(W) COLUMNS_BY((W > 4 ? 4 : 1)) COLUMNS_BY(1)
 }
 
-// The products of one tile: z[c][r] = sum over k of weight[cols[c]][k] * x[k][r] for `count`
-// ascending cols and `rows` (a multiple of LANES) rows.
+// The products of one tile: z[c][r] = sum over k of weight[cols[c]][k] * x[k][r], for `count`
+// ascending cols. `rows` is a multiple of LANES.
 struct TileLogits {
     const int64_t *cols;
     int64_t count, rows;
@@ -241,7 +244,8 @@ static void logits_of(const T *weight, int64_t stride_w, int64_t vocab, const Ti
         for (int64_t t = 0; t < n_tiles; t++) n += place(t, word);
         return n;
     };
-    // frequent words have small numbers: shares of the columns, not of the vocabulary
+    // Every thread gets an equal share of the picked columns. Equal parts of the vocabulary would not
+    // do: frequent words have small numbers.
     std::vector<int64_t> bounds(threads + 1, 0);
     for (int i = 1; i <= threads; i++) {
         int64_t low = 0, high = vocab, wanted = below(vocab) * i / threads;

@@ -1,17 +1,33 @@
 """Triton kernels: the two-stream forward, and what it shares with the backward.
 
-Shapes: N rows, V words, D features; `rows` lists the rows to do first, `count` of them; a tile is
+Shapes: N rows, V words, D features. `rows` lists the rows, the `count` that count first; a tile is
 BLOCK_N rows of that list. Logits live in registers only, in float32.
-Interpreted tests upcast (UPCAST): the interpreter's bfloat16 arithmetic is wrong.
+UPCAST is for interpreted tests: the interpreter's bfloat16 arithmetic is wrong.
 """
 
 import triton
 import triton.language as tl
 
-from papo_kernels.reference import LOG_ZERO as _LOG_ZERO
+from papo_kernels import certificate, reference
+from papo_kernels.rows import BY_LOGIT, saved_names
 
-LOG_ZERO = tl.constexpr(_LOG_ZERO)
-LEVELS_PER_NAT = tl.constexpr(8.0)
+LOG_ZERO = tl.constexpr(reference.LOG_ZERO)
+LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
+
+# The forward's partial sums, as they stand in (splits, F, N); one stream has the first four.
+# `weighted` is sum e (z - max), `cross` is sum e (z - z_aug).
+PARTS = (
+    "max", "sum", "weighted", "target", "aug_max", "aug_sum", "aug_weighted", "aug_target", "cross",
+    "logit_gap", "aug_logit_gap",
+)  # fmt: skip
+ONE_STREAM_PARTS, TWO_STREAM_PARTS = tl.constexpr(4), tl.constexpr(len(PARTS))
+
+# Where statistics stand in the saved (F, N) tensor; those of the aug stream begin at AUG_STREAM.
+_SAVED = saved_names(2, BY_LOGIT)
+LOG_SUM = tl.constexpr(_SAVED.index("log_sum"))
+ENTROPY_ROW = tl.constexpr(_SAVED.index("entropy"))
+AUG_STREAM = tl.constexpr(_SAVED.index("aug_peak"))
+KL_ROW = tl.constexpr(_SAVED.index("kl_prcp"))
 
 
 @triton.jit
@@ -40,7 +56,7 @@ def product(
 
 @triton.jit
 def two_products(
-    x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an, stride_ad,
+    x_ptr, aug_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an, stride_ad,
     stride_wv, stride_wd,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +71,7 @@ def two_products(
             x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
         )
         xa = tl.load(
-            xa_ptr + row[:, None] * stride_an + offs_d[None, :] * stride_ad, mask=mask, other=0.0
+            aug_ptr + row[:, None] * stride_an + offs_d[None, :] * stride_ad, mask=mask, other=0.0
         )
         w = tl.load(
             w_ptr + col[None, :] * stride_wv + offs_d[:, None] * stride_wd,
@@ -84,9 +100,9 @@ def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, 
 
 @triton.jit
 def online(z, live_z, m, s, a):
-    """Takes (BLOCK_N, BLOCK_V) logits into the running max, sum e and sum e (z - max).
+    """Takes (BLOCK_N, BLOCK_V) logits into the running max m, s = sum e and a = sum e (z - m).
 
-    Returns them, and e, and the factor that older sums of e were scaled by.
+    Returns the three, e, and the factor by which older sums of e were scaled.
     """
     m_new = tl.maximum(m, tl.max(z, 1))
     e = tl.where(live_z, tl.exp(z - m_new[:, None]), 0.0)
@@ -99,16 +115,16 @@ def online(z, live_z, m, s, a):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, xa_ptr, w_ptr, b_ptr, y_ptr, rows_ptr, count_ptr, part_ptr, level_ptr,
+    x_ptr, aug_ptr, w_ptr, b_ptr, targets_ptr, rows_ptr, count_ptr, part_ptr, level_ptr,
     N, V, D, per_split, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
     temperature, softcap,
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, 4 or 11, N) over words [split * per_split, ...), and column levels.
+    """Partial sums (splits, 4 or 11, N) over words [split * per_split, ...), and levels of words.
 
-    Per stream: max m, S = sum e, A = sum e (z - m), the label's logit; then, with d = z - z_aug,
-    sum e d, sum e |d| and sum e_aug |d|.
+    PARTS lists the sums. With d = z - z_aug and e = exp(z - max), the last three are sum e d,
+    sum e |d| and sum e_aug |d|.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -118,43 +134,43 @@ def forward_kernel(
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     live = offs_n < count
     row = tl.load(rows_ptr + offs_n, mask=live, other=0)
-    y = tl.load(y_ptr + row, mask=live, other=-1)
+    target = tl.load(targets_ptr + row, mask=live, other=-1)
 
-    # A lower bound on the log-sum-exp before it is known: a sampled label is rarely far below it.
+    # A lower bound on the log-sum-exp before it is known: a sampled word is rarely far below it.
     bound = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
     bound_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
     if LEVELS:
-        known = live & (y >= 0) & (y < V)
-        bound = label_logit(
-            x_ptr, w_ptr, b_ptr, row, y, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
+        known = live & (target >= 0) & (target < V)
+        bound = target_logit(
+            x_ptr, w_ptr, b_ptr, row, target, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
             temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if TWO:
-            bound_aug = label_logit(
-                xa_ptr, w_ptr, b_ptr, row, y, known, D, stride_an, stride_ad, stride_wv, stride_wd,
-                temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
+            bound_aug = target_logit(
+                aug_ptr, w_ptr, b_ptr, row, target, known, D, stride_an, stride_ad, stride_wv,
+                stride_wd, temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
             )  # fmt: skip
 
     m = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     a = tl.zeros((BLOCK_N,), tl.float32)
-    label = tl.zeros((BLOCK_N,), tl.float32)
+    logit = tl.zeros((BLOCK_N,), tl.float32)
     m_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
     s_aug = tl.zeros((BLOCK_N,), tl.float32)
     a_aug = tl.zeros((BLOCK_N,), tl.float32)
-    label_aug = tl.zeros((BLOCK_N,), tl.float32)
+    logit_aug = tl.zeros((BLOCK_N,), tl.float32)
     cross = tl.zeros((BLOCK_N,), tl.float32)
-    ratio = tl.zeros((BLOCK_N,), tl.float32)
-    ratio_aug = tl.zeros((BLOCK_N,), tl.float32)
+    gap = tl.zeros((BLOCK_N,), tl.float32)
+    gap_aug = tl.zeros((BLOCK_N,), tl.float32)
 
     first = split * per_split
     for v in range(first, tl.minimum(first + per_split, V), BLOCK_V):
         col = v + tl.arange(0, BLOCK_V).to(tl.int64)
         in_col = col < V
-        hit = col[None, :] == y[:, None]
+        hit = col[None, :] == target[:, None]
         if TWO:
             acc, acc_aug = two_products(
-                x_ptr, xa_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
+                x_ptr, aug_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
                 stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
             )  # fmt: skip
         else:
@@ -164,17 +180,17 @@ def forward_kernel(
             )  # fmt: skip
         z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
         m, s, a, e, scale = online(z, ~(z <= LOG_ZERO), m, s, a)
-        label += tl.sum(tl.where(hit, z, 0.0), 1)
+        logit += tl.sum(tl.where(hit, z, 0.0), 1)
         if TWO:
             z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
             m_aug, s_aug, a_aug, e_aug, scale_aug = online(
                 z_aug, ~(z_aug <= LOG_ZERO), m_aug, s_aug, a_aug
             )
-            label_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
+            logit_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
             d = z - z_aug
             cross = scale * cross + tl.sum(e * d, 1)
-            ratio = scale * ratio + tl.sum(e * tl.abs(d), 1)
-            ratio_aug = scale_aug * ratio_aug + tl.sum(e_aug * tl.abs(d), 1)
+            gap = scale * gap + tl.sum(e * tl.abs(d), 1)
+            gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
         if LEVELS:
             u = z - tl.maximum(bound, m + tl.log(s))[:, None]
             if TWO:
@@ -184,29 +200,29 @@ def forward_kernel(
             level = tl.where(level == level, level, 0.0)
             tl.store(level_ptr + tile.to(tl.int64) * V + col, level.to(tl.uint8), mask=in_col)
 
-    fields = 11 if TWO else 4
+    fields = TWO_STREAM_PARTS if TWO else ONE_STREAM_PARTS
     out = part_ptr + split.to(tl.int64) * fields * N + offs_n
     tl.store(out, m, mask=live)
     tl.store(out + N, s, mask=live)
     tl.store(out + 2 * N, a, mask=live)
-    tl.store(out + 3 * N, label, mask=live)
+    tl.store(out + 3 * N, logit, mask=live)
     if TWO:
         tl.store(out + 4 * N, m_aug, mask=live)
         tl.store(out + 5 * N, s_aug, mask=live)
         tl.store(out + 6 * N, a_aug, mask=live)
-        tl.store(out + 7 * N, label_aug, mask=live)
+        tl.store(out + 7 * N, logit_aug, mask=live)
         tl.store(out + 8 * N, cross, mask=live)
-        tl.store(out + 9 * N, ratio, mask=live)
-        tl.store(out + 10 * N, ratio_aug, mask=live)
+        tl.store(out + 9 * N, gap, mask=live)
+        tl.store(out + 10 * N, gap_aug, mask=live)
 
 
 @triton.jit
-def label_logit(
-    x_ptr, w_ptr, b_ptr, row, y, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
+def target_logit(
+    x_ptr, w_ptr, b_ptr, row, target, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
     temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N,) logits of the labels; LOG_ZERO where unknown."""
+    """(BLOCK_N,) logits of the targets; LOG_ZERO where unknown."""
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
@@ -215,18 +231,18 @@ def label_logit(
             x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
         )
         w = tl.load(
-            w_ptr + y[:, None] * stride_wv + offs_d[None, :] * stride_wd, mask=mask, other=0.0
+            w_ptr + target[:, None] * stride_wv + offs_d[None, :] * stride_wd, mask=mask, other=0.0
         )
         acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
-    z = head(acc[None, :], b_ptr, y, known, temperature, softcap, HAS_BIAS, CAP)
+    z = head(acc[None, :], b_ptr, target, known, temperature, softcap, HAS_BIAS, CAP)
     return tl.reshape(z, (BLOCK_N,))
 
 
 @triton.jit
 def log_prob(z, stat, N, live, keep):
-    """log p and p of logits z, from the row statistics at `stat` and `stat + N`."""
+    """log p and p of logits z; `stat` points to the peak in the stream's saved statistics."""
     peak = tl.load(stat, mask=live, other=0.0)[:, None]
-    log_sum = tl.load(stat + N, mask=live, other=0.0)[:, None]
+    log_sum = tl.load(stat + LOG_SUM * N, mask=live, other=0.0)[:, None]
     log_p = (z - peak) - log_sum
     log_p = tl.where(log_p <= LOG_ZERO, LOG_ZERO, log_p)
     return log_p, tl.where(keep, tl.exp(log_p), 0.0)

@@ -1,6 +1,6 @@
-"""The torch backend's C++ on the CPU (`cpp/`): compiled once per machine, then loaded.
+"""The C++ of the CPU (`cpp/`): compiled once per machine, then loaded.
 
-Without a compiler, and for other dtypes and devices, callers keep to torch's own operators.
+Without a compiler, and for other dtypes and devices, `eager/` does the work.
 """
 
 import ctypes
@@ -21,37 +21,40 @@ log = logging.getLogger("papo_kernels")
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-O3 -funroll-loops -std=c++17 -shared -fPIC -pthread -march=native".split()
-# Logits of a call below which torch's operators are quick enough and nothing is compiled.
+# A call with fewer logits than this is quick enough by torch's operators, and nothing is compiled.
 LEAST_LOGITS = 1 << 20
 
 
-def usable(logits, *tensors):
-    """Whether a call over so many logits, on float32 or bfloat16 `tensors`, can use the C++."""
-    if logits < LEAST_LOGITS:
+def usable(logits, device, *dtypes):
+    """Whether the C++ can serve so many logits on that device, of tensors of these dtypes."""
+    if logits < LEAST_LOGITS or device.type != "cpu":
         return False
-    given = [t for t in tensors if t is not None]
-    if any(t.device.type != "cpu" for t in given):
-        return False
-    if any(t.dtype not in (torch.float32, torch.bfloat16) for t in given):
+    if any(dtype not in (torch.float32, torch.bfloat16) for dtype in dtypes):
         return False
     return _library() is not None
 
 
-def statistics(z, z_aug):
-    """(9 or 3, R) fields of `row_math.RowStats` from one or two (R, V) contiguous logits."""
+def statistics(z, z_aug, fields):
+    """(`fields`, R) statistics of one or two (R, V) contiguous logits.
+
+    Their order, and their number for one and two streams, is that of `rows.statistics_names`.
+    """
     rows, vocab = z.shape
-    out = z.new_empty(3 if z_aug is None else 9, rows)
+    out = z.new_empty(fields, rows)
     aug = None if z_aug is None else z_aug.data_ptr()
     _library().statistics(z.data_ptr(), aug, rows, vocab, out.data_ptr(), rows, _threads())
     return out
 
 
 def levels(logits, order, normalisers, tile, per_nat):
-    """(ceil(R / tile), V) uint8 as `columns.find_levels` says; logits contiguous (R, V)."""
+    """(ceil(R / tile), V) uint8 levels, see `certificate`, of one or two (R, V) contiguous logits.
+
+    order: (R,) rows in the order in which tiles are cut. normalisers: peak and log_sum of each
+    stream, (2 or 4, R).
+    """
     rows, vocab = logits[0].shape
     out = torch.empty(-(-rows // tile), vocab, dtype=torch.uint8)
     aug = logits[1].data_ptr() if len(logits) == 2 else None
-    normalisers = normalisers.reshape(-1, rows).contiguous()
     _library().levels(
         logits[0].data_ptr(), aug, order.data_ptr(), rows, vocab, tile, normalisers.data_ptr(),
         rows, out.data_ptr(), per_nat, _threads(),
@@ -65,7 +68,9 @@ def product(x, weight, out):
     It can where x and weight are bfloat16 and the processor multiplies those: torch can only round
     such products to bfloat16. Rows of weight and of out are contiguous each.
     """
-    if not (usable(out.numel(), x, weight) and x.dtype == weight.dtype == torch.bfloat16):
+    if not x.dtype == weight.dtype == torch.bfloat16:
+        return False
+    if not usable(out.numel(), x.device):
         return False
     if out.dtype != torch.float32 or x.shape[1] == 0 or weight.stride(1) != 1:
         return False
@@ -125,15 +130,17 @@ def _picked_logits(tiles, weight, pairs):
     return zs
 
 
-def column_gradients(z, streams, rows, labels):
-    """(K, R) gradients of the logits z, and (3 or 10, R / streams) sums in `tiles.Sums`' order.
+def column_gradients(z, streams, rows, targets, fields):
+    """(K, R) gradients of the logits z, and (`fields`, R / streams) sums over the K columns.
 
-    rows: statistics and upstream gradients as the C++ says; labels: (R / streams,) int32.
+    rows: (F, R / streams) statistics and upstream gradients. targets: (R / streams,) int32, where
+    among the columns a row's target stands. The C++ says which sums and which rows; so does
+    `cpu/tiles.py`.
     """
     g, padded = torch.empty_like(z), rows.shape[1]
-    sums = torch.empty(10 if streams == 2 else 3, padded)
+    sums = torch.empty(fields, padded)
     _library().column_gradients(
-        z.data_ptr(), g.data_ptr(), len(z), streams, padded, rows.data_ptr(), labels.data_ptr(),
+        z.data_ptr(), g.data_ptr(), len(z), streams, padded, rows.data_ptr(), targets.data_ptr(),
         sums.data_ptr(),
     )  # fmt: skip
     return g, sums
@@ -210,7 +217,7 @@ def _multiplies_bf16():
 
 @functools.cache
 def compiler():
-    """Path of the C++ compiler, $CXX or g++; None, and a warning, without one."""
+    """The path of the C++ compiler, $CXX or g++; without one, None and a warning."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if not found:
         log.warning(
@@ -254,13 +261,13 @@ def _library():
 
 
 def _cache_folder():
-    """Where compiled files are kept, the user's own."""
+    """The user's own folder in which compiled files are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "papo_kernels")
 
 
 def _fingerprint():
-    """Of sources, flags, compiler and processor: homes are shared by unlike machines."""
+    """A name for sources, flags, compiler and processor: unlike machines may share a home."""
     about = [platform.machine(), platform.processor(), compiler(), *FLAGS]
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():

@@ -4,7 +4,8 @@
 
 #include <cstdlib>
 
-// Columns and features of `weight` that are unpacked at a time; they stay in the second-level cache.
+// How many columns and features of `weight` are unpacked at a time: they stay in the second-level
+// cache. docs/kernels.md names them.
 enum { COLUMNS = 256, PANEL = 320 };
 
 static inline float widen(uint16_t x)  // bfloat16
@@ -60,9 +61,9 @@ static void weight_block(const float *g, int64_t rows, const float *x, int64_t s
         }
 }
 
-// A tile's gradients g (count, rows) of the logits on `count` columns, given by their ascending places
-// in the call's list of columns; its states x (rows, width) and, or null, where theirs go, which may
-// be the same memory.
+// A tile's gradients g (count, rows) of the logits on `count` columns. `places` says where those
+// columns stand in the call's list of columns, in ascending order. x (rows, width) are the tile's
+// states. d_x is where the states' gradients go: it may be the same memory, or null.
 struct TileGradients {
     const float *g;
     const int32_t *places;
@@ -76,7 +77,7 @@ struct Matrix {
     const void *data;
     int64_t stride;
     bool is_bf16;
-    // Features [from, from + size) of a row as float, zeros beyond `width`.
+    // Reads the features [from, from + size) of a row as float, and zeros beyond `width`.
     void read(int64_t row, int64_t from, int64_t size, int64_t width, float *out) const
     {
         int64_t at = row * stride + from, some = width - from < size ? width - from : size, k = 0;
@@ -88,7 +89,7 @@ struct Matrix {
             for (; k < some; k++) out[k] = whole[k];
         for (; k < size; k++) out[k] = 0;
     }
-    // Writes what of `in` lies within `width`, or adds it.
+    // Writes or adds the part of `in` that lies within `width`.
     void write(int64_t row, int64_t from, int64_t size, int64_t width, const float *in, bool add) const
     {
         int64_t at = row * stride + from, some = width - from < size ? width - from : size;
@@ -103,10 +104,10 @@ struct Matrix {
     }
 };
 
-// Writes the gradients of all tiles' states to their d_x and adds those of rows `cols` of the weight
-// to d_weight, where not null. d_weight in bfloat16 is written instead: what it held is lost, and the
-// sum over all tiles is rounded once. Column by column for all tiles, so that each row of the weight
-// and of its gradient is touched once.
+// Writes the gradients of all tiles' states to their d_x, and adds the gradients of the rows `cols` of
+// the weight to d_weight; either may be null. A bfloat16 d_weight is overwritten instead, so that the
+// sum over all tiles is rounded once. All tiles go through the columns together, so that each row of
+// the weight and of its gradient is touched once.
 static void gradients_of(Matrix weight, const int64_t *cols, int64_t count,
                          const TileGradients *tiles, int64_t n_tiles, bool x_bf16, bool d_x_bf16,
                          Matrix d_weight, int64_t width, int threads)
@@ -116,10 +117,10 @@ static void gradients_of(Matrix weight, const int64_t *cols, int64_t count,
     for (int64_t t = 0; t < n_tiles; t++) all_rows += tiles[t].rows;
     split((width + WIDTH - 1) / WIDTH * WIDTH, WIDTH, threads, [=](int64_t first, int64_t last) {
         int64_t stride = last - first < PANEL ? last - first : PANEL;
-        // of a panel: (WIDTH features of COLUMNS columns), one block of features after the other
+        // A panel of the weight: WIDTH features of COLUMNS columns, then the next WIDTH features.
         float *w = (float *)aligned_alloc(64, COLUMNS * stride * 4);
         float *d_w = (float *)aligned_alloc(64, COLUMNS * stride * 4);
-        // of a panel: all tiles' rows, one tile after the other
+        // A panel of all tiles' states, one tile after the other.
         float *x = (float *)aligned_alloc(64, all_rows * stride * 4);
         float *d_x = (float *)aligned_alloc(64, all_rows * stride * 4);
         std::vector<int64_t> at(n_tiles);

@@ -1,0 +1,369 @@
+"""The backward of `eager/` and `cpu/`: few words where few matter, all of them elsewhere.
+
+A tile is some rows that share their choice of words. Tiles are tried on candidates first; the rows
+of those that want too many words are done densely together, a chunk at a time.
+
+Both ways bring a module of functions on tiles, here called `tiles`. It has the constants
+
+- TOGETHER: tiles whose logits are computed in one call;
+- MOST_WAITING: most logits that one such call computes, and most elements of finished tiles'
+  gradients that wait for other tiles;
+- DENSE_SHARE: share of the vocabulary above which a tile is done densely;
+- ROUNDS_WEIGHT: whether `add_gradients` can round the weight's gradient itself;
+
+and the functions `multiply`, `states_of`, `picked_logits`, `differentiate`, `drop_least`, `finish`
+and `add_gradients`, which `eager/tiles.py` describes.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from papo_kernels import certificate, chunked_forward
+from papo_kernels.certificate import ATTEMPTS, RESERVE, record
+from papo_kernels.equations import d_products_, slope
+from papo_kernels.rows import Call, RowStats, Upstream, Wanted, each, make_wanted, unpack
+
+# Of the first tile, which nothing is known about: see `certificate.choose_levels`.
+ASSUMED_TIGHTNESS = 1 / 16
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What one backward pass is about; nothing of it changes."""
+
+    call: Call
+    stats: RowStats  # (N,) each
+    upstream: Upstream  # (N,) each, in the dtype of the arithmetic
+    wanted: Wanted
+    tiles: ModuleType
+
+    def of_rows(self, at):
+        """RowStats and Upstream of the rows `at`, (R, 1) each."""
+
+        def column(x):
+            return x[at][:, None]
+
+        return each(column, self.stats), each(column, self.upstream)
+
+    def states(self, at):
+        """(R, D) states of the rows `at` in both streams; None where logits are not needed."""
+        full = self.call.hidden[at] if self.wanted.full_logits else None
+        return full, self.call.aug_hidden[at] if self.wanted.aug_logits else None
+
+
+def backward(call, saved, upstream, needs, tiles):
+    """Gradients of the four operands in their dtypes, or None where `needs` is False.
+
+    saved: `rows.Saved` as the forward made it. upstream: Upstream of (N,). needs: four bools.
+    """
+    stats = unpack(saved.rows, chunked_forward.names(call.streams))
+    upstream = each(lambda x: x.to(call.head.dtype), upstream)
+    run = Backward(call, stats, upstream, make_wanted(needs, upstream), tiles)
+    total = GradientSum(run)
+    # Rows are counted in the order in which the forward cut its tiles.
+    count = int((call.targets != call.options.ignore_index).sum())
+    order = saved.order[:count]
+    if (run.wanted.full or run.wanted.aug) and count and len(call.weight):
+        dense = [order]
+        if len(saved.levels):
+            dense = _sparse(run, order, saved.levels, total)
+        size = chunked_forward.chunk_size(count, len(call.weight))
+        if dense:
+            for at in torch.cat(dense).split(size):
+                total.add_dense(at, *_dense_gradients(run, at))
+    return total.gradients()
+
+
+# ---- The sum over tiles and chunks
+
+
+class GradientSum:
+    """The operands' gradients so far, and finished tiles that are not yet added to them.
+
+    Tiles share most of their words, so they wait for each other and go through the weight together.
+    """
+
+    def __init__(self, run):
+        call, wanted, tiles = run.call, run.wanted, run.tiles
+        self._run = run
+        # Shards of the vocabulary add up to these, and so they are rounded after that.
+        wide = {} if call.shard.group is None else {"dtype": call.head.dtype}
+        self._hidden = torch.zeros_like(call.hidden, **wide) if wanted.hidden else None
+        self._aug_hidden = torch.zeros_like(call.aug_hidden, **wide) if wanted.aug_hidden else None
+        self._weight = None
+        self._bias = torch.zeros_like(call.bias, dtype=call.head.dtype) if wanted.bias else None
+        self._waiting, self._elements = [], 0
+        # 16-bit weights: where all tiles are sparse and can wait for the last, their gradients' sum
+        # is rounded at once, and no float32 copy of the weight's gradient is ever made.
+        self._may_round = tiles.ROUNDS_WEIGHT and call.weight.dtype != call.head.dtype
+        self._most_waiting = tiles.MOST_WAITING
+        if self._may_round:
+            self._most_waiting = max(self._most_waiting, call.weight.numel() // 4)
+
+    def _sum_of_weight(self):
+        """Where the weight's gradient is summed; None where it is not asked for."""
+        # One rounding at the end: sums over rows in 16 bits diverge.
+        if self._run.wanted.weight and self._weight is None:
+            call = self._run.call
+            self._weight = torch.zeros_like(call.weight, dtype=call.head.dtype)
+        return self._weight
+
+    def add_tile(self, at, states, finished):
+        """Takes the finished gradients of the tile of rows `at`."""
+        self._waiting.append((at, states, finished))
+        self._elements += len(finished.cols) * len(states.rows)
+        if self._elements > self._most_waiting:
+            self._add_waiting()
+
+    def end_tiles(self, all_were_sparse):
+        """After the last tile, before dense rows."""
+        unused = self._run.wanted.weight and self._weight is None
+        if self._may_round and unused and all_were_sparse:
+            self._weight = torch.zeros_like(self._run.call.weight)
+        self._add_waiting()
+
+    def _add_waiting(self):
+        if not self._waiting:
+            return
+        waiting, self._waiting, self._elements = self._waiting, [], 0
+        d_states = (self._hidden, self._aug_hidden)
+        dtype = next((x.dtype for x in d_states if x is not None), None)
+        found = self._run.tiles.add_gradients(
+            [states for _, states, _ in waiting],
+            [finished for _, _, finished in waiting],
+            self._run.call,
+            self._sum_of_weight(),
+            self._bias,
+            dtype,
+        )
+        for (at, _, _), parts in zip(waiting, found, strict=True):
+            for total, part in zip(d_states, parts, strict=True):
+                if total is not None and part is not None:
+                    total[at] = part.to(total.dtype)
+
+    def add_dense(self, at, dz, dz_aug):
+        """Takes (R, V) gradients of the products of the rows `at`; None where not wanted."""
+        call = self._run.call
+        for grad, x, total in (
+            (dz, call.hidden, self._hidden),
+            (dz_aug, call.aug_hidden, self._aug_hidden),
+        ):
+            if grad is None:
+                continue
+            x = x[at].to(call.head.dtype)
+            if total is not None:
+                d_states = torch.zeros_like(x)
+                for block, weight in call.head.blocks(call.weight):
+                    d_states.addmm_(grad[:, block], weight)
+                total[at] = d_states.to(total.dtype)
+            if self._run.wanted.weight:
+                self._sum_of_weight().addmm_(grad.T, x)
+            if self._bias is not None:
+                self._bias += grad.sum(0)
+
+    def gradients(self):
+        """Of hidden, aug_hidden, weight and bias in their own dtypes, or None."""
+        call = self._run.call
+        grads = (self._hidden, self._aug_hidden, self._sum_of_weight(), self._bias)
+        if call.shard.group is not None:
+            for g in grads[:2]:
+                if g is not None:
+                    dist.all_reduce(g, group=call.shard.group)
+        return tuple(
+            None if g is None else g.to(x.dtype) for g, x in zip(grads, call.operands, strict=True)
+        )
+
+
+# ---- Sparse tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows that share their choice of words."""
+
+    at: torch.Tensor  # (R,) int64, which rows
+    levels: torch.Tensor  # (V,) uint8
+    s: RowStats  # (R, 1) each
+    g: Upstream  # (R, 1) each
+    highest_entropy: float
+    states: object  # as `tiles.states_of` returns them
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The words on which a tile is tried."""
+
+    cols: torch.Tensor  # (K,) int64, ascending
+    place: torch.Tensor  # (R,) where among them the rows' targets stand
+    valid: torch.Tensor  # (R,) whether the target is a word at all
+    bound: float  # of what the other words hold, see `certificate.choose_levels`
+
+
+def _sparse(run, order, levels, total):
+    """Adds the gradients of the tiles that few words serve; returns the rows of the others.
+
+    order: (count,) rows that count; levels: (T, V).
+    """
+    budget = RESERVE * run.call.options.grad_budget
+    typical = certificate.typical_sizes(run.stats, run.upstream, len(order))
+    cut = list(zip(order.split(chunked_forward.tile_rows(levels.shape[1])), levels, strict=False))
+    dense, tightness, first = [], None, 0
+    while first < len(cut):
+        # The first tile is tried alone, so that the others can learn from it.
+        end = first + run.tiles.TOGETHER if first else 1
+        found, tightness = _some_tiles(run, cut[first:end], budget, typical, tightness, total)
+        dense += found
+        first = end
+    total.end_tiles(not dense)
+    return dense
+
+
+def _some_tiles(run, cut, budget, typical, tightness, total):
+    """Adds what some tiles allow; returns (rows of the others, the tightness learned)."""
+    todo, dense = [], []
+    for at, levels in cut:
+        tile = _tile(run, at, levels)
+        if tile is None:
+            record(len(at), 0, len(levels), 0.0)
+        elif tile.highest_entropy != tile.highest_entropy:  # NaN
+            dense.append(at)
+        else:
+            todo.append(tile)
+    for _ in range(ATTEMPTS):
+        chosen = _levels_of(run, todo, budget, tightness)
+        dense += [t.at for t, found in zip(todo, chosen, strict=True) if found is None]
+        tried = [
+            (t, _candidates(run, t, *found))
+            for t, found in zip(todo, chosen, strict=True)
+            if found is not None
+        ]
+        todo = []
+        if not tried:
+            break
+        for some in _that_fit(tried, run.tiles.MOST_WAITING):
+            states, cols = [t.states for t, _ in some], [c.cols for _, c in some]
+            logits = run.tiles.picked_logits(states, cols, run.call)
+            for (tile, candidates), z in zip(some, logits, strict=True):
+                lost, finished = _try(run, tile, candidates, z, budget, typical)
+                enough = finished is not None
+                tightness = certificate.learn_tightness(tightness, lost, candidates.bound, enough)
+                if enough:
+                    total.add_tile(tile.at, tile.states, finished)
+                else:
+                    todo.append(tile)
+    return dense + [t.at for t in todo], tightness
+
+
+def _tile(run, at, levels):
+    """The tile of the rows `at`; None where no row has an upstream gradient."""
+    s, g = run.of_rows(at)
+    given = (*g.full, *g.aug, g.kl_prcp)
+    if not any(x is not None and x.any() for x in given):
+        return None
+    # A NaN of the aug stream alone may get lost here; its tile's levels are 0, which is dense too.
+    highest = max(float(x.entropy.max()) for x in (s.full, s.aug) if x is not None)
+    return Tile(at, levels, s, g, highest, run.tiles.states_of(run.states(at)))
+
+
+def _levels_of(run, todo, budget, tightness):
+    """Of each tile (level, bound), or None where it wants too many words."""
+    if not todo:
+        return []
+    counts = torch.stack(
+        [torch.bincount(t.levels, minlength=certificate.LEVELS).double() for t in todo]
+    )
+    known = tightness is not None
+    level, bound, worth = certificate.choose_levels(
+        counts,
+        torch.tensor([t.highest_entropy for t in todo], dtype=torch.float64, device=counts.device),
+        tightness if known else ASSUMED_TIGHTNESS,
+        known,
+        budget,
+        run.tiles.DENSE_SHARE * len(run.call.weight),
+    )
+    found = zip(level.tolist(), bound.tolist(), worth.tolist(), strict=True)
+    return [(x, b) if ok else None for x, b, ok in found]
+
+
+def _candidates(run, tile, level, bound):
+    """All words up to a level, and the rows' targets."""
+    mask = tile.levels <= level
+    valid, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
+    mask[targets] = True
+    cols = mask.nonzero().squeeze(1)
+    return Candidates(cols, torch.searchsorted(cols, targets), valid, bound)
+
+
+def _that_fit(tried, most):
+    """`tried` in parts: of one tile each, or of no more than `most` logits."""
+    part, size = [], 0
+    for tile, candidates in tried:
+        more = len(candidates.cols) * len(tile.states.rows)
+        if part and size + more > most:
+            yield part
+            part, size = [], 0
+        part.append((tile, candidates))
+        size += more
+    yield part
+
+
+def _try(run, tile, candidates, logits, budget, typical):
+    """(largest share of a row's gradient that no candidate has, the finished gradients).
+
+    The latter are None where these candidates are not enough.
+    """
+    s, g, tiles = tile.s, tile.g, run.tiles
+    sums, gradients = tiles.differentiate(tile.states, candidates, logits, s, g, run)
+    sizes, outside = sums.sizes(), certificate.outside(sums, s, g, run.wanted)
+    streams = certificate.certified(run.wanted)
+    wholes = [sizes[i].clamp_min(typical[i]) for i in streams]
+    beyond = [outside[i] for i in streams]
+    lost = _largest_share(beyond, wholes)
+    allowances = [budget * w - b for w, b in zip(wholes, beyond, strict=True)]
+    if not all((a >= 0).all() for a in allowances):
+        return lost, None
+    room = dict(zip(streams, allowances, strict=True))
+    gradients, dropped = tiles.drop_least(gradients, [room.get(i) for i in range(3)], run)
+    beyond = [b + dropped[i] for i, b in zip(streams, beyond, strict=True)]
+    share = _largest_share(beyond, wholes)
+    record(len(tile.at), len(gradients.cols), len(tile.levels), share)
+    return lost, tiles.finish(gradients, run)
+
+
+def _largest_share(parts, wholes):
+    return max(float((b / w).nan_to_num(0).max()) for b, w in zip(parts, wholes, strict=True))
+
+
+# ---- Dense rows
+
+
+def _dense_gradients(run, at):
+    """(R, V) gradients of both streams' products for the rows `at`; None where not wanted."""
+    call, wanted = run.call, run.wanted
+    s, g = run.of_rows(at)
+    z, z_aug = (None if x is None else _logits(run, x) for x in run.states(at))
+    place = call.shard.place(call.targets[at], len(call.weight))
+    valid, owned, place = (x[:, None] for x in place)
+    streams = ((z, g.full.logprobs, wanted.full), (z_aug, g.aug.logprobs, wanted.aug))
+    plus = [
+        torch.where(valid, up * owned, torch.nan) * slope(x.gather(1, place), call.head)
+        if asked and up is not None
+        else None
+        for x, up, asked in streams
+    ]
+    d_products_(z, z_aug, s, g, wanted, call.head)
+    for x, p in zip((z, z_aug), plus, strict=True):
+        if p is not None:
+            x.scatter_add_(1, place, p)
+    record(len(at), len(call.weight), len(call.weight), None)
+    return z if wanted.full else None, z_aug if wanted.aug else None
+
+
+def _logits(run, states):
+    call = run.call
+    z = call.head.empty(states, len(call.weight))
+    run.tiles.multiply(call.head, states, call.weight, z)
+    return call.head.finish(z, call.bias)

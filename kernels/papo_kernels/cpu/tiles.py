@@ -1,0 +1,159 @@
+"""Gradients of the rows of a tile on picked words, in C++: rows of the weight are read in place.
+
+The functions that `chunked_backward` asks of a way; `eager/tiles.py` describes them. Operands are
+float32 or bfloat16 on the CPU, arithmetic is float32. Matrices of a tile stand transposed, (words,
+rows of both streams), and the rows of each stream are filled up to whole vectors.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from papo_kernels.certificate import WORTH_DROPPING, CandidateSums, StreamSums
+from papo_kernels.cpu import library
+from papo_kernels.cpu.forward import multiply as multiply
+from papo_kernels.equations import slope
+
+# Tiles have most of their words in common, so tiles that are tried together read each row of the
+# weight only once.
+TOGETHER, MOST_WAITING = 32, 1 << 22
+# Rows of the weight are read where they stand, so a tile may keep more of them than if they were
+# gathered.
+DENSE_SHARE = 0.85
+ROUNDS_WEIGHT = True
+
+
+class States(NamedTuple):
+    """States of a tile's rows, both streams in one tensor, each filled up with zeros."""
+
+    rows: torch.Tensor  # (S padded, D)
+    present: tuple[bool, bool]  # whether the full and the aug stream are among them
+    count: int  # R, the rows of the tile
+    padded: int  # R in whole vectors
+
+    def split(self, x):
+        """(S padded, ...) `x` as (R, ...) of both streams; None for one that is not present."""
+        parts = iter(x.split(self.padded))
+        return tuple(next(parts)[: self.count] if present else None for present in self.present)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a tile on some words."""
+
+    cols: torch.Tensor  # (K,) int64, ascending
+    z: torch.Tensor | None  # (K, S padded) logits; None where not needed
+    dz: torch.Tensor  # (K, S padded)
+    present: tuple[bool, bool]
+    count: int
+
+
+def states_of(states):
+    given = [x for x in states if x is not None]
+    count = len(given[0])
+    padded = library.whole_vectors(count)
+    rows = given[0].new_zeros(len(given), padded, given[0].shape[1])
+    for to, x in zip(rows, given, strict=True):
+        to[:count] = x
+    return States(rows.flatten(0, 1), tuple(x is not None for x in states), count, padded)
+
+
+def picked_logits(states, cols, call):
+    rows = [x.rows for x in states]
+    return library.picked_logits(list(zip(rows, cols, strict=True)), call.weight)
+
+
+def differentiate(states, candidates, logits, s, g, run):
+    """As in `eager/tiles.py`; every stream that is present gets gradients, wanted or not."""
+    call, z, present = run.call, logits, states.present
+    bias = None if call.bias is None else call.bias[candidates.cols]
+    call.head.finish(z.T, bias)
+    rows = _rows_for_cpp(states, candidates, s, g, z)
+    targets = torch.full((states.padded,), -1, dtype=torch.int32)
+    targets[: states.count] = candidates.place
+    both = all(present)
+    dz, sums = library.column_gradients(
+        z, sum(present), rows, targets, len(TWO_STREAM_SUMS if both else StreamSums._fields)
+    )
+    sums = sums[:, : states.count, None]
+    if both:
+        at = dict(zip(TWO_STREAM_SUMS, sums, strict=True))
+        full, aug = (
+            StreamSums(*(at.pop(prefix + name) for name in StreamSums._fields))
+            for prefix in ("", "aug_")
+        )
+        found = CandidateSums(full, aug, **at)
+    else:
+        one = StreamSums(*sums)
+        found = CandidateSums(one) if present[0] else CandidateSums(StreamSums(), one)
+    return found, Gradients(candidates.cols, z, dz, present, states.count)
+
+
+# In the order in which the C++ writes them; one stream has the first three.
+TWO_STREAM_SUMS = (
+    "mass", "own", "size", "aug_mass", "aug_own", "aug_size", "prob_gap", "log_ratio", "kl_terms",
+    "net_size",
+)  # fmt: skip
+
+
+def _rows_for_cpp(states, candidates, s, g, z):
+    """(6 or 14, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
+
+    Where both are, the KL and its upstream gradient follow.
+    """
+    nothing = torch.zeros_like(s.full.peak)
+    fields = []
+    for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
+        if present:
+            target = nothing if up.logprobs is None else up.logprobs
+            target = torch.where(candidates.valid[:, None], target, torch.nan)
+            fields += [stream.peak, stream.log_sum, stream.entropy, *up, target]
+    if all(states.present):
+        fields += [s.kl_prcp, g.kl_prcp]
+    rows = z.new_zeros(len(fields), states.padded)
+    given = [nothing if x is None else x for x in fields]
+    rows[:, : states.count] = torch.cat(given, 1).T
+    return rows
+
+
+def drop_least(gradients, allowances, run):
+    order = [i for i, present in enumerate(gradients.present) if present]
+    net = allowances[2] is not None
+    given = [allowances[i] for i in order] + ([allowances[2]] if net else [])
+    padded = gradients.dz.shape[1] // len(order)
+    # A stream that is not asked for limits nothing.
+    room = gradients.dz.new_full((len(given), padded), torch.inf)
+    for to, allowance in zip(room, given, strict=True):
+        if allowance is not None:
+            to[: gradients.count] = allowance.squeeze(1)
+    keep, dropped = library.drop_least(gradients.dz, len(order), net, room)
+    if len(gradients.cols) - len(keep) <= WORTH_DROPPING * len(gradients.cols):
+        return gradients, [0, 0, 0]
+    z = gradients.z if run.call.head.softcap is None else gradients.z[keep]
+    found = dict(zip([*order, 2], dropped[:, : gradients.count, None], strict=False))
+    kept = gradients._replace(cols=gradients.cols[keep], z=z, dz=gradients.dz[keep])
+    return kept, [found.get(i, 0) for i in range(3)]
+
+
+def finish(gradients, run):
+    head, dz = run.call.head, gradients.dz
+    if head.softcap is not None or head.temperature != 1:
+        dz *= slope(gradients.z, head)
+    return gradients._replace(z=None)
+
+
+def add_gradients(states, gradients, call, d_weight, d_bias, dtype):
+    cols = torch.cat([finished.cols for finished in gradients]).unique()
+    given = []
+    for x, finished in zip(states, gradients, strict=True):
+        d_x = None
+        if dtype is not None:  # it may replace the states themselves: they are not needed again
+            d_x = x.rows if x.rows.dtype == dtype else torch.empty_like(x.rows, dtype=dtype)
+        places = torch.searchsorted(cols, finished.cols).int()
+        given.append((finished.dz, places, x.rows, d_x))
+    library.add_picked_gradients(given, call.weight, cols, d_weight)
+    found = []
+    for x, finished, (_, _, _, d_x) in zip(states, gradients, given, strict=True):
+        if d_bias is not None:
+            d_bias.index_add_(0, finished.cols, finished.dz.sum(1))
+        found.append((None, None) if d_x is None else x.split(d_x))
+    return found
