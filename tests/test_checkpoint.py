@@ -83,7 +83,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_metrics(config, c
     for name in ("accuracy_before", "accuracy_after", "steps", "reward_timeouts"):
         assert resumed_summary[name] == summary[name]
     ours, theirs = (
-        torch.load(p / "checkpoints" / "step-20" / "progress.pt", weights_only=True)["rng"]
+        torch.load(p / "checkpoints" / "step-20" / "state.pt", weights_only=True)["rng"]
         for p in (folder, tmp_path / "whole" / "run")
     )
     assert torch.equal(ours, theirs)

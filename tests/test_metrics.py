@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from papo_fast.errors import InputError
-from papo_fast.run.metrics import (
-    CollapseMonitor,
-    MetricsLog,
-    mismatch_alarm,
-    read_json_lines,
-    read_metrics,
-)
+from papo_fast.run.alarms import CollapseMonitor, mismatch_alarm
+from papo_fast.run.metrics import MetricsLog, read_json_lines, read_metrics
 
 ROW = {
     "step": 1,

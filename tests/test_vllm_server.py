@@ -17,11 +17,11 @@ from rich.console import Console
 
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
-from papo_fast.launch import train
+from papo_fast.launch import serve, train
 from papo_fast.presets import get_preset
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import RequestFormat
-from papo_fast.rollout.vllm_serve import serve, server_command
+from papo_fast.rollout.vllm_serve import server_command
 from papo_fast.rollout.vllm_server import VLLMServerRollout
 from support.small_runs import VOLATILE, png
 from support.vllm_checks import (
