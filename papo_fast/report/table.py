@@ -67,7 +67,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 HACKED = 0.25
 """What is left of the honesty check's accuracy before training, below which the table says that the
-policy recognises corrupted pictures. GRPO alone leaves about half in the default job."""
+policy recognises corrupted pictures. GRPO alone loses nothing in the default job."""
 
 
 def _print_honesty(before: float | None, after: float | None, console: Console) -> None:
