@@ -59,7 +59,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     # two processes on two cores: more threads than one each would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     plan, jobs = asked(arguments), arguments.jobs
     if not arguments.worker_of:
         for line in plan.impossible:

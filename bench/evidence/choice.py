@@ -43,7 +43,8 @@ def choose(results: Path) -> str:
             continue
         found[name] = {"setting": best(table), "accuracy": _accuracies(table)}
         lines.append(f"{name}: {found[name]['setting']}")
-    write_json(results / FILE, found)
+    if found:
+        write_json(results / FILE, found)
     return "\n".join(lines)
 
 
