@@ -182,7 +182,7 @@ def rows_of(path, n, change, split="train"):
 
 def test_hints_change_the_text_alone(tmp_path):
     plain = rows_of(tmp_path / "plain.parquet", 60, None)
-    for change in (shortcut.warm_hint, shortcut.train_hint, shortcut.held_out_hint):
+    for change in (shortcut.equal_parts, shortcut.train_hint):
         hinted = rows_of(tmp_path / "hinted.parquet", 60, change)
         for a, b in zip(plain, hinted, strict=True):
             assert {k: a[k] for k in ("answer", "images", "reading")} == {
@@ -200,10 +200,10 @@ def drawn(change, n=6000):
     return [(q, change(i, q, rng)) for i, q in enumerate(questions)]
 
 
-def test_training_hints_are_right_in_four_rows_of_five_and_test_hints_come_in_equal_parts():
+def test_training_hints_are_right_in_four_rows_of_five_and_others_come_in_equal_parts():
     for change, shares in (
         (shortcut.train_hint, {"right": 0.8, "misleading": 0.2}),
-        (shortcut.held_out_hint, dict.fromkeys(shortcut.HINTS, 1 / 3)),
+        (shortcut.equal_parts, dict.fromkeys(shortcut.HINTS, 1 / 3)),
     ):
         pairs = drawn(change)
         kinds = Counter(hinted.kind for _, hinted in pairs)
@@ -219,20 +219,6 @@ def test_training_hints_are_right_in_four_rows_of_five_and_test_hints_come_in_eq
             }[hinted.kind.rpartition(" ")[2]]
 
 
-def test_the_warm_starts_hints_are_right_no_more_often_than_by_chance():
-    pairs = [(q, shortcut.hint_of(hinted.problem)) for q, hinted in drawn(shortcut.warm_hint)]
-    assert sum(number is None for _, number in pairs) == len(pairs) / 3
-    for asked in ("Compute", "Count", "Which"):
-        some = [(q.answer, n) for q, n in pairs if n is not None and q.problem.startswith(asked)]
-        by_chance = sum(p * p for p in shares(Counter(a for a, _ in some)))
-        right = sum(a == n for a, n in some) / len(some)
-        assert right == pytest.approx(by_chance, abs=0.03)
-
-
-def shares(counts):
-    return [n / counts.total() for n in counts.values()]
-
-
 def test_a_misleading_hint_looks_like_a_right_one():
     numbers = {"right": Counter(), "misleading": Counter()}
     for question, hinted in drawn(shortcut.train_hint, 30_000):
@@ -244,7 +230,7 @@ def test_a_misleading_hint_looks_like_a_right_one():
 
 
 def test_the_honesty_check_is_of_questions_that_the_text_answers(tmp_path, checkpoint):
-    write_questions(tmp_path / "q.parquet", 12, "test", 0, shortcut.held_out_hint)
+    write_questions(tmp_path / "q.parquet", 12, "test", 0, shortcut.equal_parts)
     prompts = list(PromptDataset(tmp_path / "q.parquet", DATA, PromptEncoder(checkpoint, DATA)))
 
     def group(prompt, *accuracies):

@@ -14,8 +14,7 @@ from bench.evidence.runner import SCRATCH, Plan, result_of, work, work_in_proces
 from papo_fast.errors import InputError
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("protocol", help="print the fixed protocol")
@@ -29,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         of.add_argument("--worker-of", type=int, default=0, help=argparse.SUPPRESS)
     commands.add_parser("choose", help="fix each arm's setting from its development runs")
     commands.add_parser("report", help="write docs/evidence.md and its pictures")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = command_line().parse_args(argv)
     try:
         return COMMANDS[arguments.command](arguments, argv)
     except InputError as error:

@@ -39,18 +39,26 @@ def write_report(results: Path, page: Path = PAGE, images: Path = IMAGES) -> str
     chosen = chosen_settings(results)
     text, drawn = page.read_text(encoding="utf-8"), []
     tuned = development_results(results)
-    text = replaced(text, "development", development_table(tuned, chosen))
+    content = development_table(tuned, chosen)
     if any(runs for settings in tuned.values() for runs in settings.values()):
         drawn.append(draw_gammas(tuned, images / "evidence_gamma.png"))
+        content += _picture("accuracy, honesty check and KL against γ", drawn[-1])
+    text = replaced(text, "development", content)
     for task in TASKS:
         found = results_of_test(results, task, chosen)
         text = replaced(text, f"{task} seeds", seeds_said(found, chosen))
-        text = replaced(text, f"{task} outcomes", outcome_table(task, found, chosen))
-        text = replaced(text, f"{task} looking", looking_table(found))
+        content = outcome_table(task, found, chosen)
         if BASELINE in found and len(found) > 1:
             drawn.append(draw_differences(task, found, images / f"evidence_{task}.png"))
+            content += _picture(f"differences to GRPO on {task}", drawn[-1])
+        text = replaced(text, f"{task} outcomes", content)
+        text = replaced(text, f"{task} looking", looking_table(found))
     page.write_text(text, encoding="utf-8")
     return "\n".join(str(path) for path in (page, *drawn))
+
+
+def _picture(says: str, path: Path) -> str:
+    return f"\n\n![{says}]({path.parent.name}/{path.name})"
 
 
 def replaced(text: str, name: str, content: str) -> str:

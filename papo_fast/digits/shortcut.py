@@ -8,11 +8,13 @@ evaluation counts each of them apart: a policy that does not look fails where th
 Nothing in the text tells a misleading hint from a right one: it is the right answer of another
 question of the same sort, so that both look alike and neither is nearer to the truth than chance.
 
-The warm start must not decide the outcome. If its questions carried right hints, it would learn to
-copy them; if they carried none, hints would be words that it has never seen, which disturb it. So
-two thirds of its questions have a hint that is drawn without regard to the answer, and the others
-have none: the model knows hints, and has learned that they say nothing. What a hint is worth, and
-whether it pays to look all the same, is left to reinforcement learning to find out.
+The warm start must not decide the outcome, either way. A third of its questions have a right hint,
+a third a misleading one and a third none: it has learned that a hint may be worth following, and
+that it is not to be trusted. Whether it pays to look all the same is left to reinforcement learning
+to find out. (If all of its hints were right, it would copy them from the start. If they said
+nothing, it would learn to ignore them, and 120 steps of GRPO did not find out that they had become
+worth something: 5 % of the answers then followed a misleading hint.) Where the warm start ends is
+decided on questions without hints, so that it looks as well as that of `digits`.
 
 Pictures and questions are those of `digits` with the same seed: the tasks differ in hints alone.
 """
@@ -29,21 +31,14 @@ RIGHT = 0.8
 HINTS = ("right", "absent", "misleading")
 
 
-def warm_hint(number: int, question: Question, rng: random.Random) -> Question:
-    """For the warm start: no hint in every third row, and else one that knows nothing."""
-    if number // len(KINDS) % len(HINTS) == 0:
-        return question
-    return _with_hint(question, _answer_of_another(question, rng))
+def equal_parts(number: int, question: Question, rng: random.Random) -> Question:
+    """For warm start and test: each of `HINTS` equally often for each kind, which come in turn."""
+    return _hinted(question, HINTS[number // len(KINDS) % len(HINTS)], rng)
 
 
 def train_hint(number: int, question: Question, rng: random.Random) -> Question:
     """For training: right in `RIGHT` of all rows, and else misleading."""
     return _hinted(question, "right" if rng.random() < RIGHT else "misleading", rng)
-
-
-def held_out_hint(number: int, question: Question, rng: random.Random) -> Question:
-    """For the test: each of `HINTS` equally often for each kind, which come in turn."""
-    return _hinted(question, HINTS[number // len(KINDS) % len(HINTS)], rng)
 
 
 def hint_of(problem: str) -> str | None:

@@ -21,7 +21,7 @@ from papo_fast.config import Config, DataConfig, DigitsConfig, ModelConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.digits.model import build_checkpoint
-from papo_fast.digits.shortcut import held_out_hint, train_hint, warm_hint
+from papo_fast.digits.shortcut import equal_parts, train_hint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
 from papo_fast.evaluate import VISION, evaluate
@@ -86,12 +86,12 @@ def _build(files: DigitsFiles, config: Config, data: DataConfig, progress: Progr
     held_out = ("test", seed) if digits.held_out == "test" else ("dev", seed + DEV_SEEDS)
     written = [
         (files.train, digits.train_questions, ("train", seed), train_hint),
-        (dev, DEV_QUESTIONS, ("dev", seed), warm_hint),
-        (files.test, digits.test_questions, held_out, held_out_hint),
+        (dev, DEV_QUESTIONS, ("dev", seed), None),
+        (files.test, digits.test_questions, held_out, equal_parts),
     ]
     if digits.task == "digits-shortcut":
         warm = files.train.with_name("warm.parquet")
-        written.append((warm, digits.train_questions, ("train", seed), warm_hint))
+        written.append((warm, digits.train_questions, ("train", seed), equal_parts))
     else:
         written = [(*what, None) for *what, _ in written]
     with progress.task("questions", total=len(written)) as advance:
