@@ -69,6 +69,9 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if not arguments.worker_of:
         for line in plan.impossible:
             print(line, flush=True)
+        if all(result_of(cell, RESULTS) is not None for cell in plan.cells):
+            print(f"all of {len(plan.cells)} runs are done")
+            return 0
         if jobs > 1:
             return work_in_processes(argv[1:], jobs)
     from papo_fast.rollout.vllm_on_cpu import sitecustomize

@@ -10,11 +10,12 @@ question of the same sort, so that both look alike and neither is nearer to the 
 
 The warm start must not decide the outcome, either way. A third of its questions have a right hint,
 a third a misleading one and a third none: it has learned that a hint may be worth following, and
-that it is not to be trusted. Whether it pays to look all the same is left to reinforcement learning
-to find out. (If all of its hints were right, it would copy them from the start. If they said
-nothing, it would learn to ignore them, and 120 steps of GRPO did not find out that they had become
-worth something: 5 % of the answers then followed a misleading hint.) Where the warm start ends is
-decided on questions without hints, so that it looks as well as that of `digits`.
+that it is not to be trusted. It follows 9 % of the misleading ones (seed 0), and 160 steps of GRPO
+made that 35 % while right hints were answered right in 95 % instead of 53 %: there is something to
+be caught, and room on both sides of it. If all of its hints were right, it would copy them from the
+start. If they said nothing, it would learn to ignore them: with such a warm start 120 steps of GRPO
+did not find out that hints had become worth something. Where the warm start ends is decided on
+questions without hints, so that it looks as well as that of `digits`.
 
 Pictures and questions are those of `digits` with the same seed: the tasks differ in hints alone.
 """
