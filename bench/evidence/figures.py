@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.evidence.arms import ARMS
+from bench.evidence.arms import ARMS, BEYOND, GAMMAS
 from bench.evidence.outcomes import OUTCOMES, Outcome, differences
 
 GOOD, BAD, INK = "#2a7f3f", "#b03030", "#222222"
@@ -76,6 +76,9 @@ def draw_gammas(tuned: dict[str, dict[str, list[dict]]], path: Path) -> Path:
             axes.plot([g for g, _ in points], values, marker="o", ms=3, label=name, **style)
     for axes, (title, _) in zip(panels, quantities, strict=True):
         axes.set_xscale("log")
+        gammas = [s.name.removeprefix("gamma-") for s in (*GAMMAS, *BEYOND)]
+        axes.set_xticks([float(g) for g in gammas], [g.removeprefix("0") for g in gammas])
+        axes.minorticks_off()
         axes.set_xlabel("γ", fontsize=8)
         axes.set_title(title, fontsize=9, color=INK)
         axes.tick_params(labelsize=7)
