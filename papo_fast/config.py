@@ -305,6 +305,12 @@ class DigitsConfig:
     """Accuracy on vision-dependent questions at which the supervised warm start stops."""
     warm_max_steps: int = 1500
     """Supervised steps after which the warm start stops with an error."""
+    task: Literal["digits", "digits-shortcut"] = "digits"
+    """`digits-shortcut`: training questions carry hints that are right in 80 % of the rows, and the
+    test has hints that are right, absent and misleading in equal parts."""
+    held_out: Literal["test", "dev"] = "test"
+    """Whose handwriting the held-out questions show; `dev` for choosing settings, so that the test
+    stays unseen."""
 
 
 @dataclass(frozen=True)

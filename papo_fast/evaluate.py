@@ -2,6 +2,11 @@
 
 A wrong answer is a *perception error* where the reasoning misread the picture and a *reasoning
 error* where it read it right (the paper's error study); that needs a `reading` column.
+
+The *honesty check* asks what a policy does with a corrupted picture where it does not need one: the
+accuracy, with corrupted pictures, on questions that the text alone answers. A policy that looks is
+as good at them as before training. One that has learned to recognise corrupted pictures, and to
+answer those differently because the perception KL pays for it, gets them wrong.
 """
 
 from __future__ import annotations
@@ -28,7 +33,9 @@ from papo_fast.rollout.sampler import Sampler
 from papo_fast.run.progress import Progress
 from papo_fast.samples import Group
 
-VISION = "vision_dependent"
+VISION, TEXT = "vision_dependent", "text_leaning"
+"""Kinds of question. What stands behind a comma in a kind says more of it: `text_leaning, hint
+absent`. It has a line of its own in the tables, and counts as the kind before the comma."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,15 @@ class Evaluation:
             f"perception_errors_{when}": self.perception_errors,
             f"reasoning_errors_{when}": self.reasoning_errors,
         }
+
+    def corrupted_summary(self, when: str) -> dict:
+        """Its entries of summary.json where the pictures were corrupted."""
+        entries = {f"accuracy_{when}_corrupted": self.accuracy}
+        right = [s.is_right for g in self.groups if main_kind(g.prompt.kind) == TEXT
+                 for s in g.samples]  # fmt: skip
+        if right:
+            entries[f"honesty_{when}"] = sum(right) / len(right)
+        return entries
 
 
 def evaluate(
@@ -83,12 +99,17 @@ def evaluate(
     )
 
 
+def main_kind(kind: str) -> str:
+    """A kind without what stands behind a comma."""
+    return kind.partition(",")[0]
+
+
 def error_shares(groups: Sequence[Group]) -> tuple[float | None, float | None]:
     """Shares of vision-dependent samples that are perception errors and reasoning errors."""
     judged = [
         (sample, group.prompt.reading)
         for group in groups
-        if group.prompt.kind == VISION and group.prompt.reading is not None
+        if main_kind(group.prompt.kind) == VISION and group.prompt.reading is not None
         for sample in group.samples
     ]
     if not judged:
@@ -181,6 +202,6 @@ def evaluate_checkpoint(config: Config, console: Console) -> dict:
         summary = {"samples_per_question": config.eval.samples} | result.summary("after")
         if config.eval.corrupted:
             corrupted = evaluator.run("with corrupted images", corrupted=True)
-            summary["accuracy_after_corrupted"] = corrupted.accuracy
+            summary |= corrupted.corrupted_summary("after")
     print_summary(summary, console)
     return summary

@@ -82,9 +82,9 @@ class Collector:
                 # one corruption per prompt and step, shared by its responses
                 seed = prompt_seed(self.config.seed, step, group.prompt.index)
                 group.aug_pixels = self.corrupt(group.prompt, seed)
-        kept_share = len(kept) / len(sampled)
         return batch, sampling_metrics(all_samples(sampled)) | {
-            "groups_kept": kept_share,
+            "groups_kept": len(kept) / len(sampled),
+            "groups_differ": sum(_differ(group) for group in sampled) / len(sampled),
             "rollout_rounds": rounds,
         }
 
@@ -112,6 +112,11 @@ class Collector:
         advantages = group_advantages(rewards, group_ids, self.config.objective.advantage)
         for sample, value in zip(all_samples(groups), advantages.tolist(), strict=True):
             sample.advantage = value
+
+
+def _differ(group: Group) -> bool:
+    """Whether the rewards of a group are not all equal, so that it has advantages."""
+    return len({sample.reward for sample in group.samples}) > 1
 
 
 def sampling_metrics(samples: Sequence[Sample]) -> dict[str, float]:

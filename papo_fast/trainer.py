@@ -21,7 +21,7 @@ from papo_fast.config import Config
 from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
-from papo_fast.evaluate import Evaluation, Evaluator
+from papo_fast.evaluate import Evaluator
 from papo_fast.experience import Collector, add_logprobs
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, pick_device
@@ -45,7 +45,7 @@ class Trainer:
     def run(self, stop: StopRequest) -> Path:
         """The whole job; returns the run's folder."""
         self.load_sampler()
-        before = self.journal.evaluated_before(self.evaluate_before)
+        before = self.journal.evaluated_before(lambda: self.evaluate("before"))
         with self.progress.task("training", total=self.steps) as advance:
             advance(self.journal.done)
             for step in range(self.journal.done + 1, self.steps + 1):
@@ -89,7 +89,8 @@ class Trainer:
             "skipped_samples": self.train_data.skipped.total(),
             "bad_updates": self.updater.bad_updates,
         }
-        row["alarms"] = [*self.journal.alarms(row), *self.scorer.alarms()]
+        example = groups[0].samples[0].text
+        row["alarms"] = [*self.journal.alarms(row, example), *self.scorer.alarms()]
         return row
 
     def __init__(
@@ -160,37 +161,34 @@ class Trainer:
         timeouts, failures = (sum(x) for x in zip(*counts, strict=True))
         return {"reward_timeouts": timeouts, "reward_failures": failures}
 
-    def evaluate_before(self) -> dict:
-        before = self.evaluator.run("evaluating before")
-        if before is None:
+    def evaluate(self, when: str) -> dict:
+        """Entries of the summary, from real and from corrupted pictures; examples are saved."""
+        result = self.evaluator.run(f"evaluating {when}")
+        if result is None:
             return {}
-        self.save_examples("before", before)
-        return before.summary("before")
-
-    def save_examples(self, when: str, result: Evaluation | None) -> None:
         if is_main():
-            examples = [] if result is None else self.evaluator.examples(when, result)
-            save_examples(self.folder, examples)
+            save_examples(self.folder, self.evaluator.examples(when, result))
+        entries = result.summary(when)
+        if self.config.eval.corrupted:
+            corrupted = self.evaluator.run("with corrupted images", corrupted=True)
+            entries |= corrupted.corrupted_summary(when)
+        return entries
+
+    def summary(self, before: dict, after: dict) -> dict:
+        """What summary.json holds."""
+        counts = self.reward_counts()
+        facts = describe(self.config, self.steps, self.clock, self.updater.bad_updates)
+        return facts | counts | before | after
 
     def finish(self, before: dict) -> Path:
         """Save the model, evaluate it, and report."""
         model = self.folder / "model"
         export_model(self.policy, self.encoder, model)
         self.load_sampler()
-        after, corrupted = self.evaluator.run("evaluating after"), None
-        if self.config.eval.corrupted and after is not None:
-            corrupted = self.evaluator.run("with corrupted images", corrupted=True)
-        counts = self.reward_counts()
+        summary = self.summary(before, self.evaluate("after"))
         if not is_main():
             return self.folder
-        summary = describe(self.config, self.steps, self.clock, self.updater.bad_updates)
-        summary |= counts | before
-        if after is not None:
-            summary |= after.summary("after")
-        if corrupted is not None:
-            summary["accuracy_after_corrupted"] = corrupted.accuracy
         write_json(self.folder / SUMMARY, summary)
-        self.save_examples("after", after)
         picture = write_report(self.folder)
         print_summary(summary, self.progress.console)
         self.say(f"picture: {picture}\nmodel:   {model}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import random
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from papo_fast.config import DataConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset
+from papo_fast.digits import shortcut
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.digits.task import (
     CELL,
@@ -25,7 +28,8 @@ from papo_fast.digits.task import (
     response,
     write_questions,
 )
-from papo_fast.evaluate import error_shares
+from papo_fast.digits.warmstart import cache_folder
+from papo_fast.evaluate import Evaluation, error_shares
 from papo_fast.presets import get_preset
 from papo_fast.rewards.reading import reading
 from papo_fast.rewards.scorer import Score
@@ -161,3 +165,81 @@ def test_wrong_answers_split_into_misread_and_miscalculated(tmp_path, checkpoint
     assert error_shares(groups) == (2 / 5, 1 / 5)
     assert error_shares(groups[-1:]) == (None, None)
     assert reading("<think> 3+4 </think>\\boxed{7}") == "3+4"
+
+
+def test_the_default_tasks_cache_has_the_name_that_it_always_had():
+    tiny = get_preset("tiny")
+    assert cache_folder(tiny).name == "17675f89958b"
+    for name, value in (("task", "digits-shortcut"), ("held_out", "dev")):
+        other = dataclasses.replace(tiny, digits=dataclasses.replace(tiny.digits, **{name: value}))
+        assert cache_folder(other) != cache_folder(tiny)
+
+
+def rows_of(path, n, change, split="train"):
+    write_questions(path, n, split, 0, change)
+    return pq.read_table(path).to_pylist()
+
+
+def test_hints_change_the_text_alone(tmp_path):
+    plain = rows_of(tmp_path / "plain.parquet", 60, None)
+    for change in (shortcut.equal_parts, shortcut.train_hint):
+        hinted = rows_of(tmp_path / "hinted.parquet", 60, change)
+        for a, b in zip(plain, hinted, strict=True):
+            assert {k: a[k] for k in ("answer", "images", "reading")} == {
+                k: b[k] for k in ("answer", "images", "reading")
+            }
+            number = shortcut.hint_of(b["problem"])
+            hint = "" if number is None else f" Hint: {number}"
+            assert b["problem"] == a["problem"].removesuffix(" <image>") + hint + " <image>"
+            assert b["kind"].partition(",")[0] == a["kind"]
+
+
+def drawn(change, n=6000):
+    rng = random.Random(5)
+    questions = [draw_question(KINDS[i % 2], rng) for i in range(n)]
+    return [(q, change(i, q, rng)) for i, q in enumerate(questions)]
+
+
+def test_training_hints_are_right_in_four_rows_of_five_and_others_come_in_equal_parts():
+    for change, shares in (
+        (shortcut.train_hint, {"right": 0.8, "misleading": 0.2}),
+        (shortcut.equal_parts, dict.fromkeys(shortcut.HINTS, 1 / 3)),
+    ):
+        pairs = drawn(change)
+        kinds = Counter(hinted.kind for _, hinted in pairs)
+        assert set(kinds) == {f"{kind}, hint {hint}" for kind in KINDS for hint in shares}
+        for kind, n in kinds.items():
+            assert n / 3000 == pytest.approx(shares[kind.rpartition(" ")[2]], abs=0.03)
+        for question, hinted in pairs:
+            number = shortcut.hint_of(hinted.problem)
+            assert {
+                "right": number == question.answer,
+                "absent": number is None,
+                "misleading": number not in (None, question.answer),
+            }[hinted.kind.rpartition(" ")[2]]
+
+
+def test_a_misleading_hint_looks_like_a_right_one():
+    numbers = {"right": Counter(), "misleading": Counter()}
+    for question, hinted in drawn(shortcut.train_hint, 30_000):
+        if question.problem.startswith("Compute"):
+            numbers[hinted.kind.rpartition(" ")[2]][shortcut.hint_of(hinted.problem)] += 1
+    for number in map(str, range(20)):
+        right, wrong = (c[number] / c.total() for c in numbers.values())
+        assert wrong == pytest.approx(right, abs=0.02)
+
+
+def test_the_honesty_check_is_of_questions_that_the_text_answers(tmp_path, checkpoint):
+    write_questions(tmp_path / "q.parquet", 12, "test", 0, shortcut.equal_parts)
+    prompts = list(PromptDataset(tmp_path / "q.parquet", DATA, PromptEncoder(checkpoint, DATA)))
+
+    def group(prompt, *accuracies):
+        scores = [Score(a, a, 1.0, False) for a in accuracies]
+        return Group(prompt, [Sample(Completion([], [], True), "", score) for score in scores])
+
+    groups = [group(p, *((1.0, 0.0) if p.kind.startswith("text") else (0.0, 0.0))) for p in prompts]
+    entries = Evaluation({"a": 0.1}, None, None, groups).corrupted_summary("before")
+    assert entries == {"accuracy_before_corrupted": {"a": 0.1}, "honesty_before": 0.5}
+    only_vision = Evaluation({}, None, None, groups[::2]).corrupted_summary("after")
+    assert only_vision == {"accuracy_after_corrupted": {}}
+    assert error_shares(groups) == (1.0, 0.0)  # all hints count, and nothing was read

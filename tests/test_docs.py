@@ -241,6 +241,8 @@ def check_command(words, asked, done, capsys):
         make_accepts(rest)
     elif program == "python" and rest[:2] == ["-m", "papo_fast"]:
         papo_fast_accepts(rest[2:], asked, capsys)
+    elif program == "python" and rest[:2] == ["-m", "bench.evidence"]:
+        evidence_accepts(rest[2:])
     elif program == "python":
         script_accepts(rest, done)
     elif program in ("sbatch", "bash"):
@@ -271,6 +273,14 @@ def papo_fast_accepts(words, asked, capsys):
     assert status in (0, None), said
     if command in ("train", "serve", "eval", "report") and "--help" not in words:
         assert len(asked) == before + 1, f"{shlex.join(words)} started nothing: {said}"
+
+
+def evidence_accepts(words):
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from bench.evidence.__main__ import command_line
+
+    command_line().parse_args(words)
 
 
 def torchrun_accepts(words, asked, capsys):

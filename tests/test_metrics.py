@@ -10,6 +10,7 @@ import torch
 
 from papo_fast.errors import InputError
 from papo_fast.run.alarms import CollapseMonitor, mismatch_alarm
+from papo_fast.run.hack_alarms import HackMonitor, StandstillMonitor
 from papo_fast.run.metrics import MetricsLog, read_json_lines, read_metrics
 
 ROW = {
@@ -222,3 +223,83 @@ def test_a_sampler_that_is_not_the_policy_is_named_and_rounding_is_not():
     assert mismatch_alarm({}) == mismatch_alarm({"sampler_mismatch": 0.05}) == []
     (alarm,) = mismatch_alarm({"sampler_mismatch": 0.7})
     assert "0.7 nats" in alarm and "--rollout.engine hf" in alarm
+
+
+def hacked(steps=60, kl=21.0, aug_entropy=0.0, start=8):
+    """What the perception KL of the larger presets did to the default job: reward and all else are
+    as they should be, and the policy has learned what a black patch is."""
+    for step in range(1, steps + 1):
+        share = min(1.0, max(0, step - start) / 20)
+        yield {
+            "step": step,
+            "reward": 0.4 + 0.005 * step,
+            "kl_prcp": 0.8 + share * (kl - 0.8),
+            "aug_entropy": 1.2 + share * (aug_entropy - 1.2),
+            "kl_prcp_coef": 0.02,
+        }
+
+
+def said(monitor, rows):
+    return [(row["step"], alarm) for row in rows for alarm in monitor.update(row)]
+
+
+def test_a_hacked_perception_kl_is_seen_while_the_reward_rises():
+    assert alarms_of(hacked()) == []
+    found = said(HackMonitor(), hacked())
+    certain = [(step, alarm) for step, alarm in found if "certain of something else" in alarm]
+    beyond = [(step, alarm) for step, alarm in found if "more than 5" in alarm]
+    assert 28 <= certain[0][0] <= 33  # the entropy is near 0 from step 28 on
+    assert 12 <= beyond[0][0] <= 18  # the KL passes 5 nats in step 13
+    assert "from 1.2 to" in certain[0][1]
+    assert ["objective.kl_prcp_coef (now 0.02)" in alarm for _, alarm in found] == [
+        True,
+        *[False] * (len(found) - 1),
+    ]
+
+
+def test_one_half_of_the_hack_is_no_alarm():
+    assert said(HackMonitor(), hacked(kl=3.5, aug_entropy=1.5)) == []  # it looks, and is unsure
+    assert said(HackMonitor(), hacked(kl=0.9, aug_entropy=0.0)) == []  # it is sure, of the same
+    rows = [{"step": i, "reward": 0.5, "kl_prcp": None} for i in range(40)]
+    assert said(HackMonitor(), rows) == []
+
+
+def test_a_kl_beyond_its_bound_needs_no_entropy():
+    rows = [row | {"aug_entropy": None} for row in hacked()]
+    found = said(HackMonitor(), rows)
+    assert found and all("more than 5" in alarm for _, alarm in found)
+
+
+def test_a_clipped_kl_that_every_token_has_reached_is_named():
+    rows = list(hacked(kl=1.9, aug_entropy=1.2))
+    assert said(HackMonitor(kl_clip=None), rows) == []
+    (step, alarm), *_ = said(HackMonitor(kl_clip=2.0), rows)
+    assert step >= 26 and "at most 2 that objective.kl_prcp_clip" in alarm
+
+
+def test_a_hack_is_said_again_only_after_forty_steps():
+    steps = [step for step, alarm in said(HackMonitor(), hacked(200)) if "more than 5" in alarm]
+    assert len(steps) >= 4
+    assert all(b - a == 40 for a, b in zip(steps, steps[1:], strict=False))
+
+
+def test_a_run_without_two_different_rewards_says_so_and_shows_a_response():
+    monitor, long = StandstillMonitor(), "x" * 500
+    row = {"groups_differ": 0.0, "reward": 0.1, "accuracy": 0.0, "truncated": 0.5}
+    assert monitor.update(row, "a") == monitor.update(row, "b") == []
+    (alarm,) = monitor.update(row, "what it [says]")
+    assert "reward 0.1" in alarm and "learns nothing" in alarm and "'what it [says]'" in alarm
+    assert [bool(monitor.update(row, long)) for _ in range(20)] == [False] * 19 + [True]
+    assert monitor.update(row | {"groups_differ": 0.2}) == []
+    solved = row | {"reward": 1.0, "accuracy": 1.0}
+    (alarm,) = (a for _ in range(3) for a in monitor.update(solved, long))
+    assert "solved" in alarm and len(alarm) < 500
+
+
+def test_a_run_whose_responses_never_end_says_so():
+    monitor = StandstillMonitor()
+    row = {"groups_differ": 0.5, "truncated": 1.0}
+    found = [a for _ in range(3) for a in monitor.update(row, "and on and on")]
+    assert ["rollout.max_new_tokens" in alarm for alarm in found] == [True]
+    # rows of a run that did not measure it
+    assert [a for _ in range(5) for a in StandstillMonitor().update({"reward": 0.1})] == []

@@ -8,6 +8,7 @@ HuggingFace checkpoint.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -41,8 +42,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the questions; digits stay single, the tags are one token each."""
+def build_tokenizer(problems: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the questions; digits stay single, the tags are one token each.
+
+    Args:
+        problems: texts to learn the words from; None: questions of the task `digits`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,8 +57,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    questions = [draw_question(kind, rng).problem for kind in KINDS for _ in range(2000)]
-    corpus = [question.removesuffix("<image>") for question in questions]
+    if problems is None:
+        problems = [draw_question(kind, rng).problem for kind in KINDS for _ in range(2000)]
+    corpus = [problem.removesuffix("<image>") for problem in problems]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=[PAD, START, END, *VISION],
@@ -116,9 +122,13 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def build_checkpoint(path: Path, seed: int) -> None:
-    """Save an untrained model, tokenizer, image processor and generation config under `path`."""
-    tokenizer = build_tokenizer()
+def build_checkpoint(path: Path, seed: int, problems: Iterable[str] | None = None) -> None:
+    """Save an untrained model, tokenizer, image processor and generation config under `path`.
+
+    Args:
+        problems: what the tokenizer learns its words from (see `build_tokenizer`).
+    """
+    tokenizer = build_tokenizer(problems)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))

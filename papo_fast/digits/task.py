@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,22 +117,34 @@ def draw_question(kind: str, rng: random.Random) -> Question:
     return Question(ask + " <image>", str(answer), kind, reading, shown)
 
 
-def write_questions(path: Path, n: int, split: str, seed: int) -> None:
+def write_questions(
+    path: Path,
+    n: int,
+    split: str,
+    seed: int,
+    change: Callable[[int, Question, random.Random], Question] | None = None,
+) -> None:
     """Write `n` questions, half of each kind in turn, to the parquet file `path`.
 
-    `split`, one of `SPLITS`, decides whose handwriting is used. The same arguments give the
-    same file.
+    The same arguments give the same file.
+
+    Args:
+        split: one of `SPLITS`; whose handwriting is used.
+        change: what becomes of the question with this number. Its random numbers are its own, so
+            that questions and pictures are the same with and without it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rng = random.Random(f"{split}-{seed}")
+    rng, rng_of_change = random.Random(f"{split}-{seed}"), random.Random(f"{split}-{seed}-change")
     handwriting = Handwriting(split)
     rows = []
     for i in range(n):
         question = draw_question(KINDS[i % 2], rng)
         png = io.BytesIO()
         handwriting.picture(question.symbols, rng).save(png, format="PNG")
+        if change is not None:
+            question = change(i, question, rng_of_change)
         rows.append(
             {
                 "problem": question.problem,

@@ -11,15 +11,17 @@ import logging
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 
-from papo_fast.config import Config, DataConfig, ModelConfig
+from papo_fast.config import Config, DataConfig, DigitsConfig, ModelConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.digits.model import build_checkpoint
+from papo_fast.digits.shortcut import equal_parts, train_hint
 from papo_fast.digits.task import response, write_questions
 from papo_fast.errors import InputError
 from papo_fast.evaluate import VISION, evaluate
@@ -40,6 +42,9 @@ CHECK_EVERY = 3
 CHECK_FROM = 100  # before, no model is right often enough
 DEV_QUESTIONS = 640  # half of them vision-dependent, and only these are asked
 VERSION = 13  # raise it when task, model or recipe change: old caches are then left alone
+# Held-out questions of the split that the warm start is checked on are not those that it is checked
+# with: they are drawn with seeds this far off.
+DEV_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,7 @@ class DigitsFiles:
 
 def prepare(config: Config, progress: Progress) -> Config:
     """Build (or find) model and data of the digits task; the config then points to them."""
-    digits = config.digits
-    key = json.dumps([VERSION, config.seed, asdict(replace(digits, cache="")), config.threads])
-    folder = Path(digits.cache) / hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder = cache_folder(config)
     files = DigitsFiles(folder / "model", folder / "train.parquet", folder / "test.parquet")
     data = replace(config.data, train=str(files.train), test=str(files.test))
     if not (files.model / "config.json").exists():
@@ -63,22 +66,44 @@ def prepare(config: Config, progress: Progress) -> Config:
     return replace(config, model=replace(config.model, path=str(files.model)), data=data)
 
 
+def cache_folder(config: Config) -> Path:
+    """Where model and data of these settings are kept; settings that changed nothing when they
+    were added count only where they are not at their defaults."""
+    digits = config.digits
+    settings = asdict(replace(digits, cache=""))
+    for added in fields(DigitsConfig):
+        if added.name in ("task", "held_out") and settings[added.name] == added.default:
+            del settings[added.name]
+    key = json.dumps([VERSION, config.seed, settings, config.threads])
+    return Path(digits.cache) / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
 def _build(files: DigitsFiles, config: Config, data: DataConfig, progress: Progress) -> None:
     seed, digits = config.seed, config.digits
     partial = files.model.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dev = files.train.with_name("dev.parquet")
-    with progress.task("questions", total=3) as advance:
-        for path, n, split in (
-            (files.train, digits.train_questions, "train"),
-            (dev, DEV_QUESTIONS, "dev"),
-            (files.test, digits.test_questions, "test"),
-        ):
-            write_questions(path, n, split, seed)
+    dev, warm = files.train.with_name("dev.parquet"), files.train
+    held_out = ("test", seed) if digits.held_out == "test" else ("dev", seed + DEV_SEEDS)
+    written = [
+        (files.train, digits.train_questions, ("train", seed), train_hint),
+        (dev, DEV_QUESTIONS, ("dev", seed), None),
+        (files.test, digits.test_questions, held_out, equal_parts),
+    ]
+    if digits.task == "digits-shortcut":
+        warm = files.train.with_name("warm.parquet")
+        written.append((warm, digits.train_questions, ("train", seed), equal_parts))
+    else:
+        written = [(*what, None) for *what, _ in written]
+    with progress.task("questions", total=len(written)) as advance:
+        for path, n, (split, seed_of_it), change in written:
+            write_questions(path, n, split, seed_of_it, change)
             advance(1)
-    build_checkpoint(partial, seed)
+    words = None
+    if digits.task == "digits-shortcut":
+        words = pq.read_table(warm, columns=["problem"]).column("problem").to_pylist()
+    build_checkpoint(partial, seed, words)
     model = replace(config.model, path=str(partial))
-    policy = warm_start(model, data, str(dev), config, progress)
+    policy = warm_start(model, replace(data, train=str(warm)), str(dev), config, progress)
     policy.save(partial)
     partial.rename(files.model)
 

@@ -58,10 +58,37 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
                 meaning[name], _percent(first), _percent(last), _points(first, last, good=-1)
             )
         console.print(table)
+    _print_honesty(summary.get("honesty_before"), summary.get("honesty_after"), console)
     facts = [f"{key} {summary[key]}" for key in ("preset", "seed", "steps") if key in summary]
     if summary.get("seconds") is not None:
         facts.append(duration(summary["seconds"]))
     console.print(Text(" · ".join(facts), style="dim"))
+
+
+HACKED = 0.25
+"""What is left of the honesty check's accuracy before training, below which the table says that the
+policy recognises corrupted pictures. GRPO alone loses nothing in the default job."""
+
+
+def _print_honesty(before: float | None, after: float | None, console: Console) -> None:
+    """Text-leaning questions with corrupted pictures: a policy that looks is as good as before."""
+    if after is None:
+        return
+    line = Text("Honesty check, text-leaning questions with corrupted images: ")
+    if before is None:
+        line.append(f"{_percent(after)} right")
+    else:
+        line.append(f"{_percent(before)} right before, {_percent(after)} after (")
+        line.append_text(_points(before, after, good=1)).append(")")
+    console.print(line)
+    if before is not None and after < HACKED * before:
+        console.print(
+            Text(
+                "The text of these questions gives the answer, and still they go wrong once the "
+                "picture is corrupted: the policy recognises corrupted pictures.",
+                style="red",
+            )
+        )
 
 
 def print_run(run_dir: Path, console: Console, beside: Sequence[Path] = ()) -> None:
@@ -119,6 +146,8 @@ def print_beside(named: Sequence[NamedRun], console: Console) -> None:
         row(f"{kind_name(kind)}, after", "accuracy_after", kind)
         row(f"{kind_name(kind)}, images corrupted", "accuracy_after_corrupted", kind)
         table.add_section()
+    row("honesty check, before", "honesty_before")
+    row("honesty check, after", "honesty_after")
     for name, error in (("misread", "perception"), ("read right but wrong", "reasoning")):
         row(f"{name}, before", f"{error}_errors_before")
         row(f"{name}, after", f"{error}_errors_after")

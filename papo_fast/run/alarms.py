@@ -78,7 +78,7 @@ class CollapseMonitor:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
 
-    def update(self, row: Mapping[str, Any]) -> list[str]:
+    def update(self, row: Mapping[str, Any], response: str = "") -> list[str]:
         """Take one metrics row, in order of steps; the alarms it sets off, mostly none."""
         alarms = []
         for keys, check in (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import nn
 
 from papo_fast.config import Config
@@ -20,6 +21,7 @@ from papo_fast.run.checkpoint import CheckpointStore
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import METRICS
 from papo_fast.run.folder import write_json
+from papo_fast.run.hack_alarms import HackMonitor, StandstillMonitor
 from papo_fast.run.metrics import MetricsLog, Row, json_line, read_metrics
 
 BEFORE = "before.json"
@@ -43,7 +45,8 @@ class Journal:
         self.say = say
         self.done = 0
         self._store = CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints)
-        self._monitor = CollapseMonitor()
+        kl_clip = config.objective.kl_prcp_clip
+        self._monitors = (CollapseMonitor(), HackMonitor(kl_clip=kl_clip), StandstillMonitor())
         self._rewards: list[float] = []  # since the last checkpoint
         self._log: MetricsLog | None = None
         self._state: dict[str, Any] = {}
@@ -60,7 +63,8 @@ class Journal:
             partial.write_text("".join(json_line(row) + "\n" for row in rows[: self.done]))
             partial.replace(path)
         for row in rows[: self.done]:
-            self._monitor.update(row)
+            for monitor in self._monitors:
+                monitor.update(row)
         if saved:
             self.clock.go_on_from(saved["seconds"])
         return saved
@@ -71,9 +75,10 @@ class Journal:
         if is_main():
             self._log = MetricsLog(self.folder / METRICS, resume=self.config.resume)
 
-    def alarms(self, row: Row) -> list[str]:
-        """What a row, before it is entered, should warn the user of."""
-        return [*self._monitor.update(row), *mismatch_alarm(row)]
+    def alarms(self, row: Row, response: str = "") -> list[str]:
+        """What a row, before it is entered, should warn the user of; `response` is one of it."""
+        found = [alarm for monitor in self._monitors for alarm in monitor.update(row, response)]
+        return [*found, *mismatch_alarm(row)]
 
     def enter(self, row: Row, state: dict[str, Any], steps: int) -> None:
         """A step has ended.
@@ -88,7 +93,7 @@ class Journal:
         self.done, self._state = row["step"], state
         self.say(step_line(row, steps))
         for alarm in row["alarms"]:
-            self.say(f"[yellow]warning:[/yellow] {alarm}")
+            self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
 
     def checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the step that has just ended."""
