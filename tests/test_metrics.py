@@ -280,7 +280,7 @@ def test_a_clipped_kl_that_every_token_has_reached_is_named():
 def test_a_hack_is_said_again_only_after_forty_steps():
     steps = [step for step, alarm in said(HackMonitor(), hacked(200)) if "more than 5" in alarm]
     assert len(steps) >= 4
-    assert all(b - a == 40 for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b - a == 40 for a, b in pairwise(steps))
 
 
 def test_a_run_without_two_different_rewards_says_so_and_shows_a_response():

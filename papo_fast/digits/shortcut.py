@@ -37,7 +37,7 @@ def equal_parts(number: int, question: Question, rng: random.Random) -> Question
     return _hinted(question, HINTS[number // len(KINDS) % len(HINTS)], rng)
 
 
-def train_hint(number: int, question: Question, rng: random.Random) -> Question:
+def train_hint(_number: int, question: Question, rng: random.Random) -> Question:
     """For training: right in `RIGHT` of all rows, and else misleading."""
     return _hinted(question, "right" if rng.random() < RIGHT else "misleading", rng)
 
