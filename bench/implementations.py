@@ -84,14 +84,15 @@ def term(batch: Batch, goal: ObjectiveConfig, *, bf16: bool = False, expected: b
     """
     hidden, aug_hidden, z, z_aug = batch.logits(bf16)
     log_p, log_q = z.log_softmax(-1), z_aug.log_softmax(-1)
+    if goal.aug != "trained":
+        log_q = log_q.detach()
     p = log_p.exp()
     exact = dict(
         entropy=-(p * log_p).sum(-1),
         aug_entropy=-(log_q.exp() * log_q).sum(-1),
         kl_prcp=(p * (log_p - log_q)).sum(-1),
+        kl_reverse=(log_q.exp() * (log_q - log_p)).sum(-1),
     )
-    if not goal.aug_gradient:
-        log_q = log_q.detach()
     ids = batch.sequence_ids
     over = Denominators.from_lengths(ids.bincount(), LONGEST)
     if expected and goal.kl_prcp_estimator == "sampled":

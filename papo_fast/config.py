@@ -194,8 +194,13 @@ class ObjectiveConfig:
     """η₂, weight of the entropy with the corrupted image, which is minimised."""
     entropy_estimator: Estimator | None = None
     """Entropies as mean of -logprobs of the sampled tokens, or exact over the vocabulary."""
-    aug_gradient: bool | None = None
-    """Let the gradient flow into the corrupted stream. The authors' code does not."""
+    kl_prcp_direction: Literal["forward", "reverse"] = "forward"
+    """Perception KL(π ‖ π_aug), or `reverse`: KL(π_aug ‖ π), exact only, whose gradient with the
+    corrupted stream constant is what the authors' sampled term has in expectation."""
+    aug: Literal["stored", "frozen", "trained"] | None = None
+    """How the corrupted stream runs. `stored`: its log-probs of the sampled tokens are taken once
+    per rollout, as the authors do; sampled terms only. `frozen`: the update runs it, and it is a
+    constant in every gradient. `trained`: gradients flow into it too."""
     average: Average | None = None
     """Token mean, mean of sequence means, or Dr. GRPO's constant denominator."""
     average_over: Literal["global", "micro"] | None = None
@@ -207,11 +212,15 @@ class ObjectiveConfig:
 
     def resolved(self) -> ObjectiveConfig:
         """A copy in which every field that follows `parity` is filled in (docs/design.md)."""
-        official = self.parity != "ours"
+        estimator = "exact" if self.parity == "ours" else "sampled"
+        exact = "exact" in (
+            self.kl_prcp_estimator or estimator,
+            self.entropy_estimator or estimator,
+        )
         follow = {
-            "kl_prcp_estimator": "sampled" if official else "exact",
-            "entropy_estimator": "sampled" if official else "exact",
-            "aug_gradient": self.parity != "official",
+            "kl_prcp_estimator": estimator,
+            "entropy_estimator": estimator,
+            "aug": "trained" if self.parity != "official" else ("frozen" if exact else "stored"),
             "average": "token",
             "average_over": "micro" if self.parity == "official" else "global",
         }
@@ -230,19 +239,9 @@ class ObjectiveConfig:
 
     @property
     def aug_stream(self) -> AugRun:
-        """How the corrupted stream runs; the configuration has to be resolved.
-
-        `none`: no term needs it. `stored`: its log-probs of the sampled tokens are taken once per
-        rollout, without gradient, as the authors do. `frozen`: the update runs it without gradient,
-        since an exact term needs the whole distribution. `trained`: the update runs it with
-        gradient, in one pass with the full stream.
-        """
-        if not self.needs_aug:
-            return "none"
-        if self.aug_gradient:
-            return "trained"
-        exact = "exact" in (self.kl_prcp_estimator, self.entropy_estimator)
-        return "frozen" if exact else "stored"
+        """How the corrupted stream runs, `none` where no term needs it; the configuration has to be
+        resolved."""
+        return (self.aug or "none") if self.needs_aug else "none"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from papo_fast.config import Config
+from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.errors import InputError
 
 
@@ -80,6 +80,19 @@ def check(config: Config) -> None:
         raise InputError(
             f"corruption.ratio is {config.corruption.ratio}: it must be between 0 and 1"
         )
+    check_objective(objective)
+    low, high = rollout.filter_range
+    if not low < high:
+        raise InputError(f"rollout.filter_range is ({low}, {high}): expected low < high")
+    if not config.digits.enabled:
+        if not config.model.path:
+            raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
+        if not config.data.train:
+            raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")
+
+
+def check_objective(objective: ObjectiveConfig) -> None:
+    """Raise `InputError` where coefficients are out of range or fields do not go together."""
     if not 0 <= objective.clip_low < 1 or objective.clip_high < 0:
         raise InputError(
             f"objective.clip_low = {objective.clip_low}, clip_high = {objective.clip_high}: "
@@ -91,11 +104,16 @@ def check(config: Config) -> None:
         raise InputError(
             f"objective.kl_prcp_top_p is {objective.kl_prcp_top_p}: expected a share in (0, 1]"
         )
-    low, high = rollout.filter_range
-    if not low < high:
-        raise InputError(f"rollout.filter_range is ({low}, {high}): expected low < high")
-    if not config.digits.enabled:
-        if not config.model.path:
-            raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
-        if not config.data.train:
-            raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")
+    terms = objective.resolved()
+    exact = "exact" in (terms.kl_prcp_estimator, terms.entropy_estimator)
+    if terms.aug == "stored" and exact:
+        raise InputError(
+            "objective.aug is stored, which keeps log-probs of the sampled tokens alone, but exact "
+            "terms need the corrupted stream's whole distribution: take frozen, or set "
+            "objective.kl_prcp_estimator and objective.entropy_estimator to sampled"
+        )
+    if terms.kl_prcp_direction == "reverse" and terms.kl_prcp_estimator != "exact":
+        raise InputError(
+            "objective.kl_prcp_direction is reverse, which exists as an exact term only: set "
+            "objective.kl_prcp_estimator to exact"
+        )

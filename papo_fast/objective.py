@@ -59,8 +59,13 @@ def reference_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
 
 
 def perception_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
-    """KL(π ‖ π_aug), sampled or exact, on the chosen tokens only, each at most `kl_prcp_clip`."""
-    if config.kl_prcp_estimator == "exact":
+    """KL between π and π_aug on the chosen tokens only, each at most `kl_prcp_clip`.
+
+    KL(π ‖ π_aug), sampled or exact, or with `kl_prcp_direction="reverse"` the exact KL(π_aug ‖ π).
+    """
+    if config.kl_prcp_direction == "reverse":
+        value = batch.vector("kl_reverse")
+    elif config.kl_prcp_estimator == "exact":
         value = batch.vector("kl_prcp")
     else:
         clamp = config.parity == "official"
@@ -93,7 +98,7 @@ def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:  # noqa: ARG
 
 
 def _aug(values: Tensor, config: ObjectiveConfig) -> Tensor:
-    return values if config.aug_gradient else values.detach()
+    return values if config.aug == "trained" else values.detach()
 
 
 # --- weights: what a mean is over -----------------------------------------------------------------
@@ -162,6 +167,12 @@ def _either(estimator: str, exact: str, *sampled: str) -> Callable[..., tuple[st
     return lambda config: (exact,) if getattr(config, estimator) == "exact" else sampled
 
 
+def _perception_vectors(config: ObjectiveConfig) -> tuple[str, ...]:
+    if config.kl_prcp_direction == "reverse":
+        return ("kl_reverse",)
+    return ("kl_prcp",) if config.kl_prcp_estimator == "exact" else ("aug_logprobs",)
+
+
 TERMS = (
     Term("pg_loss", lambda c: 1.0, policy_loss),
     Term(
@@ -174,7 +185,7 @@ TERMS = (
         "kl_prcp",
         lambda c: -c.kl_prcp_coef,
         perception_kl,
-        _either("kl_prcp_estimator", "kl_prcp", "aug_logprobs"),
+        _perception_vectors,
     ),
     Term(
         "entropy",

@@ -24,7 +24,7 @@ class TokenBatch:
     over two batches. Gradients flow through `logprobs` and, where the objective lets them, through
     `entropy`, `aug_logprobs`, `aug_entropy`, `kl_prcp` and `ref_kl`; the rest are constants.
 
-    `kl_prcp` is one operation of both streams: with `aug_gradient=False` whoever computes it has
+    `kl_prcp` is one operation of both streams: with `aug="frozen"` whoever computes it has
     to pass the corrupted stream's hidden states detached, since this module cannot separate them.
     """
 
@@ -44,6 +44,8 @@ class TokenBatch:
     """Exact entropy of π given the corrupted image, in nats."""
     kl_prcp: Tensor | None = None
     """Exact KL(π ‖ π_aug), in nats."""
+    kl_reverse: Tensor | None = None
+    """Exact KL(π_aug ‖ π), in nats."""
     ref_logprobs: Tensor | None = None
     """log π_ref of the sampled tokens."""
     ref_kl: Tensor | None = None

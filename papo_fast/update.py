@@ -140,6 +140,7 @@ class Updater:
             else stats.aug_logprobs,
             aug_entropy=stats.aug_entropy,
             kl_prcp=stats.kl_prcp,
+            kl_reverse=stats.kl_reverse,
             ref_logprobs=stored([s.ref for s in samples]),
             ref_kl=ref_kl,
             correct=right[batch.sequence_ids_N],

@@ -14,9 +14,9 @@ from papo_fast.token_batch import Denominators, TokenBatch
 LENGTHS = (3, 1, 7, 5)
 FLOAT_FIELDS = (
     *("logprobs", "old_logprobs", "advantages", "entropy", "aug_logprobs", "aug_entropy"),
-    *("kl_prcp", "ref_logprobs", "ref_kl", "rollout_weights"),
+    *("kl_prcp", "kl_reverse", "ref_logprobs", "ref_kl", "rollout_weights"),
 )
-LEAVES = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "ref_kl")
+LEAVES = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse", "ref_kl")
 
 
 def make_batch(lengths=LENGTHS, seed=0, **replaced) -> TokenBatch:
@@ -46,6 +46,7 @@ def make_batch(lengths=LENGTHS, seed=0, **replaced) -> TokenBatch:
         "ref_kl": uniform(0.01, 0.2),
         "correct": torch.tensor([True, False, False, True])[: len(lengths)][ids],
         "rollout_weights": uniform(0.3, 2.0),
+        "kl_reverse": uniform(0.01, 1.0),
     }
     return TokenBatch(**(values | replaced))
 
@@ -72,6 +73,7 @@ def everything(**replaced) -> ObjectiveConfig:
 EXACT = everything(kl_estimator="exact")
 SAMPLED = everything(kl_prcp_estimator="sampled", entropy_estimator="sampled")
 PAPER = everything(parity="paper")
+REVERSE = everything(kl_prcp_direction="reverse")
 
 
 def by_hand(batch: TokenBatch, config: ObjectiveConfig) -> float:
@@ -98,6 +100,7 @@ def by_hand(batch: TokenBatch, config: ObjectiveConfig) -> float:
         ref = at["ref_kl"] if config.kl_estimator == "exact" else k3("ref_logprobs")
         exact = config.kl_prcp_estimator == "exact"
         prcp = at["kl_prcp"] if exact else k3("aug_logprobs")
+        prcp = at["kl_reverse"] if config.kl_prcp_direction == "reverse" else prcp
         exact = config.entropy_estimator == "exact"
         entropies = (at["entropy"] if exact else -at["logprobs"]) * config.entropy_coef
         entropies += (at["aug_entropy"] if exact else -at["aug_logprobs"]) * config.aug_entropy_coef
@@ -117,6 +120,7 @@ CASES = {
     "exact": EXACT,
     "sampled": SAMPLED,
     "paper": PAPER,
+    "reverse": REVERSE,
     "no_dual_clip": everything(clip_dual=None),
     "exact_constant": everything(average="constant"),
     "exact_sequence": everything(average="sequence"),
@@ -240,10 +244,10 @@ def test_absurd_ratios_stay_finite():
 @pytest.mark.parametrize("parity", ["ours", "official"])
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_no_gradient_into_the_aug_stream_unless_asked(estimator, parity):
-    def aug_gradients(aug_gradient):
+    def aug_gradients(aug):
         config = everything(
             parity=parity,
-            aug_gradient=aug_gradient,
+            aug=aug,
             kl_prcp_estimator="sampled",
             entropy_estimator=estimator,
         )
@@ -252,8 +256,8 @@ def test_no_gradient_into_the_aug_stream_unless_asked(estimator, parity):
         assert leaves["logprobs"].grad.abs().sum() > 0
         return leaves["aug_logprobs"].grad, leaves["aug_entropy"].grad
 
-    assert aug_gradients(False) == (None, None)
-    logprobs_grad, entropy_grad = aug_gradients(True)
+    assert aug_gradients("frozen") == (None, None)
+    logprobs_grad, entropy_grad = aug_gradients("trained")
     assert logprobs_grad.abs().sum() > 0
     assert (entropy_grad is not None) == (estimator == "exact")
 
@@ -281,6 +285,7 @@ def test_terms_of_coefficient_zero_need_nothing_and_contribute_no_nan():
     [
         (EXACT, "ref_kl"),
         (EXACT, "kl_prcp"),
+        (REVERSE, "kl_reverse"),
         (EXACT, "entropy"),
         (EXACT, "aug_entropy"),
         (EXACT, "correct"),

@@ -1,13 +1,17 @@
 """What the objective is put together from: KL estimators, token mask, annealing, metrics."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from papo_fast.config import ObjectiveConfig
+from papo_fast.config_checks import check
 from papo_fast.errors import InputError
 from papo_fast.estimators import annealed, kl_penalty, largest_per_sequence
 from papo_fast.objective import mean_metrics
+from papo_fast.presets import get_preset
 from papo_fast.token_batch import TokenBatch
 
 
@@ -78,3 +82,34 @@ def test_metrics_of_several_updates_are_averaged_by_their_weights():
     third = {"loss": (torch.tensor(5.0), 1.0), "ratio_min": (torch.tensor(0.5), 1)}
     merged = mean_metrics([first, second, third])
     assert merged == {"loss": 4.0, "ratio_max": 3.0, "ratio_min": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "runs"),
+    [
+        ({}, "trained"),
+        ({"parity": "official"}, "stored"),
+        ({"parity": "official", "entropy_estimator": "exact"}, "frozen"),
+        ({"parity": "paper"}, "trained"),
+        ({"aug": "frozen", "kl_prcp_direction": "reverse"}, "frozen"),
+        ({"kl_prcp_coef": 0.0}, "none"),
+    ],
+    ids=str,
+)
+def test_how_the_corrupted_stream_runs_is_decided_once(fields, runs):
+    assert ObjectiveConfig(**fields).resolved().aug_stream == runs
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"aug": "stored"}, r"objective\.aug is stored"),
+        ({"parity": "official", "kl_prcp_direction": "reverse"}, r"kl_prcp_direction is reverse"),
+    ],
+    ids=str,
+)
+def test_a_stream_or_direction_that_the_estimators_cannot_serve_is_refused(fields, named):
+    config = get_preset("tiny")
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **fields))
+    with pytest.raises(InputError, match=named):
+        check(config)

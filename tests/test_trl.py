@@ -90,8 +90,10 @@ def packed(trainer, batch, counted=None, **changes):
         )
         groups.append(group_of(prompt, [batch["completion_ids"][i][mask].tolist()], corrupted[i]))
     positions = policy.prompt_positions
-    together = pack(groups, positions, aug=bool(goal.aug_gradient))
-    frozen = None if goal.aug_gradient else pack(groups, positions, full=False, aug=True)
+    together = pack(groups, positions, aug=goal.aug == "trained")
+    frozen = None
+    if goal.aug != "trained":
+        frozen = pack(groups, positions, full=False, aug=True)
     stats, _ = policy.stats(together, frozen_aug=frozen)
     old = flat(batch, batch["old_per_token_logps"])
     vectors = dict(

@@ -59,17 +59,10 @@ class Arm:
         return next(s for s in (*self.settings, *self.beyond) if s.name == name)
 
 
-def _stream(value: str, switch: str) -> tuple[str, ...]:
-    """The option for the corrupted stream: `objective.aug`, or the switch that stood before it."""
-    if any(field.name == "aug" for field in dataclasses.fields(ObjectiveConfig)):
-        return ("--objective.aug", value)
-    return ("--objective.aug-gradient", switch)
-
-
 OFFICIAL = ("--objective.parity", "official")
 PAPER = ("--objective.parity", "paper")
 CONSTANT = ("--objective.aug", "frozen")
-BOTH = _stream("trained", "True")
+BOTH = ("--objective.aug", "trained")
 REVERSE = ("--objective.kl-prcp-direction", "reverse")
 CLIP = ("--objective.kl-prcp-clip", "2")
 # η of the sampled entropies is the paper's, at which its 3B model did not collapse; exact ones at

@@ -33,7 +33,8 @@ class AugStream:
     """Of the shape of the full stream's; None for a batch without pictures, whose streams are
     equal."""
     gradient: bool = True
-    """Let the gradient flow into this stream. The authors' code does not."""
+    """Let the gradient flow into this stream; False: it is a constant in every gradient, as in the
+    authors' code."""
 
 
 def two_streams(
@@ -81,6 +82,7 @@ def two_streams(
         hidden,
         labels,
         aug_hidden=aug_hidden,
+        aug_constant=aug is not None and not aug.gradient,
         temperature=temperature,
         grad_budget=grad_budget,
         keep_dtype=keep_dtype,
@@ -93,11 +95,16 @@ def stats_of(
     labels: Tensor,
     *,
     aug_hidden: Tensor | None = None,
+    aug_constant: bool = False,
     temperature: float = 1.0,
     grad_budget: float = 3e-3,
     keep_dtype: bool = False,
 ) -> TokenStats:
-    """As `two_streams`, from the (B, S, D) hidden states of one or both streams."""
+    """As `two_streams`, from the (B, S, D) hidden states of one or both streams.
+
+    Args:
+        aug_constant: the corrupted stream is a constant in every gradient.
+    """
     weight, bias = _output_embedding(model)
     operands: dict[str, Any] = {
         "hidden": hidden,
@@ -119,6 +126,7 @@ def stats_of(
         softcap=_softcap(model),
         ignore_index=IGNORED,
         grad_budget=grad_budget,
+        aug_constant=aug_constant,
         **flat,
     )
     return TokenStats._make(None if x is None else x.view(labels.shape) for x in stats)

@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from papo_fast.config import ObjectiveConfig
+from papo_fast.config_checks import check_objective
 from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
 from papo_fast.estimators import annealed
@@ -73,6 +74,17 @@ class PAPOConfig(GRPOConfig):
             "no gradient into the corrupted stream; `paper`: sampled terms, both gradients."
         },
     )
+    kl_prcp_direction: Literal["forward", "reverse"] = field(
+        default="forward",
+        metadata={"help": "KL(π ‖ π_aug), or `reverse`: KL(π_aug ‖ π), which is exact only."},
+    )
+    aug: Literal["frozen", "trained"] | None = field(
+        default=None,
+        metadata={
+            "help": "The corrupted stream is a constant in every gradient (`frozen`), or gradients "
+            "flow into it too (`trained`); None: as `parity` says."
+        },
+    )
     corruption_ratio: float = field(
         default=0.6, metadata={"help": "Share of an image's patches that turns black."}
     )
@@ -90,7 +102,7 @@ class PAPOConfig(GRPOConfig):
             )
         if self.parity not in ("ours", "official", "paper"):
             raise InputError(f"parity = {self.parity!r}: expected ours, official or paper")
-        return ObjectiveConfig(
+        goal = ObjectiveConfig(
             parity=self.parity,
             clip_low=self.epsilon,
             clip_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
@@ -99,9 +111,13 @@ class PAPOConfig(GRPOConfig):
             kl_prcp_coef=self.kl_prcp_coef,
             kl_prcp_clip=self.kl_prcp_clip,
             kl_prcp_anneal_steps=self.kl_prcp_anneal_steps,
+            kl_prcp_direction=self.kl_prcp_direction,
+            aug=self.aug,
             entropy_coef=self.entropy_loss_coef,
             aug_entropy_coef=self.aug_entropy_loss_coef,
-        ).resolved()
+        )
+        check_objective(goal)
+        return goal.resolved()
 
 
 @dataclass
@@ -111,6 +127,7 @@ class TwoStreamOutput(FusedCausalLMOutput):
     aug_log_probs: Tensor | None = None
     aug_entropy: Tensor | None = None
     kl_prcp: Tensor | None = None
+    kl_reverse: Tensor | None = None
 
 
 class StatsHead:
@@ -160,7 +177,7 @@ class StatsHead:
         model.forward = types.MethodType(forward, model)
 
 
-_AUG = ("aug_log_probs", "aug_entropy", "kl_prcp")
+_AUG = ("aug_log_probs", "aug_entropy", "kl_prcp", "kl_reverse")
 
 
 def use_token_stats(trainer: GRPOTrainer, *, grad_budget: float = 3e-3) -> StatsHead:

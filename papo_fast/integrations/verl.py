@@ -45,6 +45,7 @@ class StatsOutput(ModelOutput):
     aug_log_probs: Tensor | None = None
     aug_entropy: Tensor | None = None
     kl_prcp: Tensor | None = None
+    kl_reverse: Tensor | None = None
     hidden_states: Tensor | None = None
 
 
@@ -143,6 +144,7 @@ def papo_loss(
     entropy: Tensor | None = None,
     aug_entropy: Tensor | None = None,
     kl_prcp: Tensor | None = None,
+    kl_reverse: Tensor | None = None,
     correct: Tensor | None = None,
     dp_size: int = 1,
     batch_num_tokens: int | Tensor | None = None,
@@ -160,8 +162,8 @@ def papo_loss(
             `config` says.
         config: coefficients and estimators; None: `ObjectiveConfig()`, PAPO-G with exact terms.
         rollout_is_weights: (B, L) importance weights of trainer over sampler.
-        ref_log_prob, aug_log_prob, entropy, aug_entropy, kl_prcp: (B, L) floating, each where a
-            term of `config` needs it.
+        ref_log_prob, aug_log_prob, entropy, aug_entropy, kl_prcp, kl_reverse: (B, L) floating, each
+            where a term of `config` needs it.
         correct: (B,) or (B, L) bool, response is right; for the SFT term.
         dp_size: ranks whose gradients are averaged; the loss is multiplied by it where the average
             is over the global batch.
@@ -191,6 +193,7 @@ def papo_loss(
         "aug_logprobs": aug_log_prob,
         "aug_entropy": aug_entropy,
         "kl_prcp": kl_prcp,
+        "kl_reverse": kl_reverse,
         "ref_logprobs": ref_log_prob,
         "correct": correct,
         "rollout_weights": rollout_is_weights,

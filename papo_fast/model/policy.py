@@ -144,7 +144,7 @@ class Policy(nn.Module):
 
         Args:
             batch: trees of one stream, or of the full and the aug stream in one forward pass.
-            frozen_aug: the aug stream as a batch of its own, whose hidden states get no gradient;
+            frozen_aug: the aug stream as a batch of its own, which is a constant in every gradient;
                 `batch` then holds the full stream alone.
             kl_to: a reference policy; the second result is then KL(policy || reference) of each
                 token, exact over the vocabulary, (N,) float32, else None. Needs `batch` to hold
@@ -160,6 +160,7 @@ class Policy(nn.Module):
             self._head_weight(),
             batch.targets_N,
             aug_hidden=aug[0] if aug else None,
+            aug_constant=frozen_aug is not None,
             bias=self.banned_V,
             temperature=temperature,
         )

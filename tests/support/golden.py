@@ -30,7 +30,7 @@ def official_config(config: dict) -> ObjectiveConfig:
         kl_prcp_clip=config.get("kl_prcp_clip"),
         entropy_coef=config["ori_entropy_coef"],
         aug_entropy_coef=config["aug_entropy_coef"],
-        aug_gradient=True if config["aug_grad"] else None,  # None: the parity's own, no gradient
+        aug="trained" if config["aug_grad"] else None,  # None: the parity's own, no gradient
         average=AVERAGE[config["avg"]],
         sft_coef=config.get("sft_coef", 0.0),
     ).resolved()
