@@ -239,9 +239,15 @@ class ObjectiveConfig:
 
     @property
     def aug_stream(self) -> AugRun:
-        """How the corrupted stream runs, `none` where no term needs it; the configuration has to be
-        resolved."""
-        return (self.aug or "none") if self.needs_aug else "none"
+        """How the corrupted stream runs, `none` where no term needs it.
+
+        Raises `ValueError` for a configuration that is not resolved: it does not know yet.
+        """
+        if not self.needs_aug:
+            return "none"
+        if self.aug is None:
+            raise ValueError("the objective is not resolved: pass config.resolved()")
+        return self.aug
 
 
 @dataclass(frozen=True)

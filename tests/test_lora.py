@@ -14,9 +14,9 @@ from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.model import liger
 from papo_fast.model.loading import load_model
-from papo_fast.model.lora import SharedReference, adapted_layers, is_adapter, merged
+from papo_fast.model.lora import adapted_layers, is_adapter, merged
 from papo_fast.model.packing import pack
-from papo_fast.model.policy import Policy
+from papo_fast.model.policy import Policy, SharedReference
 from papo_fast.presets import get_preset
 from support import SUPPORT, parallel_worker
 from support.family_checkpoints import write_checkpoint

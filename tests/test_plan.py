@@ -48,6 +48,11 @@ PUBLISHED = {
 }
 
 
+def resolved_preset(name):
+    config = get_preset(name)
+    return dataclasses.replace(config, objective=config.objective.resolved())
+
+
 @pytest.fixture(scope="module")
 def sizes():
     return {name: ModelSizes.of(ModelConfig(path=str(CONFIGS / f"{name}.json")))
@@ -112,7 +117,7 @@ def test_the_plan_counts_the_parameters_that_the_policy_trains(tmp_path, family,
     policy = Policy.load(config, [], torch.device("cpu"))
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in policy.parameters())
-    settings = dataclasses.replace(get_preset("papo-g-3b"), model=config)
+    settings = dataclasses.replace(resolved_preset("papo-g-3b"), model=config)
     plan = plan_memory(settings, ModelSizes.of(config), Lengths(16, 8, 8))
     # two moments of four bytes; weights of four
     assert plan.update["optimizer"] == 8 * trained
@@ -127,7 +132,7 @@ def arguments(name, gpus, *more):
 @pytest.mark.parametrize("gpus", [1, 2, 8, 64])
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if "qwen2" in n])
 def test_plans_for_h100s_fit_or_say_what_to_switch_on(sizes, name, gpus):
-    config = get_preset("papo-g-7b")
+    config = resolved_preset("papo-g-7b")
     layout, memory = Layout(gpus, GPUS["h100"].memory), GPUS["h100"].memory
     plan = plan_memory(config, sizes[name], Lengths(), layout)
     parts = ", ".join(f"{k} {v / 2**30:.1f}" for k, v in plan.worst.items())
@@ -149,7 +154,7 @@ def test_plans_for_h100s_fit_or_say_what_to_switch_on(sizes, name, gpus):
 
 def test_the_advice_can_be_passed_to_the_command_line(sizes, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    config = get_preset("papo-g-7b")
+    config = resolved_preset("papo-g-7b")
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, gradient_checkpointing=False)
     )
@@ -164,7 +169,7 @@ def test_the_advice_can_be_passed_to_the_command_line(sizes, capsys, monkeypatch
 
 
 def test_where_vllm_does_not_fit_into_its_share_it_gets_gpus_of_its_own(sizes):
-    config = get_preset("papo-g-7b")
+    config = resolved_preset("papo-g-7b")
     config = dataclasses.replace(
         config, rollout=dataclasses.replace(config.rollout, engine="vllm", gpu_memory=0.4)
     )
@@ -178,7 +183,7 @@ def test_where_vllm_does_not_fit_into_its_share_it_gets_gpus_of_its_own(sizes):
 
 
 def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):
-    config = get_preset("papo-g-7b")
+    config = resolved_preset("papo-g-7b")
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, gradient_checkpointing=False)
     )
@@ -191,7 +196,7 @@ def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):
 
 
 def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
-    config, layout = get_preset("papo-g-7b"), Layout(8, GPUS["h100"].memory)
+    config, layout = resolved_preset("papo-g-7b"), Layout(8, GPUS["h100"].memory)
 
     def activations(lengths=None, **model):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
@@ -226,9 +231,9 @@ def test_a_micro_batch_is_the_one_that_packing_makes(warm):
 
 
 def test_time_counts_the_passes_and_falls_with_more_gpus(sizes):
-    config, lengths = get_preset("papo-g-7b"), Lengths()
+    config, lengths = resolved_preset("papo-g-7b"), Lengths()
     model = sizes["qwen2_5_vl_7b"]
-    grpo = get_preset("grpo")
+    grpo = resolved_preset("grpo")
     plain = dataclasses.replace(config.model, gradient_checkpointing=False)
     ours, theirs = (
         step_work(dataclasses.replace(c, model=plain), lengths, model.flops) for c in (config, grpo)
@@ -275,7 +280,7 @@ def test_a_prompt_goes_through_the_model_as_often_as_its_engine_says(tmp_path, r
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_plan_counts_the_prompt_passes_of_the_engine(sizes, engine, monkeypatch):
-    config, lengths = get_preset("papo-g-7b"), Lengths()
+    config, lengths = resolved_preset("papo-g-7b"), Lengths()
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine=engine))
     model = sizes["qwen2_5_vl_7b"]
     once = step_work(config, lengths, model.flops).prefill
