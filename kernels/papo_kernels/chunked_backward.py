@@ -61,7 +61,8 @@ def backward(call, saved, upstream, needs, tiles):
     """
     stats = unpack(saved.rows, chunked_forward.names(call.streams))
     upstream = each(lambda x: x.to(call.head.dtype), upstream)
-    run = Backward(call, stats, upstream, make_wanted(needs, upstream, call.options.aug_constant), tiles)
+    wanted = make_wanted(needs, upstream, call.options.aug_constant)
+    run = Backward(call, stats, upstream, wanted, tiles)
     total = GradientSum(run)
     # Rows are counted in the order in which the forward cut its tiles.
     count = int((call.targets != call.options.ignore_index).sum())
