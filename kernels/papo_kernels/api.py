@@ -29,6 +29,7 @@ class TokenStats(NamedTuple):
     aug_logprobs: torch.Tensor | None = None  # log q(target)
     aug_entropy: torch.Tensor | None = None  # H(q)
     kl_prcp: torch.Tensor | None = None  # KL(p || q)
+    kl_reverse: torch.Tensor | None = None  # KL(q || p)
 
 
 def token_stats(
@@ -41,20 +42,29 @@ def token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    aug_constant: bool = False,
     grad_budget: float = 3e-3,
     backend: str = "auto",
     validate: bool | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> TokenStats:
-    """Exact log-probs, entropies and perception KL of N tokens; the logits never exist as a whole.
+    """Exact log-probs, entropies and perception KLs of N tokens; the logits never exist as a whole.
 
     With `z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature` and
     `p = softmax(z)`, and `q` likewise from `aug_hidden`:
 
         logprobs = log p[target]    entropy = -sum(p log p)    kl_prcp = sum(p (log p - log q))
+                                                            kl_reverse = sum(q (log q - log p))
 
     `kl_prcp` is the implicit perception loss and the two entropies the double entropy loss of PAPO
     (arXiv 2507.06448): estimated there from the sampled token, summed here over the vocabulary.
+    With q constant, the gradient of their sampled estimate, averaged over tokens drawn from p, is
+    that of `kl_reverse`. An upstream gradient c of it adds to the gradients of the logits z and
+    z_aug (those of q)
+
+        dz = c (p - q)    dz_aug = c q (log q - log p - kl_reverse)
+
+    and one of `kl_prcp` adds `dz = c p (log p - log q - kl_prcp)`, `dz_aug = c (q - p)`.
 
     Args:
         hidden: (N, D) floating; last hidden states under the real image.
@@ -66,6 +76,9 @@ def token_stats(
         temperature: > 0; divides the logits after the soft cap.
         softcap: > 0, or None for no cap.
         ignore_index: rows with this target give exact zeros, no gradient, and enter no matmul.
+        aug_constant: treat q as a constant in everything: aug_hidden gets no gradient, weight and
+            bias none through q, and aug_logprobs and aug_entropy none at all; the KLs pull on p
+            alone. The backward then costs that of one stream, and q's logits where a KL is used.
         grad_budget: share of each token's gradient that the backward may leave out, in [0, 1);
             0.0 is exact. In each stream, sum |dz| over the words left out is at most this share of
             the token's own sum |dz| or of the call's root mean square of it, whichever is larger;
@@ -82,7 +95,7 @@ def token_stats(
 
     Returns:
         TokenStats, each (N,) float32 in nats (float64 when an operand is float64), differentiable
-        with respect to hidden, aug_hidden, weight and bias. The last three are None without
+        with respect to hidden, aug_hidden, weight and bias. The last four are None without
         `aug_hidden`. A NaN in a row gives NaN in that row's statistics only.
 
     Raises:
@@ -90,7 +103,7 @@ def token_stats(
         NotImplementedError: `backend="triton"` where it cannot run.
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
-    _check_options(temperature, softcap, ignore_index, grad_budget, backend)
+    _check_options(temperature, softcap, ignore_index, aug_constant, grad_budget, backend)
     options = Options(
         temperature=float(temperature),
         softcap=None if softcap is None else float(softcap),
@@ -99,6 +112,7 @@ def token_stats(
         backend=_choose_backend(backend, (hidden, aug_hidden, weight, bias), vocab_group),
         group="" if vocab_group is None else vocab_group.group_name,
         validate=targets.device.type == "cpu" if validate is None else validate,
+        aug_constant=aug_constant,
     )
     if options.backend == "reference":
         if vocab_group is not None:
@@ -120,6 +134,7 @@ def _by_reference(hidden, aug_hidden, weight, bias, targets, options):
             temperature=options.temperature,
             softcap=options.softcap,
             ignore_index=options.ignore_index,
+            aug_constant=options.aug_constant,
         )
 
 
@@ -212,13 +227,15 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
         )
 
 
-def _check_options(temperature, softcap, ignore_index, grad_budget, backend):
+def _check_options(temperature, softcap, ignore_index, aug_constant, grad_budget, backend):
     if not _is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; expected a finite number > 0")
     if softcap is not None and (not _is_number(softcap) or not 0 < softcap < math.inf):
         raise ValueError(f"softcap is {softcap!r}; expected a finite number > 0, or None")
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise ValueError(f"ignore_index is {ignore_index!r}; expected an int")
+    if not isinstance(aug_constant, bool):
+        raise ValueError(f"aug_constant is {aug_constant!r}; expected True or False")
     if not _is_number(grad_budget) or not 0 <= grad_budget < 1:
         raise ValueError(
             f"grad_budget is {grad_budget!r}; expected a number in [0, 1), 0 for dense"

@@ -165,9 +165,11 @@ class CandidateSums(NamedTuple):
     aug: StreamSums = StreamSums()
     prob_gap: torch.Tensor | None = None
     log_ratio: torch.Tensor | None = None
+    aug_log_ratio: torch.Tensor | None = None
     logit_gap: torch.Tensor | None = None
     aug_logit_gap: torch.Tensor | None = None
     kl_terms: torch.Tensor | None = None  # p (log p - log q) + (q - p)
+    kl_reverse_terms: torch.Tensor | None = None  # q (log q - log p) - (q - p)
     net_size: torch.Tensor | None = None  # |dz + dz_aug|
 
     def sizes(self):
@@ -184,7 +186,7 @@ def typical_sizes(s, g, count):
     """Of both streams and their sum, the root mean square over rows of sum |dz|, about.
 
     It is computed from the statistics alone: exactly for a log-prob, and from below for an entropy,
-    2 p_max (log p_max + H), and for the KL.
+    2 p_max (log p_max + H), and for the KLs.
 
     Args:
         s, g: RowStats and Upstream of all rows, (N,) each.
@@ -196,11 +198,16 @@ def typical_sizes(s, g, count):
     full, aug, net = _own_size(s.full, g.full), 0, 0
     if s.aug is not None:
         aug = _own_size(s.aug, g.aug)
-        if g.kl_prcp is not None:
-            kl = g.kl_prcp.abs()
-            of_full, of_aug = _kl_sizes(s)
-            net = kl * s.kl_prcp.abs() + full + aug
-            full, aug = full + kl * of_full, aug + kl * of_aug
+        own, own_aug = full, aug
+        for kl, up, sizes in (
+            (s.kl_prcp, g.kl_prcp, _kl_sizes),
+            (s.kl_reverse, g.kl_reverse, _kl_reverse_sizes),
+        ):
+            if up is not None:
+                of_full, of_aug = sizes(s)
+                net = net + up.abs() * kl.abs()
+                full, aug = full + up.abs() * of_full, aug + up.abs() * of_aug
+        net = net + own + own_aug
     return tuple(
         (
             torch.as_tensor(x, dtype=s.full.peak.dtype).nan_to_num(0, 0, 0).square().sum() / count
@@ -228,12 +235,20 @@ def _kl_sizes(s):
     return size, size.clamp_max(2)
 
 
+def _kl_reverse_sizes(s):
+    """(N,) as `_kl_sizes`: sum |p - q| and sum |q (log q - log p - KL)| of KL(q || p)."""
+    if s.aug_log_ratio is not None:
+        return s.prob_gap, (s.aug_log_ratio - s.kl_reverse).clamp_min(0)
+    size = (s.aug_logit_gap - _normaliser_gap(s) - s.kl_reverse).clamp_min(0)
+    return torch.minimum(size, _kl_sizes(s)[1]), size
+
+
 def outside(sums, s, g, wanted):
     """Bounds on sum |dz| over the words that are not candidates.
 
     Whole-vocabulary sums less those of the candidates. All other words have log p < -H, so that the
-    terms p (log p + H), which sum to 0 over all words, are negative there. To dz + dz_aug the KL
-    adds its own non-negative terms, less p KL: of second order where q is close to p. Their
+    terms p (log p + H), which sum to 0 over all words, are negative there. To dz + dz_aug a KL
+    adds its own non-negative terms, less p KL or q KL: of second order where q is close to p. Their
     rounding is the logits' times |log q - log p|.
 
     Args:
@@ -246,18 +261,25 @@ def outside(sums, s, g, wanted):
     mass = None if sums.full.mass is None else _left(1, sums.full.mass)
     aug_mass = None if sums.aug.mass is None else _left(1, sums.aug.mass)
     own = own_aug = full = aug = net = None
-    kl = None if g.kl_prcp is None else g.kl_prcp.abs()
+    kl, reverse = (None if x is None else x.abs() for x in (g.kl_prcp, g.kl_reverse))
     if wanted.full:
         full = own = _own_outside(mass, sums.full, g.full)
         if kl is not None:
-            full = own + kl * _kl_outside(sums, s, mass)
+            full = full + kl * _log_ratio_outside(sums, s, mass)
+        if reverse is not None:
+            full = full + reverse * _prob_gap_outside(sums, s, mass, aug_mass)
     if wanted.aug:
         aug = own_aug = _own_outside(aug_mass, sums.aug, g.aug)
         if kl is not None:
-            aug = own_aug + kl * _kl_outside_aug(sums, s, mass, aug_mass)
+            aug = aug + kl * _prob_gap_outside(sums, s, mass, aug_mass)
+        if reverse is not None:
+            aug = aug + reverse * _aug_log_ratio_outside(sums, s, aug_mass)
     if wanted.net:
-        terms = s.kl_prcp - sums.kl_terms - ROUNDING * (2 * s.kl_prcp.abs()).sqrt()
-        net = own + own_aug + kl * (terms.clamp_min(0) + s.kl_prcp.abs() * mass)
+        net = own + own_aug
+        if kl is not None:
+            net = net + kl * _terms_outside(s.kl_prcp, sums.kl_terms, mass)
+        if reverse is not None:
+            net = net + reverse * _terms_outside(s.kl_reverse, sums.kl_reverse_terms, aug_mass)
     return full, aug, net
 
 
@@ -276,15 +298,29 @@ def _own_outside(mass, sums, g):
     return bound
 
 
-def _kl_outside(sums, s, mass):
-    """(R, 1) bound on sum |p (log p - log q - KL)|."""
+def _terms_outside(kl, terms, mass):
+    """(R, 1) bound on what a KL adds to sum |dz + dz_aug|; mass: of the policy that it averages."""
+    left = kl - terms - ROUNDING * (2 * kl.abs()).sqrt()
+    return left.clamp_min(0) + kl.abs() * mass
+
+
+def _log_ratio_outside(sums, s, mass):
+    """(R, 1) bound on sum |p (log p - log q - KL(p || q))|."""
     if s.log_ratio is not None:
         return _left(s.log_ratio, sums.log_ratio) + s.kl_prcp.abs() * mass
     gap = _left(s.logit_gap, sums.logit_gap)
     return gap + (_normaliser_gap(s) + s.kl_prcp.abs()) * mass
 
 
-def _kl_outside_aug(sums, s, mass, aug_mass):
+def _aug_log_ratio_outside(sums, s, aug_mass):
+    """(R, 1) bound on sum |q (log q - log p - KL(q || p))|."""
+    if s.aug_log_ratio is not None:
+        return _left(s.aug_log_ratio, sums.aug_log_ratio) + s.kl_reverse.abs() * aug_mass
+    gap = _left(s.aug_logit_gap, sums.aug_logit_gap)
+    return gap + (_normaliser_gap(s) + s.kl_reverse.abs()) * aug_mass
+
+
+def _prob_gap_outside(sums, s, mass, aug_mass):
     """(R, 1) bound on sum |q - p|; it is <= p + q, and <= max(p, q) |log q - log p|."""
     if s.prob_gap is not None:
         return _left(s.prob_gap, sums.prob_gap)

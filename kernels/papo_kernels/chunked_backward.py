@@ -61,7 +61,8 @@ def backward(call, saved, upstream, needs, tiles):
     """
     stats = unpack(saved.rows, chunked_forward.names(call.streams))
     upstream = each(lambda x: x.to(call.head.dtype), upstream)
-    run = Backward(call, stats, upstream, make_wanted(needs, upstream), tiles)
+    wanted = make_wanted(needs, upstream, call.options.aug_constant)
+    run = Backward(call, stats, upstream, wanted, tiles)
     total = GradientSum(run)
     # Rows are counted in the order in which the forward cut its tiles.
     count = int((call.targets != call.options.ignore_index).sum())
@@ -260,8 +261,7 @@ def _some_tiles(run, cut, budget, typical, tightness, total):
 def _tile(run, at, levels):
     """The tile of the rows `at`; None where no row has an upstream gradient."""
     s, g = run.of_rows(at)
-    given = (*g.full, *g.aug, g.kl_prcp)
-    if not any(x is not None and x.any() for x in given):
+    if not any(x is not None and x.any() for x in g.flat):
         return None
     # A NaN of the aug stream alone may get lost here; its tile's levels are 0, which is dense too.
     highest = max(float(x.entropy.max()) for x in (s.full, s.aug) if x is not None)

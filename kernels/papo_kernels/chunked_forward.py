@@ -138,7 +138,7 @@ def combine_shards(saved, named, group):
     """Statistics of the whole vocabulary from those of each rank's words, by one collective.
 
     With w a shard's mass: H = sum w (H_shard - log w), KL = sum w (KL_shard + log w - log w_aug).
-    The sums that bound the KL's gradient, which only a sparse backward uses, are not combined.
+    The sums that bound the KLs' gradients, which only a sparse backward uses, are not combined.
     """
     parts = saved.new_empty(group.size() * len(saved), saved.shape[1])
     dist.all_gather_into_tensor(parts, saved, group=group)
@@ -155,8 +155,9 @@ def combine_shards(saved, named, group):
         )
         whole[prefix + "logprobs"] = (part[prefix + "logprobs"] + log_w[prefix]).amax(0)
     if "kl_prcp" in part:
-        terms = part["kl_prcp"] + log_w[""] - log_w["aug_"]
-        whole["kl_prcp"] = _weighted(log_w[""].exp(), terms)
+        for name, of, to in (("kl_prcp", "", "aug_"), ("kl_reverse", "aug_", "")):
+            terms = part[name] + log_w[of] - log_w[to]
+            whole[name] = _weighted(log_w[of].exp(), terms)
     nothing = torch.zeros_like(saved[0])
     return torch.stack([whole.get(name, nothing) for name in named])
 

@@ -40,16 +40,21 @@ def d_logits(log_p, p, log_q, q, s, g, wanted):
     log_p, p, log_q, q: (R, V), or None for a stream that nothing needs. s, g: RowStats and Upstream
     of (R, 1).
     """
-    log_ratio = log_q - log_p if wanted.kl else None
+    log_ratio = log_q - log_p if wanted.any_kl else None
+    gap = q_minus_p(p, q, log_ratio) if wanted.kl_reverse or (wanted.kl and wanted.aug) else None
     dz = dz_aug = None
     if wanted.full:
         dz = _own(log_p, p, s.full.entropy, g.full)
         if wanted.kl:
             dz = _plus(dz, -g.kl_prcp * p * (log_ratio + s.kl_prcp))
+        if wanted.kl_reverse:
+            dz = _plus(dz, -g.kl_reverse * gap)
     if wanted.aug:
         dz_aug = _own(log_q, q, s.aug.entropy, g.aug)
         if wanted.kl:
-            dz_aug = _plus(dz_aug, g.kl_prcp * q_minus_p(p, q, log_ratio))
+            dz_aug = _plus(dz_aug, g.kl_prcp * gap)
+        if wanted.kl_reverse:
+            dz_aug = _plus(dz_aug, g.kl_reverse * q * (log_ratio - s.kl_reverse))
     return dz, dz_aug
 
 

@@ -67,13 +67,16 @@ def forward(
     backend: str,
     group: str,
     validate: bool,
+    aug_constant: bool,
     keep_levels: bool,
 ) -> list[torch.Tensor]:
     """The (N,) outputs of `TokenStats` that exist, then the three tensors of `rows.Saved`.
 
     keep_levels: whether the backward may be sparse; if not, the levels are empty.
     """
-    options = Options(temperature, softcap, ignore_index, grad_budget, backend, group, validate)
+    options = Options(
+        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         if validate:
@@ -86,7 +89,7 @@ def forward(
 @forward.register_fake
 def _(
     hidden, aug_hidden, weight, bias, targets, temperature, softcap, ignore_index, grad_budget,
-    backend, group, validate, keep_levels,
+    backend, group, validate, aug_constant, keep_levels,
 ):  # fmt: skip
     n, vocab, layout = targets.shape[0], weight.shape[0], _layout(backend)
     names = layout.names(1 if aug_hidden is None else 2)
@@ -107,6 +110,7 @@ def backward(
     aug_logprobs: torch.Tensor | None,
     aug_entropy: torch.Tensor | None,
     kl_prcp: torch.Tensor | None,
+    kl_reverse: torch.Tensor | None,
     hidden: torch.Tensor,
     aug_hidden: torch.Tensor | None,
     weight: torch.Tensor,
@@ -123,10 +127,13 @@ def backward(
     backend: str,
     group: str,
     validate: bool,
+    aug_constant: bool,
 ) -> list[torch.Tensor]:
     """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
-    options = Options(temperature, softcap, ignore_index, grad_budget, backend, group, validate)
-    upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp)
+    options = Options(
+        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant
+    )
+    upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
@@ -135,9 +142,9 @@ def backward(
 
 @backward.register_fake
 def _(
-    logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, hidden, aug_hidden, weight, bias,
-    targets, rows, levels, order, needs, temperature, softcap, ignore_index, grad_budget, backend,
-    group, validate,
+    logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse, hidden, aug_hidden, weight,
+    bias, targets, rows, levels, order, needs, temperature, softcap, ignore_index, grad_budget,
+    backend, group, validate, aug_constant,
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [
@@ -166,13 +173,20 @@ forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_stats(hidden, aug_hidden, weight, bias, targets, options):
-    """The two or five (N,) tensors that OUTPUTS lists; options: `rows.Options`."""
+    """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`."""
+    if options.aug_constant and aug_hidden is not None:
+        aug_hidden = aug_hidden.detach()
     operands = (hidden, aug_hidden, weight, bias)
     differentiable = any(x is not None and x.requires_grad for x in operands)
     keep_levels = (
         options.grad_budget > 0 and not options.group and differentiable and torch.is_grad_enabled()
     )
-    return forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
+    outputs = forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
+    if not options.aug_constant:
+        return outputs
+    # The operator's outputs all hang on the weight, and these depend on it through q alone.
+    named = zip(OUTPUTS, outputs, strict=False)
+    return [x.detach() if name in ("aug_logprobs", "aug_entropy") else x for name, x in named]
 
 
 def check_targets(targets, vocab, ignore_index):

@@ -15,8 +15,10 @@ def compute_dtype(*operands):
     return torch.float64 if wide else torch.float32
 
 
-def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softcap, ignore_index):
-    """Five (N,) tensors or None: logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp."""
+def token_stats(
+    hidden, weight, targets, *, aug_hidden, bias, temperature, softcap, ignore_index, aug_constant
+):
+    """Six (N,) tensors or None, as `rows.OUTPUTS` lists them."""
     dtype = compute_dtype(hidden, aug_hidden, weight, bias)
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     kept_targets = targets[kept]
@@ -50,5 +52,7 @@ def token_stats(hidden, weight, targets, *, aug_hidden, bias, temperature, softc
     stats = [target_logprob(log_p), entropy(log_p)]
     if aug_hidden is not None:
         log_q = log_softmax(aug_hidden)
-        stats += [target_logprob(log_q), entropy(log_q), kl(log_p, log_q)]
-    return tuple(map(spread, stats)) + (None,) * (5 - len(stats))
+        if aug_constant:
+            log_q = log_q.detach()
+        stats += [target_logprob(log_q), entropy(log_q), kl(log_p, log_q), kl(log_q, log_p)]
+    return tuple(map(spread, stats)) + (None,) * (6 - len(stats))

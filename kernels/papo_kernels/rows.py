@@ -17,7 +17,7 @@ import torch.distributed as dist
 from papo_kernels.reference import compute_dtype
 
 # What `token_stats` returns, in this order. Of one stream it returns the first two.
-OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
+OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
 # Logits of one chunk and stream: 128 MiB of float32. A product packs the weight anew for each.
 CHUNK_ELEMENTS = 1 << 25
 # Elements of the weight that are gathered or upcast at a time: 16 MiB of float32.
@@ -37,6 +37,7 @@ class Options:
     backend: str  # "triton", "torch" or "reference"
     group: str  # name of the process group whose ranks hold shards of `weight`; "" for none
     validate: bool
+    aug_constant: bool  # no gradient passes through the aug stream
 
 
 @dataclass(frozen=True)
@@ -181,32 +182,34 @@ class StreamStats(NamedTuple):
 class RowStats(NamedTuple):
     """What a row's gradients need besides its logits, (R,) or (R, 1) each.
 
-    The certificate bounds what the KL adds to the gradient by either of two pairs of sums over the
-    vocabulary. A way fills one pair and leaves None in the other.
+    The certificate bounds what the KLs add to the gradient by either of two groups of sums over the
+    vocabulary. A way fills one group and leaves None in the other.
     """
 
     full: StreamStats
     aug: StreamStats | None = None
-    kl_prcp: torch.Tensor | None = None
+    kl_prcp: torch.Tensor | None = None  # KL(p || q)
+    kl_reverse: torch.Tensor | None = None  # KL(q || p)
     prob_gap: torch.Tensor | None = None  # sum |q - p|
     log_ratio: torch.Tensor | None = None  # sum p |log q - log p|
+    aug_log_ratio: torch.Tensor | None = None  # sum q |log q - log p|
     logit_gap: torch.Tensor | None = None  # sum p |z - z_aug|
     aug_logit_gap: torch.Tensor | None = None  # sum q |z - z_aug|
 
 
-BY_PROBABILITY = ("prob_gap", "log_ratio")
+BY_PROBABILITY = ("prob_gap", "log_ratio", "aug_log_ratio")
 BY_LOGIT = ("logit_gap", "aug_logit_gap")
 
 
 def statistics_names(streams, bound):
     """Names of the statistics that need all of a row's logits, as they stand in (F, R) tensors.
 
-    bound: the pair of sums that bounds the KL's gradient, BY_PROBABILITY or BY_LOGIT.
+    bound: the sums that bound the KLs' gradients, BY_PROBABILITY or BY_LOGIT.
     """
     names = ("peak", "log_sum", "entropy")
     if streams == 1:
         return names
-    return (*names, *(f"aug_{name}" for name in names), "kl_prcp", *bound)
+    return (*names, *(f"aug_{name}" for name in names), "kl_prcp", "kl_reverse", *bound)
 
 
 def saved_names(streams, bound):
@@ -260,11 +263,17 @@ class Upstream(NamedTuple):
     full: StreamUpstream
     aug: StreamUpstream
     kl_prcp: torch.Tensor | None = None
+    kl_reverse: torch.Tensor | None = None
+
+    @property
+    def flat(self):
+        """In the order of OUTPUTS."""
+        return (*self.full, *self.aug, self.kl_prcp, self.kl_reverse)
 
 
-def make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp):
+def make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse):
     full, aug = StreamUpstream(logprobs, entropy), StreamUpstream(aug_logprobs, aug_entropy)
-    return Upstream(full, aug, kl_prcp)
+    return Upstream(full, aug, kl_prcp, kl_reverse)
 
 
 @dataclass(frozen=True)
@@ -279,28 +288,41 @@ class Wanted:
     # of the logits of either stream, because an operand's gradient needs them
     full: bool
     aug: bool
-    kl: bool  # the KL has an upstream gradient
-    # Where q is close to p the KL's two gradients nearly cancel in the weight's, and what is
+    kl: bool  # KL(p || q) has an upstream gradient
+    kl_reverse: bool  # KL(q || p) has one
+    # Where q is close to p a KL's two gradients nearly cancel in the weight's, and what is
     # dropped must be small beside that: the streams' sum is certified too.
     net: bool
 
     @property
+    def any_kl(self):
+        """Whether a gradient compares the streams, and so needs the logits of both."""
+        return self.kl or self.kl_reverse
+
+    @property
     def full_logits(self):
         """Whether the backward needs the logits of that stream."""
-        return self.full or self.kl
+        return self.full or self.any_kl
 
     @property
     def aug_logits(self):
-        return self.aug or self.kl
+        return self.aug or self.any_kl
 
 
-def make_wanted(needs, upstream):
-    """needs: for hidden, aug_hidden, weight and bias, whether it wants a gradient."""
+def make_wanted(needs, upstream, aug_constant):
+    """What a backward computes.
+
+    needs: for hidden, aug_hidden, weight and bias, whether it wants a gradient. aug_constant: no
+    gradient passes through the aug stream, neither to its states nor to weight and bias.
+    """
     hidden, aug_hidden, weight, bias = needs
-    shared, kl = weight or bias, upstream.kl_prcp is not None
-    full = (hidden or shared) and (kl or upstream.full.given)
-    aug = (aug_hidden or shared) and (kl or upstream.aug.given)
-    return Wanted(hidden, aug_hidden, weight, bias, full, aug, kl, full and aug and kl and shared)
+    shared = weight or bias
+    kl, kl_reverse = upstream.kl_prcp is not None, upstream.kl_reverse is not None
+    any_kl, aug_hidden = kl or kl_reverse, aug_hidden and not aug_constant
+    full = (hidden or shared) and (any_kl or upstream.full.given)
+    aug = (aug_hidden or shared) and (any_kl or upstream.aug.given) and not aug_constant
+    net = full and aug and any_kl and shared
+    return Wanted(hidden, aug_hidden, weight, bias, full, aug, kl, kl_reverse, net)
 
 
 def each(function: Callable, value):

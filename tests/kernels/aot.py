@@ -3,6 +3,7 @@
 `python tests/kernels/aot.py` prints the table; `--write` also makes it the committed one.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -44,12 +45,12 @@ def _kernels(launch):
         name = f"forward {'two streams' if two else 'one stream'}"
         constants = dict(TWO=two, LEVELS=True, **head)
         yield name, kernels.forward_kernel, constants, launch.forward
-    for gather in (False, True):
+    for gather, reverse in itertools.product((False, True), (False, True)):
         outputs = dict.fromkeys(
             ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
         )
-        name = f"dz {'gathered' if gather else 'dense'}"
-        constants = dict(GATHER=gather, NET=gather, **outputs, **head)
+        name = f"dz {'gathered' if gather else 'dense'}{' reverse' if reverse else ''}"
+        constants = dict(GATHER=gather, NET=gather, KL_REVERSE=reverse, **outputs, **head)
         yield name, gradients.dz_kernel, constants, launch.dz
     yield "d_hidden", gradients.d_hidden_kernel, {}, launch.d_hidden
     constants = dict(WEIGHT=True, BIAS=True)

@@ -25,7 +25,7 @@ def multiply(head, states, weight, out):
 
 
 def row_statistics(logits):
-    """(3 or 9, R) statistics of one or two (R, V) `logits`."""
+    """(3 or 11, R) statistics of one or two (R, V) `logits`."""
     names = statistics_names(len(logits), BY_PROBABILITY)
     return library.statistics(logits[0], logits[1] if len(logits) == 2 else None, len(names))
 

@@ -130,18 +130,20 @@ def _picked_logits(tiles, weight, pairs):
     return zs
 
 
-def column_gradients(z, streams, rows, targets, fields):
-    """(K, R) gradients of the logits z, and (`fields`, R / streams) sums over the K columns.
+def column_gradients(z, streams, aug, reverse, rows, targets, fields):
+    """Gradients of the (K, R) logits z, and (`fields`, R / streams) sums over the K columns.
 
-    rows: (F, R / streams) statistics and upstream gradients. targets: (R / streams,) int32, where
-    among the columns a row's target stands. The C++ says which sums and which rows; so does
-    `cpu/tiles.py`.
+    aug: whether the second of two streams gets gradients, else they are (K, R / streams). reverse:
+    whether KL(q || p) has an upstream gradient. rows: (F, R / streams) statistics and upstream
+    gradients. targets: (R / streams,) int32, where among the columns a row's target stands. The C++
+    says which sums and which rows; so does `cpu/tiles.py`.
     """
-    g, padded = torch.empty_like(z), rows.shape[1]
+    padded = rows.shape[1]
+    g = z.new_empty(len(z), padded * (2 if streams == 2 and aug else 1))
     sums = torch.empty(fields, padded)
     _library().column_gradients(
-        z.data_ptr(), g.data_ptr(), len(z), streams, padded, rows.data_ptr(), targets.data_ptr(),
-        sums.data_ptr(),
+        z.data_ptr(), g.data_ptr(), len(z), streams, aug, reverse, padded, rows.data_ptr(),
+        targets.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return g, sums
 
@@ -254,7 +256,7 @@ def _library():
     library.product.argtypes = [p, n, n, p, n, n, n, p, n, i]
     library.picked_logits.argtypes = [p, i, n, n, p, n, n, i]
     library.picked_gradients.argtypes = [p, i, n, p, n, p, n, i, i, p, i, n, i]
-    library.column_gradients.argtypes = [p, p, n, n, n, p, p, p]
+    library.column_gradients.argtypes = [p, p, n, n, i, i, n, p, p, p]
     library.drop_least.argtypes = [p, n, n, n, i, p, p, p]
     library.drop_least.restype = n
     return library

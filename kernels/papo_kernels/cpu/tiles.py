@@ -36,9 +36,15 @@ class States(NamedTuple):
         parts = iter(x.split(self.padded))
         return tuple(next(parts)[: self.count] if present else None for present in self.present)
 
+    def that_have(self, gradients):
+        """These states without the aug stream, where `gradients` are the full one's alone."""
+        if gradients.present == self.present:
+            return self
+        return self._replace(rows=self.rows[: self.padded], present=gradients.present)
+
 
 class Gradients(NamedTuple):
-    """Gradients of a tile on some words."""
+    """Gradients of a tile on some words, S streams."""
 
     cols: torch.Tensor  # (K,) int64, ascending
     z: torch.Tensor | None  # (K, S padded) logits; None where not needed
@@ -63,16 +69,17 @@ def picked_logits(states, cols, call):
 
 
 def differentiate(states, candidates, logits, s, g, run):
-    """As in `eager/tiles.py`; every stream that is present gets gradients, wanted or not."""
-    call, z, present = run.call, logits, states.present
+    """As in `eager/tiles.py`; the full stream, if it is present, gets gradients, wanted or not."""
+    call, wanted, z, present = run.call, run.wanted, logits, states.present
     bias = None if call.bias is None else call.bias[candidates.cols]
     call.head.finish(z.T, bias)
     rows = _rows_for_cpp(states, candidates, s, g, z)
     targets = torch.full((states.padded,), -1, dtype=torch.int32)
     targets[: states.count] = candidates.place
     both = all(present)
+    fields = len(TWO_STREAM_SUMS if both else StreamSums._fields)
     dz, sums = library.column_gradients(
-        z, sum(present), rows, targets, len(TWO_STREAM_SUMS if both else StreamSums._fields)
+        z, sum(present), wanted.aug, wanted.kl_reverse, rows, targets, fields
     )
     sums = sums[:, : states.count, None]
     if both:
@@ -85,20 +92,22 @@ def differentiate(states, candidates, logits, s, g, run):
     else:
         one = StreamSums(*sums)
         found = CandidateSums(one) if present[0] else CandidateSums(StreamSums(), one)
+    if both and not wanted.aug:
+        z, present = z[:, : states.padded], (True, False)
     return found, Gradients(candidates.cols, z, dz, present, states.count)
 
 
 # In the order in which the C++ writes them; one stream has the first three.
 TWO_STREAM_SUMS = (
     "mass", "own", "size", "aug_mass", "aug_own", "aug_size", "prob_gap", "log_ratio", "kl_terms",
-    "net_size",
+    "net_size", "aug_log_ratio", "kl_reverse_terms",
 )  # fmt: skip
 
 
 def _rows_for_cpp(states, candidates, s, g, z):
-    """(6 or 14, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
+    """(6 or 16, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
 
-    Where both are, the KL and its upstream gradient follow.
+    Where both are, the KLs follow, each with its upstream gradient.
     """
     nothing = torch.zeros_like(s.full.peak)
     fields = []
@@ -108,7 +117,7 @@ def _rows_for_cpp(states, candidates, s, g, z):
             target = torch.where(candidates.valid[:, None], target, torch.nan)
             fields += [stream.peak, stream.log_sum, stream.entropy, *up, target]
     if all(states.present):
-        fields += [s.kl_prcp, g.kl_prcp]
+        fields += [s.kl_prcp, g.kl_prcp, s.kl_reverse, g.kl_reverse]
     rows = z.new_zeros(len(fields), states.padded)
     given = [nothing if x is None else x for x in fields]
     rows[:, : states.count] = torch.cat(given, 1).T
@@ -143,6 +152,7 @@ def finish(gradients, run):
 
 def add_gradients(states, gradients, call, d_weight, d_bias, dtype):
     cols = torch.cat([finished.cols for finished in gradients]).unique()
+    states = [x.that_have(finished) for x, finished in zip(states, gradients, strict=True)]
     given = []
     for x, finished in zip(states, gradients, strict=True):
         d_x = None

@@ -15,7 +15,7 @@ def forward(call, keep_levels):
 
 
 def row_statistics(logits):
-    """(3 or 9, R) statistics of one or two (R, V) `logits`, by blocks that stay in cache."""
+    """(3 or 11, R) statistics of one or two (R, V) `logits`, by blocks that stay in cache."""
     function = two_streams if len(logits) == 2 else one_stream
     size = max(1, EAGER_ELEMENTS // logits[0].shape[-1])
     starts = range(0, len(logits[0]), size)
@@ -30,17 +30,19 @@ def one_stream(z):
 
 
 def two_streams(z, z_aug):
-    """(9, R): what `rows.statistics_names` lists, of two (R, V) logits.
+    """(11, R): what `rows.statistics_names` lists, of two (R, V) logits.
 
-    The KL is summed as p (log p - log q) + (q - p): the additional terms add up to 0 and make every
-    term non-negative, so that first-order errors cancel where q is close to p.
+    KL(p || q) is summed as p (log p - log q) + (q - p), and KL(q || p) as q (log q - log p) -
+    (q - p): the additional terms add up to 0 and make every term non-negative, so that first-order
+    errors cancel where q is close to p.
     """
     full, aug = _normaliser(z), _normaliser(z_aug)
     log_p, log_q = log_probs(z, full), log_probs(z_aug, aug)
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_q - log_p
     gap = q_minus_p(p, q, log_ratio)
-    drift = p * log_ratio
-    sums = [(gap - drift).sum(-1), gap.abs().sum(-1), drift.abs().sum(-1)]
+    drift, aug_drift = p * log_ratio, q * log_ratio
+    kls = [(gap - drift).sum(-1), (aug_drift - gap).sum(-1)]
+    sums = kls + [x.abs().sum(-1) for x in (gap, drift, aug_drift)]
     of_full = [full.peak.squeeze(-1), full.log_sum.squeeze(-1), _entropy(p, log_p)]
     of_aug = [aug.peak.squeeze(-1), aug.log_sum.squeeze(-1), _entropy(q, log_q)]
     return torch.stack(of_full + of_aug + sums)

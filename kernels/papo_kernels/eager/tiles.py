@@ -83,11 +83,16 @@ def differentiate(states, candidates, logits, s, g, run):
     if z_aug is not None:
         log_q = log_probs(z_aug, s.aug)
         q = log_q.exp()
+    if wanted.aug:
         aug |= {"mass": q, "own": q * (log_q + s.aug.entropy)}
-    if wanted.kl:
+    if wanted.any_kl:
         x = log_q - log_p
         gap = q_minus_p(p, q, x)
-        of_kl = {"prob_gap": gap.abs(), "log_ratio": p * x.abs(), "kl_terms": gap - p * x}
+        of_kl = {"prob_gap": gap.abs()}
+        if wanted.kl:
+            of_kl |= {"log_ratio": p * x.abs(), "kl_terms": gap - p * x}
+        if wanted.kl_reverse:
+            of_kl |= {"aug_log_ratio": q * x.abs(), "kl_reverse_terms": q * x - gap}
     dz, dz_aug = d_logits(log_p, p, log_q, q, s, g, wanted)
     for x, plus in ((dz, g.full.logprobs), (dz_aug, g.aug.logprobs)):
         if x is not None and plus is not None:
@@ -176,10 +181,9 @@ def add_gradients(states, gradients, call, d_weight, d_bias, dtype):
 
 def _add(states, finished, call, d_weight, d_bias, states_too):
     head, cols = call.head, finished.cols
-    count = len(states.rows) // sum(states.present)
-    none = head.empty(states.rows[:count], len(cols)).zero_()
-    pairs = zip(finished.dz, states.present, strict=True)
-    grads = torch.cat([none if g is None else g for g, present in pairs if present])
+    pairs = [(x, g) for x, g in zip(states.split(states.rows), finished.dz, strict=True)]
+    states = states_of([None if g is None else x for x, g in pairs])
+    grads = torch.cat([g for _, g in pairs if g is not None])
     rows = states.rows.to(head.dtype)
     total = torch.zeros_like(rows) if states_too else None
     for block, weight in head.blocks(call.weight, cols):

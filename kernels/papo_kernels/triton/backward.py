@@ -40,7 +40,7 @@ class Backward:
     saved: Saved
     stats: RowStats  # (N,) each
     upstream: Upstream  # (N,) each
-    up: torch.Tensor  # (5, N) float32: upstream gradients as the kernels read them
+    up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
     wanted: Wanted
     count: int  # rows that count
     tile: int  # rows of a tile
@@ -74,7 +74,6 @@ def backward(call, saved, upstream, needs):
 
 
 def _backward_of(call, saved, upstream, needs):
-    flat = (*upstream.full, *upstream.aug, upstream.kl_prcp)
     zeros = torch.zeros_like(saved.rows[0])
     return Backward(
         call,
@@ -83,8 +82,8 @@ def _backward_of(call, saved, upstream, needs):
         saved,
         unpack(saved.rows, names(call.streams)),
         upstream,
-        torch.stack([zeros if g is None else g.to(torch.float32) for g in flat]),
-        make_wanted(needs, upstream),
+        torch.stack([zeros if g is None else g.to(torch.float32) for g in upstream.flat]),
+        make_wanted(needs, upstream, call.options.aug_constant),
         int((call.targets != call.options.ignore_index).sum()),
         launch.TILE,
     )
@@ -176,7 +175,7 @@ def _launch_dz(run, grid, order, picked, dz, dz_aug, sums, stride_entry, stride_
         TWO=w.aug_logits, FULL=w.full, AUG=w.aug,
         LOGPROB=g.full.logprobs is not None, ENTROPY=g.full.entropy is not None,
         LOGPROB_AUG=g.aug.logprobs is not None, ENTROPY_AUG=g.aug.entropy is not None,
-        KL=w.kl, GATHER=gather, NET=w.net and gather, HAS_BIAS=o.has_bias,
+        KL=w.kl, KL_REVERSE=w.kl_reverse, GATHER=gather, NET=w.net and gather, HAS_BIAS=o.has_bias,
         CAP=head.softcap is not None, UPCAST=o.upcast, BLOCK_N=run.tile,
         BLOCK_V=blocks.v, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

@@ -81,10 +81,13 @@ def combine(part, targets, vocab):
             prefix + "logprobs": torch.where(valid, (logit - peak) - log_sum, torch.nan),
         }
     if "cross" in part:
-        cross, gap, aug_gap = (
-            (weights[prefix] * part[name]).sum(0) / totals[prefix]
-            for prefix, name in (("", "cross"), ("", "logit_gap"), ("aug_", "aug_logit_gap"))
-        )
+        cross, gap, aug_gap, aug_cross = (
+            (weights[prefix] * part[prefix + name]).sum(0) / totals[prefix]
+            for prefix, name in (
+                ("", "cross"), ("", "logit_gap"), ("aug_", "logit_gap"), ("aug_", "cross")
+            )
+        )  # fmt: skip
         log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
-        stats |= {"kl_prcp": cross - log_ratio, "logit_gap": gap, "aug_logit_gap": aug_gap}
+        stats |= {"kl_prcp": cross - log_ratio, "kl_reverse": log_ratio - aug_cross}
+        stats |= {"logit_gap": gap, "aug_logit_gap": aug_gap}
     return stats

@@ -10,6 +10,7 @@ from papo_kernels.rows import OUTPUTS
 from papo_kernels.triton.kernels import (
     AUG_STREAM,
     ENTROPY_ROW,
+    KL_REVERSE_ROW,
     KL_ROW,
     head,
     log_prob,
@@ -22,7 +23,7 @@ from papo_kernels.triton.kernels import (
 # `certificate.CandidateSums`. `dz_kernel` leaves alone what its flags make needless.
 SUMS = (
     "mass", "own", "logit_gap", "size", "aug_mass", "aug_own", "aug_logit_gap", "aug_size",
-    "kl_terms", "net_size",
+    "kl_terms", "net_size", "kl_reverse_terms",
 )  # fmt: skip
 N_SUMS = tl.constexpr(len(SUMS))
 MASS, AUG_MASS = tl.constexpr(SUMS.index("mass")), tl.constexpr(SUMS.index("aug_mass"))
@@ -32,6 +33,7 @@ LOGIT_GAP = tl.constexpr(SUMS.index("logit_gap"))
 AUG_LOGIT_GAP = tl.constexpr(SUMS.index("aug_logit_gap"))
 KL_TERMS = tl.constexpr(SUMS.index("kl_terms"))
 NET_SIZE = tl.constexpr(SUMS.index("net_size"))
+KL_REVERSE_TERMS = tl.constexpr(SUMS.index("kl_reverse_terms"))
 
 # Where upstream gradients stand in (len(OUTPUTS), N).
 UP_LOGPROB = tl.constexpr(OUTPUTS.index("logprobs"))
@@ -39,6 +41,7 @@ UP_ENTROPY = tl.constexpr(OUTPUTS.index("entropy"))
 UP_LOGPROB_AUG = tl.constexpr(OUTPUTS.index("aug_logprobs"))
 UP_ENTROPY_AUG = tl.constexpr(OUTPUTS.index("aug_entropy"))
 UP_KL = tl.constexpr(OUTPUTS.index("kl_prcp"))
+UP_KL_REVERSE = tl.constexpr(OUTPUTS.index("kl_reverse"))
 
 
 @triton.jit
@@ -49,7 +52,7 @@ def dz_kernel(
     stride_entry, stride_tile, temperature, softcap,
     TWO: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, LOGPROB: tl.constexpr,
     ENTROPY: tl.constexpr, LOGPROB_AUG: tl.constexpr, ENTROPY_AUG: tl.constexpr, KL: tl.constexpr,
-    GATHER: tl.constexpr, NET: tl.constexpr,
+    KL_REVERSE: tl.constexpr, GATHER: tl.constexpr, NET: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +103,9 @@ def dz_kernel(
     g_kl = tl.zeros((BLOCK_N, 1), tl.float32)
     if KL:
         g_kl = tl.load(up + UP_KL * N, mask=live, other=0.0)[:, None]
+    if KL_REVERSE:
+        g_reverse = tl.load(up + UP_KL_REVERSE * N, mask=live, other=0.0)[:, None]
+        kl_reverse = tl.load(stat + KL_REVERSE_ROW * N, mask=live, other=0.0)[:, None]
     out = entry[None, :] * stride_entry + (
         tl.arange(0, BLOCK_N)[:, None] + (tile - first_tile) * stride_tile
     )
@@ -120,6 +126,8 @@ def dz_kernel(
         if LOGPROB:
             g = tl.load(up + UP_LOGPROB * N, mask=live, other=0.0)[:, None]
             dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
+        if KL_REVERSE:
+            dz -= g_reverse * q_minus_p(p, q, log_q - log_p)
         dz = tl.where(keep, dz, 0.0)
         if GATHER:
             tl.store(sums + OWN * BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
@@ -127,7 +135,7 @@ def dz_kernel(
         net = dz
         dz *= slope(z, temperature, softcap, CAP)
         tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=in_col[None, :])
-    if GATHER and KL:
+    if GATHER and (KL or KL_REVERSE):
         tl.store(sums + LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
         tl.store(sums + AUG_LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
     if AUG:
@@ -137,10 +145,9 @@ def dz_kernel(
             g = tl.load(up + UP_ENTROPY_AUG * N, mask=live, other=0.0)[:, None]
             dz -= g * q * (log_q + entropy_aug)
         if KL:
-            x = log_q - log_p
-            series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-            gap = tl.where(tl.abs(x) < 0.25, p * series, q - p)
-            dz += g_kl * gap
+            dz += g_kl * q_minus_p(p, q, log_q - log_p)
+        if KL_REVERSE:
+            dz += g_reverse * q * (log_q - log_p - kl_reverse)
         if LOGPROB_AUG:
             g = tl.load(up + UP_LOGPROB_AUG * N, mask=live, other=0.0)[:, None]
             dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
@@ -150,11 +157,24 @@ def dz_kernel(
             tl.store(sums + AUG_OWN * BLOCK_N, tl.sum(own_aug, 1))
             tl.store(sums + AUG_SIZE * BLOCK_N, tl.sum(tl.abs(dz), 1))
         if NET:
-            terms = tl.where(keep, gap - p * (log_q - log_p), 0.0)
-            tl.store(sums + KL_TERMS * BLOCK_N, tl.sum(terms, 1))
+            x = log_q - log_p
+            gap = q_minus_p(p, q, x)
+            if KL:
+                terms = tl.where(keep, gap - p * x, 0.0)
+                tl.store(sums + KL_TERMS * BLOCK_N, tl.sum(terms, 1))
+            if KL_REVERSE:
+                terms = tl.where(keep, q * x - gap, 0.0)
+                tl.store(sums + KL_REVERSE_TERMS * BLOCK_N, tl.sum(terms, 1))
             tl.store(sums + NET_SIZE * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
         dz *= slope(z_aug, temperature, softcap, CAP)
         tl.store(dz_aug_ptr + out, dz.to(dz_aug_ptr.dtype.element_ty), mask=in_col[None, :])
+
+
+@triton.jit
+def q_minus_p(p, q, x):
+    """q - p as in `equations.q_minus_p`: by a series where q is close to p; x: log q - log p."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(tl.abs(x) < 0.25, p * series, q - p)
 
 
 @triton.jit

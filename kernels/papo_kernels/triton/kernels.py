@@ -15,10 +15,10 @@ LOG_ZERO = tl.constexpr(reference.LOG_ZERO)
 LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
 
 # The forward's partial sums, as they stand in (splits, F, N); one stream has the first four.
-# `weighted` is sum e (z - max), `cross` is sum e (z - z_aug).
+# `weighted` is sum e (z - max), `cross` is sum e (z - z_aug), `aug_cross` sum e_aug (z - z_aug).
 PARTS = (
     "max", "sum", "weighted", "target", "aug_max", "aug_sum", "aug_weighted", "aug_target", "cross",
-    "logit_gap", "aug_logit_gap",
+    "logit_gap", "aug_logit_gap", "aug_cross",
 )  # fmt: skip
 ONE_STREAM_PARTS, TWO_STREAM_PARTS = tl.constexpr(4), tl.constexpr(len(PARTS))
 
@@ -28,6 +28,7 @@ LOG_SUM = tl.constexpr(_SAVED.index("log_sum"))
 ENTROPY_ROW = tl.constexpr(_SAVED.index("entropy"))
 AUG_STREAM = tl.constexpr(_SAVED.index("aug_peak"))
 KL_ROW = tl.constexpr(_SAVED.index("kl_prcp"))
+KL_REVERSE_ROW = tl.constexpr(_SAVED.index("kl_reverse"))
 
 
 @triton.jit
@@ -121,10 +122,10 @@ def forward_kernel(
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, 4 or 11, N) over words [split * per_split, ...), and levels of words.
+    """Partial sums (splits, 4 or 12, N) over words [split * per_split, ...), and levels of words.
 
-    PARTS lists the sums. With d = z - z_aug and e = exp(z - max), the last three are sum e d,
-    sum e |d| and sum e_aug |d|.
+    PARTS lists the sums. With d = z - z_aug and e = exp(z - max), the last four are sum e d,
+    sum e |d|, sum e_aug |d| and sum e_aug d.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -162,6 +163,7 @@ def forward_kernel(
     cross = tl.zeros((BLOCK_N,), tl.float32)
     gap = tl.zeros((BLOCK_N,), tl.float32)
     gap_aug = tl.zeros((BLOCK_N,), tl.float32)
+    cross_aug = tl.zeros((BLOCK_N,), tl.float32)
 
     first = split * per_split
     for v in range(first, tl.minimum(first + per_split, V), BLOCK_V):
@@ -191,6 +193,7 @@ def forward_kernel(
             cross = scale * cross + tl.sum(e * d, 1)
             gap = scale * gap + tl.sum(e * tl.abs(d), 1)
             gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
+            cross_aug = scale_aug * cross_aug + tl.sum(e_aug * d, 1)
         if LEVELS:
             u = z - tl.maximum(bound, m + tl.log(s))[:, None]
             if TWO:
@@ -214,6 +217,7 @@ def forward_kernel(
         tl.store(out + 8 * N, cross, mask=live)
         tl.store(out + 9 * N, gap, mask=live)
         tl.store(out + 10 * N, gap_aug, mask=live)
+        tl.store(out + 11 * N, cross_aug, mask=live)
 
 
 @triton.jit

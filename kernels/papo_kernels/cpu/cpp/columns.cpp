@@ -27,25 +27,23 @@ struct Own {
     }
 };
 
-enum { FIELDS = 6, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 10 };
+enum { FIELDS = 6, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
 
-// From logits z (columns, streams * padded) to their gradients g, which have the same shape.
-// rows: (6, padded) fields of `Rows`; where there are two streams, those of the second follow, and
-// then the KL and its upstream gradient. targets: (padded,) where among the columns a row's target
-// stands. sums: (3 or 10, padded) sums over the columns of
-//   p, p (log p + H), |dz|; the same of q; |q - p|, p |log q - log p|, the KL's terms, |dz + dz_aug|.
-extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_t streams,
-                                 int64_t padded, const float *rows, const int32_t *targets,
-                                 float *sums)
+// As `column_gradients`. AUG: the second stream gets gradients. REVERSE: KL(q || p) has an upstream
+// gradient.
+template <int STREAMS, bool AUG, bool REVERSE>
+static void gradients_of(const float *z, float *g, int64_t count, int64_t padded, const float *rows,
+                         const int32_t *targets, float *sums)
 {
-    int64_t stride = streams * padded;
+    int64_t stride = STREAMS * padded, stride_g = AUG ? stride : padded;
     for (int64_t r = 0; r < padded; r += LANES) {
         Rows a = Rows::at(rows + r, padded), b = a;
-        vf kl = {}, up_kl = {};
-        if (streams == 2) {
+        vf kl = {}, up_kl = {}, kl_reverse = {}, up_reverse = {};
+        if (STREAMS == 2) {
+            const float *of_kl = rows + 2 * FIELDS * padded + r;
             b = Rows::at(rows + FIELDS * padded + r, padded);
-            kl = load(rows + 2 * FIELDS * padded + r);
-            up_kl = load(rows + (2 * FIELDS + 1) * padded + r);
+            kl = load(of_kl), up_kl = load(of_kl + padded);
+            kl_reverse = load(of_kl + 2 * padded), up_reverse = load(of_kl + 3 * padded);
         }
         vi target;
         memcpy(&target, targets + r, sizeof target);
@@ -55,11 +53,11 @@ extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_
             vf part[TWO_STREAM_SUMS] = {};
             for (int64_t c = first; c < last; c++) {
                 const float *zc = z + c * stride + r;
-                float *gc = g + c * stride + r;
+                float *gc = g + c * stride_g + r;
                 vi is_target = target == (int32_t)c;
                 Own p(load(zc), a, is_target);
                 part[0] += p.p, part[1] += p.entropy;
-                if (streams == 1) {
+                if (STREAMS == 1) {
                     part[2] += magnitude(p.dz);
                     store(gc, p.dz);
                     continue;
@@ -67,18 +65,45 @@ extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_
                 Own q(load(zc + padded), b, is_target);
                 vf x = q.log_p - p.log_p, gap = q_minus_p(p.p, q.p, x), drift = p.p * x;
                 vf dz = p.dz - up_kl * (drift + p.p * kl), dz_aug = q.dz + up_kl * gap;
+                if (REVERSE) {
+                    vf aug_drift = q.p * x;
+                    dz -= up_reverse * gap;
+                    dz_aug += up_reverse * (aug_drift - q.p * kl_reverse);
+                    part[10] += magnitude(aug_drift), part[11] += aug_drift - gap;
+                }
                 part[2] += magnitude(dz);
-                part[3] += q.p, part[4] += q.entropy, part[5] += magnitude(dz_aug);
                 part[6] += magnitude(gap), part[7] += magnitude(drift), part[8] += gap - drift;
-                part[9] += magnitude(dz + dz_aug);
                 store(gc, dz);
+                if (!AUG) continue;
+                part[3] += q.p, part[4] += q.entropy, part[5] += magnitude(dz_aug);
+                part[9] += magnitude(dz + dz_aug);
                 store(gc + padded, dz_aug);
             }
             for (int i = 0; i < TWO_STREAM_SUMS; i++) total[i] += part[i];
         }
-        int fields = streams == 2 ? TWO_STREAM_SUMS : ONE_STREAM_SUMS;
+        int fields = STREAMS == 2 ? TWO_STREAM_SUMS : ONE_STREAM_SUMS;
         for (int i = 0; i < fields; i++) store(sums + i * padded + r, total[i]);
     }
+}
+
+// From logits z (columns, streams * padded) to their gradients g, which have the same shape, or are
+// (columns, padded) where the second of two streams gets none (`aug` is 0).
+// rows: (6, padded) fields of `Rows`; where there are two streams, those of the second follow, and
+// then KL(p || q) and its upstream gradient, and KL(q || p) and its own, which is read where
+// `reverse` is set. targets: (padded,) where among the columns a row's target stands.
+// sums: (3 or 12, padded) sums over the columns of
+//   p, p (log p + H), |dz|; the same of q; |q - p|, p |log q - log p|, the KL's terms, |dz + dz_aug|;
+//   q |log q - log p|, the terms of KL(q || p). Those of q, and the last ones, are 0 unless asked for.
+extern "C" void column_gradients(const float *z, float *g, int64_t count, int64_t streams, int aug,
+                                 int reverse, int64_t padded, const float *rows,
+                                 const int32_t *targets, float *sums)
+{
+    auto work = streams == 1      ? gradients_of<1, false, false>
+                : aug && reverse  ? gradients_of<2, true, true>
+                : aug             ? gradients_of<2, true, false>
+                : reverse         ? gradients_of<2, false, true>
+                                  : gradients_of<2, false, false>;
+    work(z, g, count, padded, rows, targets, sums);
 }
 
 // |dz| of LANES rows of one column: of each stream, and of their sum where `net` asks for it.

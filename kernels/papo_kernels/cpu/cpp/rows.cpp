@@ -32,11 +32,12 @@ static inline vf log_prob(vf z, Stream s)
 }
 
 struct Sums {
-    vf entropy, aug_entropy, kl, prob_gap, log_ratio;
+    vf entropy, aug_entropy, kl, kl_reverse, prob_gap, log_ratio, aug_log_ratio;
     void add(const Sums &s)
     {
         entropy += s.entropy, aug_entropy += s.aug_entropy, kl += s.kl;
-        prob_gap += s.prob_gap, log_ratio += s.log_ratio;
+        kl_reverse += s.kl_reverse, prob_gap += s.prob_gap, log_ratio += s.log_ratio;
+        aug_log_ratio += s.aug_log_ratio;
     }
 };
 
@@ -50,16 +51,18 @@ static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
 {
     vf log_p = log_prob(z, a), log_q = log_prob(z_aug, b);
     vf p = exponential(log_p), q = exponential(log_q), x = log_q - log_p;
-    vf gap = q_minus_p(p, q, x), drift = p * x;
+    vf gap = q_minus_p(p, q, x), drift = p * x, aug_drift = q * x;
     s.entropy -= p * log_p;
     s.aug_entropy -= q * log_q;
     s.kl += gap - drift;
+    s.kl_reverse += aug_drift - gap;
     s.prob_gap += magnitude(gap);
     s.log_ratio += magnitude(drift);
+    s.aug_log_ratio += magnitude(aug_drift);
 }
 
 // From (rows, vocab) logits to the statistics that rows.statistics_names lists, in that order, at
-// out[field * stride + row]: 9 of them, or 3 where z_aug is null.
+// out[field * stride + row]: 11 of them, or 3 where z_aug is null.
 extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int64_t vocab,
                            float *out, int64_t stride, int threads)
 {
@@ -89,7 +92,8 @@ extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int
             if (!y) continue;
             o[3 * stride] = b.peak, o[4 * stride] = b.log_sum;
             o[5 * stride] = sum(total.aug_entropy), o[6 * stride] = sum(total.kl);
-            o[7 * stride] = sum(total.prob_gap), o[8 * stride] = sum(total.log_ratio);
+            o[7 * stride] = sum(total.kl_reverse), o[8 * stride] = sum(total.prob_gap);
+            o[9 * stride] = sum(total.log_ratio), o[10 * stride] = sum(total.aug_log_ratio);
         }
     });
 }
