@@ -1,9 +1,10 @@
 """Float64 statistics and analytic gradients, from the equations, independent of papo_kernels.
 
-With upstream gradients a, b, a', b', c of logprobs, entropy, aug_logprobs, aug_entropy and kl_prcp:
+With upstream gradients a, b, a', b', c, r of logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp
+and kl_reverse, which is KL(q || p):
 
-    dz     = a  (1[y] - p) - b  p (log p + H)  + c p (log p - log q - KL)
-    dz_aug = a' (1[y] - q) - b' q (log q + H') + c (q - p)
+    dz     = a  (1[y] - p) - b  p (log p + H)  + c p (log p - log q - kl_prcp) + r (p - q)
+    dz_aug = a' (1[y] - q) - b' q (log q + H') + c (q - p) + r q (log q - log p - kl_reverse)
 """
 
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
+OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
 # Triton's interpreter is chosen by the process: test_triton.py starts one that tests that backend.
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "torch"]
 FAST = BACKENDS[-1]
@@ -124,6 +125,7 @@ class Oracle:
             self.q = self.log_q.exp()
             self.aug_entropy = -_xlogp(self.q, self.log_q).sum(-1)
             self.kl = _xlogp(self.p, self.log_p - self.log_q).sum(-1)
+            self.kl_reverse = _xlogp(self.q, self.log_q - self.log_p).sum(-1)
 
     def _logits(self, x):
         c = self.case
@@ -151,6 +153,7 @@ class Oracle:
                 "aug_logprobs": self._of_target(self.log_q),
                 "aug_entropy": self.aug_entropy,
                 "kl_prcp": self.kl,
+                "kl_reverse": self.kl_reverse,
             }
         return {name: self._spread(x) for name, x in columns.items()}
 
@@ -178,12 +181,18 @@ class Oracle:
         if "kl_prcp" in u:
             dz += u["kl_prcp"] * _xlogp(self.p, self.log_p - self.log_q - self.kl[:, None])
             dz_aug += u["kl_prcp"] * (self.q - self.p)
+        if "kl_reverse" in u:
+            x = self.log_q - self.log_p - self.kl_reverse[:, None]
+            dz += u["kl_reverse"] * (self.p - self.q)
+            dz_aug += u["kl_reverse"] * _xlogp(self.q, x)
         return dz, dz_aug
 
-    def gradients(self, upstream, rounded=None):
+    def gradients(self, upstream, rounded=None, aug_constant=False):
         """By operand; with `rounded` as if dz, then the gradient, were rounded to that dtype."""
         c = self.case
         dz, dz_aug = self.dz(upstream)
+        if aug_constant:
+            dz_aug = torch.zeros_like(dz_aug)
         dz = dz * self.slope
         if rounded is not None:
             dz = dz.to(rounded).double()
@@ -234,7 +243,7 @@ def statistic_errors(case, token_stats, **options):
     return {o: statistic_error(getattr(stats, o), want[o]) for o in case.outputs}
 
 
-def gradient_errors(case, token_stats, upstream, wanted=GRADS, **options):
-    got = case.gradients(token_stats, upstream, wanted, **options)
-    want = Oracle(case).gradients(upstream)
+def gradient_errors(case, token_stats, upstream, wanted=GRADS, aug_constant=False, **options):
+    got = case.gradients(token_stats, upstream, wanted, aug_constant=aug_constant, **options)
+    want = Oracle(case).gradients(upstream, aug_constant=aug_constant)
     return {g: gradient_error(got[g], want[g]) for g in got}

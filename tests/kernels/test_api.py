@@ -33,6 +33,7 @@ BAD = {
     "temperature-nan": ((H, W, Y), {"temperature": float("nan")}, r"temperature is nan; expected"),
     "softcap": ((H, W, Y), {"softcap": -1.0}, r"softcap is -1.0; expected a finite number > 0, or None"),
     "ignore_index": ((H, W, Y), {"ignore_index": None}, r"ignore_index is None; expected an int"),
+    "aug_constant": ((H, W, Y), {"aug_constant": 1}, r"aug_constant is 1; expected True or False"),
     "grad_budget": ((H, W, Y), {"grad_budget": 1.0}, r"grad_budget is 1.0; expected .*\[0, 1\)"),
     "backend": ((H, W, Y), {"backend": "cuda"}, r"backend is 'cuda'; expected one of 'auto', 'triton'"),
 }  # fmt: skip
@@ -102,7 +103,7 @@ def test_auto_on_a_gpu_says_once_why_it_runs_torch(caplog):
 def test_result_is_a_tuple_with_names():
     stats = token_stats(H, W, Y)
     assert isinstance(stats, TokenStats) and stats._fields == OUTPUTS
-    assert stats[2:] == (None, None, None)
+    assert stats[2:] == (None,) * 4
     assert {s.dtype for s in stats[:2]} == {torch.float32}
     for dtype in (torch.bfloat16, torch.float16):
         assert token_stats(H.to(dtype), W.to(dtype), Y).logprobs.dtype == torch.float32
@@ -158,13 +159,12 @@ def test_matmuls_are_only_those_asked_for(inside):
 
     case.targets[: n // 2] = 0
 
-    def backward(outputs, wanted):
+    def backward(outputs, wanted, **options):
+        options["grad_budget"] = 0.0
         upstream = random_upstream(case, outputs)
         # Forward 2, recomputation 2 at most, then one product per gradient and stream.
         return (
-            count_flops(lambda: case.gradients(token_stats, upstream, wanted, grad_budget=0.0))
-            / unit
-            - 2
+            count_flops(lambda: case.gradients(token_stats, upstream, wanted, **options)) / unit - 2
         )
 
     assert backward(OUTPUTS, GRADS) == 6
@@ -172,6 +172,10 @@ def test_matmuls_are_only_those_asked_for(inside):
     assert backward(("logprobs",), ("hidden", "aug_hidden", "weight")) == 3
     assert backward(("kl_prcp",), ("aug_hidden",)) == 3
     assert backward(("aug_entropy",), ("weight",)) == 2
+    # With q constant: both streams' logits where a KL compares them, and products of one stream.
+    assert backward(OUTPUTS, GRADS, aug_constant=True) == 4
+    assert backward(("kl_reverse",), ("hidden",), aug_constant=True) == 3
+    assert backward(("logprobs", "aug_entropy"), GRADS, aug_constant=True) == 3
 
 
 class LargestTensor(TorchDispatchMode):

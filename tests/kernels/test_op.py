@@ -12,23 +12,30 @@ from kernel_oracle import random_upstream as upstream_of
 from papo_kernels import token_stats
 
 
-def objective(hidden, aug_hidden, weight, bias, targets):
-    stats = token_stats(hidden * 1.5, weight, targets, aug_hidden=aug_hidden, bias=bias)
-    return (stats.logprobs.exp() - 0.1 * stats.kl_prcp + 0.2 * stats.aug_entropy).sum()
+def objective(hidden, aug_hidden, weight, bias, targets, aug_constant=False):
+    stats = token_stats(
+        hidden * 1.5, weight, targets, aug_hidden=aug_hidden, bias=bias, aug_constant=aug_constant
+    )
+    kl = 0.1 * stats.kl_prcp + 0.3 * stats.kl_reverse
+    return (stats.logprobs.exp() - kl + 0.2 * stats.aug_entropy).sum()
 
 
+@pytest.mark.parametrize("aug_constant", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic):
+def test_compiles_without_a_graph_break(dynamic, aug_constant):
     compiled = torch.compile(objective, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (20, 31):
         case = make_case(n, 16, 303, bias=True, ignored=0.2, seed=n)
         results = []
         for run in (objective, compiled):
             leaves = [getattr(case, g).detach().clone().requires_grad_() for g in GRADS]
-            loss = run(*leaves, case.targets)
+            loss = run(*leaves, case.targets, aug_constant=aug_constant)
             loss.backward()
             results.append([loss.detach()] + [x.grad for x in leaves])
         for got, want in zip(results[1], results[0], strict=True):
+            if want is None:
+                assert aug_constant and (got is None or not got.any())
+                continue
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -46,11 +53,12 @@ def test_one_stream_and_no_grad_compile():
 
 
 @pytest.mark.parametrize("aug", [False, True])
+@pytest.mark.parametrize("aug_constant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operator_passes_opcheck(aug, dtype):
+def test_operator_passes_opcheck(aug, dtype, aug_constant):
     case = make_case(20, 16, 303, bias=True, aug=aug, dtype=dtype)
     leaves = [None if x is None else x.requires_grad_() for x in (getattr(case, g) for g in GRADS)]
-    options = (0.9, 20.0, -100, 5e-3, "torch", "", True, True)
+    options = (0.9, 20.0, -100, 5e-3, "torch", "", True, aug_constant, True)
     torch.library.opcheck(torch.ops.papo.token_stats.default, (*leaves, case.targets, *options))
 
 
@@ -69,7 +77,7 @@ def sharded_case(poisoned):
     return case, upstream_of(case)
 
 
-def _sharded(rank, splits, poisoned):
+def _sharded(rank, splits, poisoned, aug_constant=False):
     case, upstream = sharded_case(poisoned)
     words = slice(sum(splits[:rank]), sum(splits[: rank + 1]))
     leaves = {g: getattr(case, g) for g in GRADS}
@@ -79,8 +87,9 @@ def _sharded(rank, splits, poisoned):
         leaves["hidden"], leaves["weight"], case.targets, leaves["aug_hidden"], leaves["bias"],
         temperature=case.temperature,
     )  # fmt: skip
-    stats = part.call(token_stats, vocab_group=dist.group.WORLD)
-    torch.autograd.backward(list(stats), [upstream[o].float() for o in OUTPUTS])
+    stats = part.call(token_stats, vocab_group=dist.group.WORLD, aug_constant=aug_constant)
+    used = {o: x for o, x in zip(OUTPUTS, stats, strict=True) if x.requires_grad}
+    torch.autograd.backward(list(used.values()), [upstream[o].float() for o in used])
     return [s.detach() for s in stats], {g: x.grad for g, x in leaves.items()}
 
 
@@ -126,6 +135,7 @@ def _rank(rank, path, results):
     for splits in SPLITS:
         for poisoned in (False, True):
             results[rank, splits, poisoned] = _sharded(rank, splits, poisoned)
+        results[rank, splits, "constant"] = _sharded(rank, splits, False, aug_constant=True)
         results[rank, splits, "messages"] = _messages(rank, splits)
     results[rank, "fsdp"] = _fsdp(rank)
     dist.destroy_process_group()
@@ -156,13 +166,28 @@ def test_vocabulary_shards_give_the_whole_result(splits, shard_results):
 
 
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
+def test_shards_know_a_constant_corrupted_stream(splits, shard_results):
+    case, upstream = sharded_case(False)
+    exact = Oracle(case).gradients(upstream, aug_constant=True)
+    for rank in (0, 1):
+        grads = shard_results[rank, splits, "constant"][1]
+        assert grads["aug_hidden"] is None
+        check({"hidden": gradient_error(grads["hidden"], exact["hidden"])}, 2e-5)
+    for g in ("weight", "bias"):
+        whole = torch.cat([shard_results[rank, splits, "constant"][1][g] for rank in (0, 1)])
+        check({g: gradient_error(whole, exact[g])}, 2e-5)
+
+
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
 def test_shards_contain_nan_and_name_bad_targets(splits, shard_results):
     for rank in (0, 1):
         clean, _ = shard_results[rank, splits, False]
         stats, grads = shard_results[rank, splits, True]
         others = torch.arange(40) != 7
         for got, value, name in zip(stats, clean, OUTPUTS, strict=True):
-            assert got[7].isnan() == (name in ("logprobs", "entropy", "kl_prcp")), name
+            assert got[7].isnan() == (name in ("logprobs", "entropy", "kl_prcp", "kl_reverse")), (
+                name
+            )
             assert torch.equal(got[others], value[others])
         assert grads["hidden"][7].isnan().all() and grads["hidden"][others].isfinite().all()
         messages = shard_results[rank, splits, "messages"]

@@ -163,9 +163,10 @@ def test_equal_streams_have_no_kl_and_no_gradient_from_it(backend, same, dtype):
         token_stats, backend=backend
     )
     assert torch.equal(stats.kl_prcp, torch.zeros(40))
+    assert torch.equal(stats.kl_reverse, torch.zeros(40))
     assert torch.equal(stats.logprobs, stats.aug_logprobs)
     assert torch.equal(stats.entropy, stats.aug_entropy)
-    stats.kl_prcp.sum().backward()
+    (stats.kl_prcp + stats.kl_reverse).sum().backward()
     for x in (hidden, aug, weight, bias):
         assert not x.grad.any()
 
@@ -191,7 +192,8 @@ def test_statistics_obey_their_inequalities():
     case = make_case(200, 24, 1003, peak=5, seed=26)
     stats = case.call(token_stats, backend=FAST)
     log_v = torch.tensor(1003.0).log()
-    assert (stats.kl_prcp >= -1e-6).all() and (stats.logprobs <= 0).all()
+    assert (stats.kl_prcp >= -1e-6).all() and (stats.kl_reverse >= -1e-6).all()
+    assert (stats.logprobs <= 0).all()
     assert ((stats.entropy >= 0) & (stats.entropy <= log_v)).all()
 
 

@@ -22,7 +22,7 @@ def case(request, monkeypatch):
 
 
 def saved(case, keep_levels=True):
-    options = (1.0, None, -100, 3e-3, FAST, "", True, keep_levels)
+    options = (1.0, None, -100, 3e-3, FAST, "", True, False, keep_levels)
     operands = (case.hidden, case.aug_hidden, case.weight, case.bias, case.targets)
     return Saved(*torch.ops.papo.token_stats(*operands, *options)[-3:])
 
@@ -48,10 +48,12 @@ def test_every_statistic_has_its_name(case):
         return
     check_stream(s.aug, oracle.z_aug, "aug_")
     check(s.kl_prcp, exact["kl_prcp"][kept])
+    check(s.kl_reverse, exact["kl_reverse"][kept])
     p, q, logit_gap = oracle.p, oracle.q, (oracle.z - oracle.z_aug).abs()
     sums = {
         "prob_gap": (q - p).abs(),
         "log_ratio": p * (oracle.log_q - oracle.log_p).abs(),
+        "aug_log_ratio": q * (oracle.log_q - oracle.log_p).abs(),
         "logit_gap": p * logit_gap,
         "aug_logit_gap": q * logit_gap,
     }

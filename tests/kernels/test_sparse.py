@@ -21,7 +21,7 @@ WORDS = 16411
 SHARPNESS = [24.0, 30.0, 36.0]
 BUDGETS = [1e-3, 1e-2, 1e-1]
 if FAST == "triton":  # An interpreter: fewer and smaller, the contract is the same.
-    MIXES, WORDS, SHARPNESS, BUDGETS = [MIXES[1], MIXES[4], OUTPUTS], 6007, [36.0], [1e-2]
+    MIXES, WORDS, SHARPNESS, BUDGETS = [MIXES[1], MIXES[4], MIXES[5], OUTPUTS], 6007, [36.0], [1e-2]
 torch_only = pytest.mark.skipif(FAST == "triton", reason="about the torch backend's choice")
 
 
@@ -90,12 +90,13 @@ def test_default_budget_with_a_head(head):
         assert certificate.dense_rows < 130
 
 
-def test_close_policies_keep_their_perception_gradient():
+@pytest.mark.parametrize("output", ["kl_prcp", "kl_reverse"])
+def test_close_policies_keep_their_perception_gradient(output):
     case = policy_case(128, WORDS, sharpness=36.0, distance=3e-3)
     kl = Oracle(case).kl.mean().item()
     print(f"  mean KL {kl:.1e}")
     assert kl < 1e-3
-    upstream = random_upstream(case, ("kl_prcp",))
+    upstream = random_upstream(case, (output,))
     exact = Oracle(case).gradients(upstream)
     with record_certificates() as certificate:
         got = case.gradients(token_stats, upstream, backend=FAST)

@@ -13,7 +13,9 @@ triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SUITES = ("test_contract.py", "test_properties.py", "test_saved.py", "test_sparse.py")
+SUITES = (
+    "test_contract.py", "test_properties.py", "test_reverse.py", "test_saved.py", "test_sparse.py",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the suite that this process is part of")

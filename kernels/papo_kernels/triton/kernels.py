@@ -190,10 +190,12 @@ def forward_kernel(
             )
             logit_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
             d = z - z_aug
-            cross = scale * cross + tl.sum(e * d, 1)
-            gap = scale * gap + tl.sum(e * tl.abs(d), 1)
-            gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
-            cross_aug = scale_aug * cross_aug + tl.sum(e_aug * d, 1)
+            part = e * d
+            cross = scale * cross + tl.sum(part, 1)
+            gap = scale * gap + tl.sum(tl.abs(part), 1)
+            part = e_aug * d
+            cross_aug = scale_aug * cross_aug + tl.sum(part, 1)
+            gap_aug = scale_aug * gap_aug + tl.sum(tl.abs(part), 1)
         if LEVELS:
             u = z - tl.maximum(bound, m + tl.log(s))[:, None]
             if TWO:
