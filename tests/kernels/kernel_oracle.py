@@ -247,3 +247,32 @@ def gradient_errors(case, token_stats, upstream, wanted=GRADS, aug_constant=Fals
     got = case.gradients(token_stats, upstream, wanted, aug_constant=aug_constant, **options)
     want = Oracle(case).gradients(upstream, aug_constant=aug_constant)
     return {g: gradient_error(got[g], want[g]) for g in got}
+
+
+# Words of a case that the backward does sparsely; an interpreter gets fewer.
+WORDS = 6007 if FAST == "triton" else 16411
+
+
+def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):
+    """Logits with a language model's long tail: word frequencies by Zipf, a few candidates per row.
+
+    `sharpness` multiplies the candidates' lead; targets are sampled from the policy itself.
+    """
+    case = make_case(n, d, v, scale=0.5, distance=0.0, dtype=torch.float64, bias=True, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    case.bias = (
+        -1.8 * torch.arange(1, v + 1, dtype=torch.float64).log()[torch.randperm(v, generator=g)]
+    )
+    words = torch.randint(0, v, (n, 4), generator=g)
+    lead = sharpness * torch.tensor([1.0, 0.8, 0.6, 0.5], dtype=torch.float64)
+    scaled = case.weight / case.weight.square().sum(-1, keepdim=True)
+    case.hidden = case.hidden + (scaled[words] * lead[:, None]).sum(1)
+    noise = torch.randn(n, d, generator=g, dtype=torch.float64)
+    case.aug_hidden = case.hidden + distance * noise * case.hidden.std()
+    p = Oracle(case).p
+    case.targets = torch.multinomial(p, 1, generator=g).squeeze(1)
+    for name in GRADS:
+        setattr(case, name, getattr(case, name).to(dtype))
+    for name, value in head.items():
+        setattr(case, name, value)
+    return case

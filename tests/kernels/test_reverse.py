@@ -12,16 +12,17 @@ from kernel_oracle import (
     FAST,
     GRADS,
     OUTPUTS,
+    WORDS,
     Case,
     Oracle,
     check,
     gradient_error,
     gradient_errors,
     make_case,
+    policy_case,
     random_upstream,
     statistic_errors,
 )
-from test_sparse import WORDS, policy_case
 
 from papo_kernels import certificate, record_certificates, rows, token_stats
 from papo_kernels.rows import make_upstream, make_wanted

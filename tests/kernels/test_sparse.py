@@ -6,48 +6,24 @@ from kernel_oracle import (
     FAST,
     GRADS,
     OUTPUTS,
+    WORDS,
     Case,
     Oracle,
     check,
     gradient_error,
     make_case,
+    policy_case,
     random_upstream,
 )
 
 from papo_kernels import record_certificates, rows, token_stats
 
 MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
-WORDS = 16411
 SHARPNESS = [24.0, 30.0, 36.0]
 BUDGETS = [1e-3, 1e-2, 1e-1]
 if FAST == "triton":  # An interpreter: fewer and smaller, the contract is the same.
-    MIXES, WORDS, SHARPNESS, BUDGETS = [MIXES[1], MIXES[4], MIXES[5], OUTPUTS], 6007, [36.0], [1e-2]
+    MIXES, SHARPNESS, BUDGETS = [MIXES[1], MIXES[4], MIXES[5], OUTPUTS], [36.0], [1e-2]
 torch_only = pytest.mark.skipif(FAST == "triton", reason="about the torch backend's choice")
-
-
-def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):
-    """Logits with a language model's long tail: word frequencies by Zipf, a few candidates per row.
-
-    `sharpness` multiplies the candidates' lead; targets are sampled from the policy itself.
-    """
-    case = make_case(n, d, v, scale=0.5, distance=0.0, dtype=torch.float64, bias=True, seed=seed)
-    g = torch.Generator().manual_seed(seed + 1)
-    case.bias = (
-        -1.8 * torch.arange(1, v + 1, dtype=torch.float64).log()[torch.randperm(v, generator=g)]
-    )
-    words = torch.randint(0, v, (n, 4), generator=g)
-    lead = sharpness * torch.tensor([1.0, 0.8, 0.6, 0.5], dtype=torch.float64)
-    scaled = case.weight / case.weight.square().sum(-1, keepdim=True)
-    case.hidden = case.hidden + (scaled[words] * lead[:, None]).sum(1)
-    noise = torch.randn(n, d, generator=g, dtype=torch.float64)
-    case.aug_hidden = case.hidden + distance * noise * case.hidden.std()
-    p = Oracle(case).p
-    case.targets = torch.multinomial(p, 1, generator=g).squeeze(1)
-    for name in GRADS:
-        setattr(case, name, getattr(case, name).to(dtype))
-    for name, value in head.items():
-        setattr(case, name, value)
-    return case
 
 
 @pytest.fixture(autouse=True)
