@@ -164,6 +164,8 @@ def _autograd(ctx, grads):
     upstream = list(grads[:-SAVED])
     upstream += [None] * (len(OUTPUTS) - len(upstream))
     needs = list(ctx.needs_input_grad[:4])
+    if Options(*ctx.options).aug_constant:
+        needs[1] = False
     found = backward(*upstream, *ctx.saved_tensors, needs, *ctx.options)
     found = [g if need else None for g, need in zip(found, needs, strict=True)]
     return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))

@@ -18,11 +18,11 @@ from kernel_oracle import (
 
 from papo_kernels import record_certificates, rows, token_stats
 
-MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS]
+MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS[:5], OUTPUTS]
 SHARPNESS = [24.0, 30.0, 36.0]
 BUDGETS = [1e-3, 1e-2, 1e-1]
 if FAST == "triton":  # An interpreter: fewer and smaller, the contract is the same.
-    MIXES, SHARPNESS, BUDGETS = [MIXES[1], MIXES[4], MIXES[5], OUTPUTS], [36.0], [1e-2]
+    MIXES, SHARPNESS, BUDGETS = [*MIXES[4:7], MIXES[1], OUTPUTS], [36.0], [1e-2]
 torch_only = pytest.mark.skipif(FAST == "triton", reason="about the torch backend's choice")
 
 
@@ -100,8 +100,10 @@ def test_certificate_is_true(budget, outputs):
             held = sizes[:, dropped].sum(1) / torch.maximum(whole, typical)
             worst = max(worst, held.max().item())
     print(f"  largest share in float64 {worst:.2e}")
-    # The typical size of a mix is taken as the sum of its parts', which partly cancel.
-    assert worst <= certificate.largest_share * (1.01 if len(outputs) == 1 else 1.5) + 1e-4
+    # The typical size of a mix is taken as the sum of its parts', which partly cancel: the two KLs'
+    # gradients more than others.
+    slack = 1.01 if len(outputs) == 1 else 1.6 if outputs == OUTPUTS else 1.5
+    assert worst <= certificate.largest_share * slack + 1e-4
     assert certificate.largest_share <= budget
 
 
