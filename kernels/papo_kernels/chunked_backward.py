@@ -264,7 +264,9 @@ def _tile(run, at, levels):
     if not any(x is not None and x.any() for x in g.flat):
         return None
     # A NaN of the aug stream alone may get lost here; its tile's levels are 0, which is dense too.
-    highest = max(float(x.entropy.max()) for x in (s.full, s.aug) if x is not None)
+    # Only of a stream that gets gradients does the certificate need the words beyond the entropy.
+    streams = (s.full, None if run.call.options.aug_constant else s.aug)
+    highest = max(float(x.entropy.max()) for x in streams if x is not None)
     return Tile(at, levels, s, g, highest, run.tiles.states_of(run.states(at)))
 
 

@@ -226,8 +226,9 @@ def _sparse(run, levels, budget, total):
 
 
 def _highest_entropies(run):
-    """(tiles,) the highest entropy of a tile's rows, in either stream."""
-    entropies = [s.entropy for s in (run.stats.full, run.stats.aug) if s is not None]
+    """(tiles,) the highest entropy of a tile's rows, in either stream that may get gradients."""
+    streams = (run.stats.full, None if run.call.options.aug_constant else run.stats.aug)
+    entropies = [s.entropy for s in streams if s is not None]
     highest = torch.stack(entropies).amax(0)[run.saved.order[: run.count]]
     missing = run.tiles * run.tile - run.count
     return torch.nn.functional.pad(highest, (0, missing)).view(run.tiles, -1).amax(1)
