@@ -53,7 +53,8 @@ def errors(args, inputs):
             none = y is None or not y.any()
             shown.append("–" if none else f"{gradient_error(x, y):.1e}")
         print(f"| {name} | {c.kept:.1%} | {c.dense_rows} | {' | '.join(shown)} |")
-    worst = (f"{o} {statistic_error(a, b):.1e}" for o, a, b in zip(OUTPUTS, got, want, strict=True))
+    pairs = ((o, getattr(got, o), getattr(want, o)) for o in OUTPUTS)
+    worst = (f"{o} {statistic_error(a, b):.1e}" for o, a, b in pairs)
     print("statistics, largest error relative to max(1, |value|):", ", ".join(worst))
     print(f"gradients {', '.join(GRADIENTS)}: norm of the error over that of the gradient; float64")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.errors import InputError
+from papo_fast.setting_bounds import check_bounds, check_urls
 
 
 def resolve(config: Config) -> Config:
@@ -21,41 +21,19 @@ def resolve(config: Config) -> Config:
 def check(config: Config) -> None:
     """Raise `InputError`, naming the field and what it should be."""
     rollout, objective, train = config.rollout, config.objective, config.train
+    check_bounds(config)
+    check_urls(rollout.server_urls)
     if rollout.group_size < 2:
         raise InputError(
             f"rollout.group_size is {rollout.group_size}: group-relative advantages compare "
             "the responses of one prompt, so it must be at least 2"
         )
-    for name, value in (
-        ("rollout.prompts", rollout.prompts),
-        ("rollout.max_new_tokens", rollout.max_new_tokens),
-        ("rollout.batch_size", rollout.batch_size),
-        ("rollout.tensor_parallel", rollout.tensor_parallel),
-        ("train.update_prompts", train.update_prompts),
-        ("train.max_tokens", train.max_tokens),
-        ("train.keep_checkpoints", train.keep_checkpoints),
-        ("parallel.replicas", config.parallel.replicas),
-        ("eval.samples", config.eval.samples),
-        ("reward.workers", config.reward.workers),
-        ("data.max_prompt_length", config.data.max_prompt_length),
-    ):
-        if value < 1:
-            raise InputError(f"{name} is {value}: it must be at least 1")
-    if config.model.lora_rank < 0 or config.model.lora_alpha < 0:
+    data = config.data
+    if data.min_pixels > data.max_pixels:
         raise InputError(
-            f"model.lora_rank = {config.model.lora_rank}, lora_alpha = {config.model.lora_alpha}: "
-            "they must be at least 0"
+            f"data.min_pixels = {data.min_pixels}, data.max_pixels = {data.max_pixels}: "
+            "expected 0 < min_pixels <= max_pixels"
         )
-    for name, value in (
-        ("rollout.temperature", rollout.temperature),
-        ("eval.temperature", config.eval.temperature),
-        ("rollout.server_timeout", rollout.server_timeout),
-        ("reward.timeout", config.reward.timeout),
-        ("train.lr", train.lr),
-        ("train.grad_clip", train.grad_clip),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{name} is {value}: it must be a positive number")
     most = rollout.filter_prompts * rollout.max_filter_rounds
     if rollout.dynamic_filter and most < rollout.prompts:
         raise InputError(
@@ -63,9 +41,9 @@ def check(config: Config) -> None:
             f"rollout.filter_prompts = {rollout.filter_prompts} are fewer than rollout.prompts "
             f"= {rollout.prompts}: raise either"
         )
-    if not 0 < rollout.gpu_memory <= 1:
+    if rollout.gpu_memory == 0:
         raise InputError(f"rollout.gpu_memory is {rollout.gpu_memory}: expected a share in (0, 1]")
-    if rollout.importance_cap < 0 or 0 < rollout.importance_cap < 1:
+    if 0 < rollout.importance_cap < 1:
         raise InputError(
             f"rollout.importance_cap is {rollout.importance_cap}: expected at least 1, or 0"
         )
@@ -76,10 +54,6 @@ def check(config: Config) -> None:
         )
     if config.resume and config.overwrite:
         raise InputError("--resume continues a run and --overwrite deletes it: pass one of them")
-    if not 0 <= config.corruption.ratio <= 1:
-        raise InputError(
-            f"corruption.ratio is {config.corruption.ratio}: it must be between 0 and 1"
-        )
     check_objective(objective)
     low, high = rollout.filter_range
     if not low < high:

@@ -1,6 +1,9 @@
 import io
 import json
 import logging
+import time
+import tracemalloc
+from contextlib import suppress
 from itertools import chain
 
 import numpy as np
@@ -10,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from papo_fast.config import DataConfig
+from papo_fast.config import DataConfig, RewardConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream
+from papo_fast.data.rows import BadSample, open_image
 from papo_fast.errors import InputError
+from papo_fast.rewards.scorer import Scorer
 from support.family_checkpoints import write_processor_files
 
 CONFIG = DataConfig(min_pixels=784, max_pixels=64 * 784, prompt_suffix=" Think.")
@@ -286,3 +291,279 @@ def test_worker_processes_give_the_same_prompts(seven):
     assert draw(PromptStream(seven, 3, seed=1, num_workers=1), 5) == draw(
         PromptStream(seven, 3, seed=1), 5
     )
+
+
+# --- pictures that are not eight-bit RGB ----------------------------------------------------------
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels_of(value, folder):
+    return np.asarray(open_image(value, 0, folder))
+
+
+def ramp(dtype, top):
+    """Grey from black to white, 16 x 16, in values from 0 to `top`."""
+    return (np.arange(256).reshape(16, 16) / 255 * top).astype(dtype)
+
+
+GREY = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *((mode, kind) for mode in ("RGBA", "LA") for kind in ("PNG", "WEBP", "TIFF")),
+        *((mode, "PNG") for mode in ("P", "RGB", "L")),
+    ],
+)
+def test_a_transparent_picture_equals_its_composite_on_white(folder, mode, kind):
+    rng = np.random.default_rng(1)
+    if mode in ("RGBA", "LA"):
+        shape = (8, 9, len(mode))
+        image, options = Image.fromarray(rng.integers(0, 256, shape, np.uint8), mode), {}
+        image.putpixel((0, 0), (10, 20, 30, 0)[-len(mode) :])
+    else:  # one colour or palette entry is transparent
+        image = Image.fromarray(rng.integers(0, 3, (8, 9), np.uint8)).convert(mode)
+        if mode == "P":
+            image.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 200])
+        options = {"transparency": (1, 1, 1) if mode == "RGB" else 1}
+    if kind == "WEBP":
+        options["lossless"] = options["exact"] = True
+    data = encoded(image, kind, **options)
+    rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")).astype(int)
+    alpha = rgba[..., 3:]
+    expected = (rgba[..., :3] * alpha + 255 * (255 - alpha)) / 255
+    assert (alpha == 0).any()
+    got = pixels_of(data, folder)
+    assert np.abs(got - expected).max() <= 1
+    assert (got[alpha[..., 0] == 0] == 255).all()
+
+
+def test_a_wholly_transparent_picture_is_white_and_not_black(folder):
+    data = encoded(Image.new("RGBA", (5, 5), (0, 0, 0, 0)))
+    assert (pixels_of(data, folder) == 255).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_a_picture_is_turned_as_its_exif_says(folder, turn, kind):
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:8, :16] = 255  # white in the upper left quarter
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[turn]
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(Image.fromarray(stored), kind, exif=exif)
+    got = pixels_of(data, folder)
+    assert got.shape == upright.shape and np.abs(got.astype(int) - upright).max() < 30
+
+
+def test_exif_that_cannot_be_read_turns_nothing(folder):
+    image = Image.new("RGB", (6, 4), "red")
+    data = encoded(image, "PNG", exif=b"Exif\0\0garbage that is no TIFF")
+    assert (pixels_of(data, folder) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "kind"),
+    [
+        (np.uint16, 65535, "PNG"),
+        (np.uint16, 65535, "TIFF"),
+        (np.uint16, 65535, "PPM"),
+        (np.uint16, 65535, "JPEG2000"),
+        (np.int32, 255, "TIFF"),
+        (np.int32, 65535, "TIFF"),
+        (np.int32, 2_000_000_000, "TIFF"),
+        (np.float32, 1, "TIFF"),
+        (np.float32, 255, "TIFF"),
+        (np.float32, 65535, "TIFF"),
+        (np.float32, 1e6, "TIFF"),
+        (np.float32, 1, "PPM"),
+    ],
+)
+def test_deep_and_float_pictures_are_scaled_by_their_range(folder, dtype, top, kind):
+    data = encoded(Image.fromarray(ramp(dtype, top)), kind)
+    assert np.abs(pixels_of(data, folder).astype(int) - GREY).max() <= 1
+
+
+def test_a_dark_picture_of_sixteen_bits_stays_dark(folder):
+    data = encoded(Image.fromarray(np.full((4, 4), 514, np.uint16)))
+    assert (pixels_of(data, folder) == 2).all()
+
+
+def test_the_transparent_value_of_sixteen_bits_is_white(folder):
+    values = np.array([[1000, 40000]], np.uint16)
+    data = encoded(Image.fromarray(values), transparency=1000)
+    assert pixels_of(data, folder)[0, :, 0].tolist() == [255, 156]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([[0, np.nan]], "not finite"), ([[np.inf, 1]], "not finite"), ([[-5, -5]], "all its values")],
+)
+def test_float_pictures_without_a_range_are_refused(folder, values, message):
+    data = encoded(Image.fromarray(np.array(values, np.float32)), "TIFF")
+    with pytest.raises(BadSample, match=message):
+        open_image(data, 0, folder)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "DDS", "ICO", "PCX", "TGA"])
+def test_formats_outside_of_the_list_are_refused_unopened(folder, kind, monkeypatch):
+    data = encoded(Image.new("RGB", (16, 16)), kind)
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    with pytest.raises(BadSample, match="cannot identify") as caught:
+        open_image(data, 0, folder)
+    assert caught.value.cause == "image"
+
+
+@pytest.mark.parametrize("side", [9_500, 13_000, 14_000])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(folder, side):
+    data = encoded(Image.new("1", (side, side)))
+    tracemalloc.start()
+    with pytest.raises(BadSample, match=r"pixels|decompression bomb"):
+        open_image(data, 0, folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+# --- rows that nothing can be made of -------------------------------------------------------------
+
+SKIP = DataConfig(min_pixels=784, max_pixels=64 * 784, prompt_suffix="", on_bad_sample="skip")
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"images": ["iVBORw0KGgo" * 1000]}, "image"),
+        ({"images": ["x" * 300]}, "image"),
+        ({"images": ["data:image/png;base64,iVBORw0KGgo="]}, "image"),
+        ({"images": ["a\0b.png"]}, "image"),
+        ({"images": ["\ud83d.png"]}, "image"),
+        ({"images": ["."]}, "image"),
+        ({"images": [["0.png"]]}, "image"),
+        ({"images": [{"path": 3}]}, "image"),
+        ({"images": ["0.png"] * 5000}, "too long"),
+        ({"answer": "\\boxed{}"}, "answer"),
+        ({"answer": "so \\boxed{4} or \\boxed { } "}, "answer"),
+        ({"answer": "$$"}, "answer"),
+        ({"answer": "\ud83d"}, "answer"),
+        ({"answer": "4" * 100_000}, "answer"),
+        ({"problem": "half an emoji \ud83d"}, "problem"),
+        ({"problem": 7}, "problem"),
+        ({"problem": "x" * 50_000_000}, "too long"),
+        ({"reading": "\udc00"}, "reading"),
+        ({"reading": {"a": 1}}, "reading"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_skipped_with_its_cause(
+    folder, encoder, changes, cause, caplog
+):
+    data = dataset(folder, encoder, [row(0), row(1, **changes), row(2)], SKIP)
+    started = time.perf_counter()
+    assert [prompt.index for prompt in data] == [0, 2]
+    assert time.perf_counter() - started < 10
+    assert data.skipped == {cause: 1}
+    assert len(caplog.text.encode("utf-8")) < 5_000  # encodable, and not 50 MB of it
+    strict = dataset(folder, encoder, [row(1, **changes)], name="strict.jsonl")
+    with pytest.raises(InputError, match=r"row 0: .*--data.on-bad-sample skip"):
+        strict[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"problem": "\xff\xfe"}', "line 2 is not UTF-8"),
+        (b'{"problem": ', "line 2 is not JSON"),
+        (b"[" * 100_000, "line 2 is not JSON"),
+        (b'{"answer": ' + b"9" * 5000 + b"}", "line 2 is not JSON"),
+        (b"[1]", "line 2 holds a list"),
+    ],
+)
+def test_a_line_that_is_no_row_is_skipped_or_named_with_its_number(folder, encoder, line, message):
+    good = [json.dumps(row(n)).encode() for n in range(2)]
+    (folder / "lines.jsonl").write_bytes(b"\n".join([good[0], line, good[1]]))
+    with pytest.raises(InputError, match=message):
+        PromptDataset(folder / "lines.jsonl", CONFIG, encoder)
+    data = PromptDataset(folder / "lines.jsonl", SKIP, encoder)
+    assert [prompt.index for prompt in data] == [0, 2] and data.skipped == {"line": 1}
+    assert data.kinds == ["even", "", "odd"]
+    (folder / "lines.jsonl").write_bytes(line)
+    with pytest.raises(InputError, match="no row that can be read: line 1"):
+        PromptDataset(folder / "lines.jsonl", SKIP, encoder)
+
+
+def test_a_mark_of_byte_order_is_no_fault(folder, encoder):
+    (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row(1)).encode())
+    assert PromptDataset(folder / "bom.jsonl", CONFIG, encoder)[0].problem == "What is 1?"
+
+
+def test_invalid_utf8_in_parquet_is_skipped(folder, encoder):
+    texts = pa.array([b"What?", b"\xff\xfe", b"Why?"]).cast(pa.binary())
+    texts = pa.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
+    table = pa.table({"problem": texts, "answer": ["1", "2", "3"], "kind": texts})
+    pq.write_table(table, folder / "utf8.parquet")
+    data = PromptDataset(folder / "utf8.parquet", SKIP, encoder)
+    assert [prompt.index for prompt in data] == [0, 2] and data.skipped == {"row": 1}
+    assert data.kinds == ["What?", "", "Why?"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_whatever_a_decoder_raises_is_a_bad_sample(folder, kind):
+    rng = np.random.default_rng(3)
+    whole = encoded(Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)), kind)
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 4):
+            data[place] = rng.integers(256)
+        with suppress(BadSample):
+            cut = bytes(data[: rng.integers(1, len(data) + 1)])
+            assert open_image(cut, 0, folder).mode == "RGB"
+
+
+NASTY = (
+    *(None, True, -1, 3.5, float("nan"), float("inf"), 10**400, "", " ", "\0", "\ud83d", "\udfff"),
+    *("<image>", "<image>" * 9, "<|image_pad|>", "<|im_end|>", "\\boxed{}", "\\boxed{", "$$"),
+    *("x" * 100_000, "e\u0301" * 3000, "../" * 2000, "data:image/png;base64,AAAA", "0.png", "/"),
+    *("/dev/zero", "noise.png", "🙂", "what?", [], [[]], {}, {"bytes": None, "path": None}),
+    *({"bytes": "AAAA"}, {"path": "0.png"}, ["0.png", None], ["0.png"] * 3, [1, 2]),
+)
+
+
+def test_two_hundred_nasty_rows_never_stop_the_reading(folder, encoder):
+    rng = np.random.default_rng(12)
+    (folder / "noise.png").write_bytes(rng.bytes(500))
+    lines = []
+    for number in range(200):
+        nasty = row(number % ROWS)
+        for key in rng.choice(["problem", "answer", "images", "kind", "reading"], 2):
+            nasty[str(key)] = NASTY[rng.integers(len(NASTY))]
+        line = json.dumps(nasty).encode()
+        if number % 20 == 7:
+            line = line[: rng.integers(1, len(line))].replace(b"e", b"\xe9")
+        lines.append(line)
+    lines.append(json.dumps(row(0)).encode())
+    (folder / "nasty.jsonl").write_bytes(b"\n".join(lines))
+    data = PromptDataset(folder / "nasty.jsonl", SKIP, encoder)
+    usable = list(data)
+    assert len(data) == 201 and usable[-1].index == 200
+    assert len(usable) + data.skipped.total() == 201
+    assert min(len(usable), data.skipped.total()) > 20
+    with Scorer(RewardConfig()) as scorer:  # what is let through can be scored and written
+        scorer.score(["<think></think>"] * len(usable), [p.answer for p in usable])
+    for prompt in usable:
+        f"{prompt.problem}{prompt.answer}{prompt.kind}{prompt.reading}".encode()
+    assert len(data.kinds) == 201

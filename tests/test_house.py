@@ -55,7 +55,7 @@ def test_the_trainer_imports_neither_bench_nor_tests():
 # From the ground up: a room imports from the floors below its own, and from nowhere else.
 FLOORS = (
     {"errors"},
-    {"config", "machine"},
+    {"config", "machine", "setting_bounds"},
     {"config_checks", "presets", "parallel", "token_batch"},
     {"data", "rewards", "run", "estimators"},
     {"objective", "samples"},

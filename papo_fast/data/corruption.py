@@ -20,6 +20,7 @@ from torch import Tensor
 
 from papo_fast.config import CorruptionConfig
 from papo_fast.data.encoder import PromptEncoder, black_pixel
+from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
 
@@ -156,7 +157,7 @@ def _blacken_squares(
 ) -> Image.Image:
     _check_ratio(ratio)
     # A copy, and in RGB: zero is not black in a palette, and is transparent with an alpha channel.
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(to_rgb(image))
     height, width = pixels.shape[:2]
     grid = (math.ceil(height / square), math.ceil(width / square))
     black = generator.random(grid) < ratio

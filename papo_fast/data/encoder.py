@@ -6,7 +6,6 @@ video part needs torchvision; the ids and pixels are the same.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,17 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.image_utils import SizeDict
-from transformers.utils import cached_file
 
 from papo_fast.config import DataConfig
+from papo_fast.data.model_folder import (
+    chat_template,
+    check_family,
+    check_files,
+    first_line,
+    load,
+    optional_file,
+)
+from papo_fast.data.pictures import to_rgb
 from papo_fast.errors import InputError
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -70,8 +77,8 @@ class PromptEncoder:
         patch_size, merge_size, temporal_patch_size: p, patches per merged side, and T.
         eos_token_ids: ids that end a response, sorted.
         pad_token_id: the id for padding; may be one of `eos_token_ids`.
-        banned_token_ids: ids that must never be sampled, sorted: the vision ids, and the pad id
-            unless it ends responses.
+        banned_token_ids: ids that must never be sampled, sorted: the vision ids, ids of the model's
+            vocabulary that the tokenizer does not have, and the pad id unless it ends responses.
 
     Raises:
         InputError: the checkpoint is missing, lacks a file, or is of another family.
@@ -87,16 +94,14 @@ class PromptEncoder:
                 f"data.min_pixels = {data.min_pixels}, data.max_pixels = {data.max_pixels}: "
                 "expected 0 < min_pixels <= max_pixels"
             )
-        _check_files(self.model_path)
-        config = _load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
-        if config.model_type not in FAMILIES:
-            raise InputError(
-                f"{self.model_path} is a {config.model_type!r} model; supported are "
-                + ", ".join(FAMILIES)
-            )
-        self.tokenizer = _load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
-        self.tokenizer.chat_template = self._chat_template()
-        self.image_processor = _load(
+        check_files(self.model_path)
+        config = load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
+        check_family(self.model_path, config.model_type, FAMILIES)
+        self.tokenizer = load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
+        self.tokenizer.chat_template, self._template_file = chat_template(
+            self.model_path, self.tokenizer
+        )
+        self.image_processor = load(
             AutoImageProcessor,
             self.model_path,
             backend="pil",
@@ -108,11 +113,34 @@ class PromptEncoder:
         self.image_processor.size = SizeDict(
             shortest_edge=data.min_pixels, longest_edge=data.max_pixels
         )
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            value = getattr(self.image_processor, name, None)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"{self.model_path}: preprocessor_config.json says {name} = {value!r}; "
+                    "expected a positive integer"
+                )
         self.patch_size: int = self.image_processor.patch_size
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.image_processor.temporal_patch_size
         self._check_against_model(config)
         self._special_ids(config)
+        self._try_out()
+
+    def check_size(self, problem: str, n_images: int) -> None:
+        """Raise `PromptTooLong` where no tokenisation could fit, in no time.
+
+        A text of many megabytes would take minutes to tokenise, and thousands of pictures to
+        decode. No token is longer than the vocabulary's longest; composing Unicode's accents
+        (NFC) makes a text shorter by less than half.
+        """
+        most = 2 * self._longest_token * self.max_prompt_length
+        if len(problem) > most or n_images > self.max_prompt_length:
+            raise PromptTooLong(
+                f"the prompt has {len(problem)} characters and {n_images} images, more than "
+                f"data.max_prompt_length = {self.max_prompt_length} tokens can hold: raise "
+                "--data.max-prompt-length"
+            )
 
     def encode(self, problem: str, images: Sequence[Image.Image]) -> EncodedPrompt:
         """Apply the chat template to one question and expand its images.
@@ -124,13 +152,16 @@ class PromptEncoder:
 
         Raises:
             InputError: placeholders and images differ in number, an image cannot be processed,
-                or (`PromptTooLong`) the prompt is longer than `data.max_prompt_length`.
+                the text cannot be tokenised (half an emoji), or (`PromptTooLong`) the prompt is
+                longer than `data.max_prompt_length`.
         """
+        self.check_size(problem, len(images))
         text = self._chat_text(problem, len(images))
-        ids = torch.tensor(
-            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            dtype=torch.int64,
-        )
+        try:
+            listed = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # TypeError, UnicodeEncodeError, Rust's own
+            raise InputError(f"the problem cannot be tokenised: {first_line(error)}") from error
+        ids = torch.tensor(listed, dtype=torch.int64)
         is_image = ids == self.image_token_id
         if int(is_image.sum()) != len(images):
             raise InputError(
@@ -172,11 +203,11 @@ class PromptEncoder:
                     f"image {number} is {width}x{height} pixels; expected at least 1x1"
                 )
             try:
-                one = self.image_processor(images=[image.convert("RGB")], return_tensors="pt")
-            except ValueError as error:
+                one = self.image_processor(images=[to_rgb(image)], return_tensors="pt")
+            except Exception as error:
                 raise InputError(
                     f"image {number} of {width}x{height} pixels is refused by the image "
-                    f"processor: {error}"
+                    f"processor: {first_line(error)}"
                 ) from error
             pixels.append(one["pixel_values"].float())
             grids.append(one["image_grid_thw"].long())
@@ -232,22 +263,38 @@ class PromptEncoder:
                     f"image's place with {PLACEHOLDER}"
                 )
         content = content_parts(problem, n_images)
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-
-    def _chat_template(self) -> str:
-        # chat_template.json is where processors kept it before transformers 5; AutoProcessor
-        # prefers it to the tokenizer's, which in some checkpoints knows no images.
-        old = _optional_file(self.model_path, "chat_template.json")
-        if old is not None and _optional_file(self.model_path, "chat_template.jinja") is None:
-            return json.loads(Path(old).read_text(encoding="utf-8"))["chat_template"]
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"{self.model_path} has no chat template: copy chat_template.jinja (or "
-                "chat_template.json) of the original checkpoint next to config.json"
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
-        return self.tokenizer.chat_template
+        except Exception as error:  # of jinja, or raised by the template
+            raise InputError(
+                f"{self.model_path}: the chat template in {self._template_file} fails: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _try_out(self) -> None:
+        """One question with one picture, so that what is broken is heard of before the run."""
+        side = self.patch_size * self.merge_size
+        pixels = None
+        try:
+            pixels, _ = self.process_images([Image.new("RGB", (2 * side, 2 * side))])
+        except InputError as error:
+            raise InputError(
+                f"{self.model_path}: preprocessor_config.json describes no image processor that "
+                f"works: {error}"
+            ) from error
+        if not torch.isfinite(pixels).all():
+            raise InputError(
+                f"{self.model_path}: with preprocessor_config.json a black picture has pixels that "
+                "are not finite: is its image_std 0?"
+            )
+        ids = self.tokenizer(self._chat_text("?", 1), add_special_tokens=False)["input_ids"]
+        if (found := ids.count(self.image_token_id)) != 1:
+            raise InputError(
+                f"{self.model_path}: the chat template in {self._template_file} wrote {found} "
+                f"image tokens for 1 image; expected one {self._image_token}"
+            )
 
     def _check_against_model(self, config: Any) -> None:
         vision = config.vision_config
@@ -273,6 +320,15 @@ class PromptEncoder:
 
     def _special_ids(self, config: Any) -> None:
         vocab = self.tokenizer.get_vocab()
+        self._longest_token = max(map(len, vocab))
+        size = config.text_config.vocab_size
+        if max(vocab.values()) >= size:
+            raise InputError(
+                f"{self.model_path}: the tokenizer has ids up to {max(vocab.values())}, but "
+                f"vocab_size in config.json is {size}: copy the tokenizer files of the same model"
+            )
+        # Embeddings are padded beyond the tokenizer; such an id has no text.
+        without_text = set(range(size)) - set(vocab.values())
         vision = {vocab[token] for token in _VISION_TOKENS if token in vocab}
         for name in ("image", "video", "vision_start", "vision_end"):
             vision.add(getattr(config, f"{name}_token_id"))
@@ -281,8 +337,8 @@ class PromptEncoder:
 
         eos = {self.tokenizer.eos_token_id}
         pad = self.tokenizer.pad_token_id
-        if _optional_file(self.model_path, "generation_config.json") is not None:
-            generation = GenerationConfig.from_pretrained(self.model_path)
+        if optional_file(self.model_path, "generation_config.json") is not None:
+            generation = load(GenerationConfig, self.model_path)
             listed = generation.eos_token_id
             eos.update(listed if isinstance(listed, list) else [listed])
             pad = generation.pad_token_id if pad is None else pad
@@ -294,7 +350,9 @@ class PromptEncoder:
             )
         self.eos_token_ids: list[int] = sorted(eos)
         self.pad_token_id: int = self.eos_token_ids[0] if pad is None else pad
-        self.banned_token_ids: list[int] = sorted(vision | ({self.pad_token_id} - eos))
+        self.banned_token_ids: list[int] = sorted(
+            vision | without_text | ({self.pad_token_id} - eos)
+        )
 
         control = {
             token_id
@@ -331,50 +389,3 @@ def black_pixel(image_processor: Any) -> torch.Tensor:
     black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
     pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
     return pixels[0].reshape(3, -1)[:, 0].clone()
-
-
-def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        what = {"AutoConfig": "config", "AutoTokenizer": "tokenizer"}
-        raise InputError(
-            f"model.path = {path!r}: the {what.get(auto_class.__name__, 'image processor')} "
-            f"cannot be loaded: {error}"
-        ) from error
-
-
-def _check_files(path: str) -> None:
-    """Raise for a local directory that lacks a file; a hub name is left to transformers."""
-    folder = Path(path)
-    if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError(f"model.path = {path!r}: there is no such directory")
-        return
-    if not folder.is_dir():
-        raise InputError(
-            f"model.path = {path!r} is a file; expected the directory of a checkpoint, with "
-            "config.json, the weights, the tokenizer and preprocessor_config.json"
-        )
-    needed = {
-        "config.json": ("config.json",),
-        "tokenizer.json": ("tokenizer.json", "vocab.json"),
-        "preprocessor_config.json": ("preprocessor_config.json", "processor_config.json"),
-    }
-    for name, any_of in needed.items():
-        if not any((folder / file).is_file() for file in any_of):
-            where = "into it" if name == "config.json" else "next to config.json"
-            raise InputError(
-                f"model.path = {path!r} has no {' or '.join(any_of)}: copy {name} of the original "
-                f"checkpoint {where}"
-            )
-
-
-def _optional_file(path: str, name: str) -> str | None:
-    return cached_file(
-        path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )

@@ -22,7 +22,17 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from papo_fast.config import Config, DataConfig
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
-from papo_fast.data.rows import BadSample, as_answer, as_kind, as_list, open_image, read_rows
+from papo_fast.data.rows import (
+    BadSample,
+    as_answer,
+    as_kind,
+    as_list,
+    as_reading,
+    as_text,
+    open_image,
+    printable,
+    read_rows,
+)
 from papo_fast.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -75,21 +85,27 @@ class PromptDataset(Dataset):
         self.config = config
         self.encoder = encoder
         self.bad_rows: dict[int, str] = {}
-        columns, self._rows, self._base = read_rows(self.source, split)
+        columns, self._rows, self._base = read_rows(self.source, split, config.on_bad_sample)
         if not len(self._rows):
             raise InputError(f"{self.source} has no rows")
+        if not columns:
+            try:
+                self._rows[0]
+            except BadSample as bad:
+                raise InputError(f"{self.source} has no row that can be read: {bad}") from bad
+        names = printable(", ".join(sorted(columns)), 1000)
         for field in ("problem", "answer"):
             key = getattr(config, f"{field}_key")
             if key not in columns:
                 raise InputError(
-                    f"{self.source} has no column {key!r}; it has {', '.join(sorted(columns))}. "
+                    f"{self.source} has no column {key!r}; it has {names}. "
                     f"Name the column that holds the {field} with --data.{field}-key"
                 )
         if config.images_key not in columns:
             _log.warning(
                 "%s has no column %r and is read as text only; it has %s. Name the column that "
                 "holds the images with --data.images-key",
-                *(self.source, config.images_key, ", ".join(sorted(columns))),
+                *(self.source, config.images_key, names),
             )
 
     def __len__(self) -> int:
@@ -102,7 +118,7 @@ class PromptDataset(Dataset):
         try:
             return self._prompt(index)
         except BadSample as bad:
-            message = f"{self.source}, row {index}: {bad}"
+            message = printable(f"{self.source}, row {index}: {bad}", 2000)
             if self.config.on_bad_sample == "error":
                 raise InputError(
                     f"{message}. Fix the row, or pass --data.on-bad-sample skip"
@@ -132,24 +148,20 @@ class PromptDataset(Dataset):
     def _prompt(self, index: int) -> Prompt:
         config = self.config
         row = self._rows[index]
-        problem = row.get(config.problem_key)
-        if not isinstance(problem, str) or not problem.strip():
-            raise BadSample(
-                "problem", f"column {config.problem_key!r} holds {problem!r}; expected a text"
-            )
+        problem = as_text(row.get(config.problem_key), config.problem_key, "problem")
         answer = as_answer(row.get(config.answer_key), config.answer_key)
-        images = [
-            open_image(value, number, self._base)
-            for number, value in enumerate(as_list(row.get(config.images_key)))
-        ]
+        reading = as_reading(row.get(config.reading_key), config.reading_key)
+        values = as_list(row.get(config.images_key))
         try:
+            # before the pictures, which cost more, are decoded
+            self.encoder.check_size(problem + config.prompt_suffix, len(values))
+            images = [open_image(value, i, self._base) for i, value in enumerate(values)]
             encoded = self.encoder.encode(problem + config.prompt_suffix, images)
         except PromptTooLong as error:
             raise BadSample("too long", str(error)) from error
         except InputError as error:
             raise BadSample("prompt", str(error)) from error
         kind = as_kind(row.get(config.kind_key))
-        reading = row.get(config.reading_key)
         return Prompt(index, problem, answer, kind, images, encoded, reading)
 
 
