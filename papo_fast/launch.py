@@ -24,8 +24,9 @@ from papo_fast.parallel import (
 )
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_guard import read_or_make_token
 from papo_fast.rollout.vllm_requests import require_vllm
-from papo_fast.rollout.vllm_serve import server_command
+from papo_fast.rollout.vllm_serve import server_command, warn_of_open_address
 from papo_fast.run.caches import find_room_for_data
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG
@@ -115,11 +116,19 @@ def serve(config: Config, console: Console) -> None:
         )
     config = resolve(config)
     require_vllm()
+    if not config.rollout.server_token_file:
+        raise InputError(
+            "rollout.server_token_file is empty, and whoever reaches a server could change its "
+            "weights: pass --rollout.server-token-file FILE here and to the run (FILE is made "
+            "where it is missing)"
+        )
+    token = read_or_make_token(config.rollout.server_token_file)
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
 
         config = prepare(config, Progress(console))
-    command, environment = server_command(config, urls[0])
+    warn_of_open_address(urls[0])
+    command, environment = server_command(config, urls[0], token)
     environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     console.print(f"vLLM serves {config.model.path} at {urls[0]}")
     os.execve(command[0], command, environment)
