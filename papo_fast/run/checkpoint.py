@@ -9,7 +9,9 @@ Weights and optimizer are torch's distributed format, which loads on another num
 from __future__ import annotations
 
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -49,11 +51,23 @@ class Saved:
 
     @property
     def score(self) -> float:
-        return self.state()["score"]
+        """How good its steps were; a damaged one is never the best."""
+        try:
+            return self.state()["score"]
+        except InputError:
+            return -math.inf
 
     def state(self) -> dict[str, Any]:
-        """What was saved beside weights and optimizer; plain values."""
-        return torch.load(self.path / "state.pt", weights_only=True)
+        """What was saved beside weights and optimizer; plain values.
+
+        Raises `InputError` where the file holds anything else, or cannot be read.
+        """
+        path = self.path / "state.pt"
+        try:
+            return torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"{path} cannot be read: {first}") from error
 
 
 class CheckpointStore:
