@@ -130,7 +130,11 @@ class RolloutConfig:
     """Seconds after which a request to a vLLM server, or the start of one, counts as failed."""
     server_weights: str = ""
     """Folder in which new weights are handed to vLLM servers, on a disk that they share with the
-    run, e.g. under /dev/shm on one machine; empty: in the run's folder."""
+    run, e.g. under /dev/shm on one machine; each run makes a folder of its own in it. Empty: in
+    the run's folder."""
+    server_token_file: str = ""
+    """File, of mode 600, with the token that the servers of `server_urls` ask for, which
+    `papo-fast serve` makes where it is missing. A run's own server needs none."""
 
 
 @dataclass(frozen=True)

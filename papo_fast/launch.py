@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,23 +14,36 @@ from rich.console import Console
 from papo_fast.config import Config
 from papo_fast.config_checks import resolve
 from papo_fast.errors import InputError
-from papo_fast.parallel import gather, is_main, main_first, pick_device, process_group
+from papo_fast.parallel import (
+    gather,
+    is_main,
+    main_first,
+    pick_device,
+    process_group,
+    world_size,
+)
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_guard import read_or_make_token
 from papo_fast.rollout.vllm_requests import require_vllm
-from papo_fast.rollout.vllm_serve import server_command
-from papo_fast.run.checkpoint import stop_on_sigterm
+from papo_fast.rollout.vllm_serve import server_command, warn_of_open_address
+from papo_fast.run.caches import find_room_for_data
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG
-from papo_fast.run.folder import claim_run_dir, find_run_dir, write_json
+from papo_fast.run.folder import run_folder, write_json
 from papo_fast.run.progress import Progress
+from papo_fast.run.resume import DATA, check_data, data_marks, finished_steps
+from papo_fast.run.stop import Stopped, StopRequest, outlive_readers, stop_on_signals
 from papo_fast.trainer import Trainer
 
+_log = logging.getLogger(__name__)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def train(config: Config, console: Console) -> Path:
     """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
+    outlive_readers(console)
+    find_room_for_data()
     config = resolve(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -38,10 +52,19 @@ def train(config: Config, console: Console) -> Path:
 
 
 def _train(config: Config, console: Console) -> Path:
-    folder = None
-    if is_main():
-        folder = find_run_dir(config) if config.resume else claim_run_dir(config)
-    folder = gather(folder)[0]
+    with ExitStack() as held:
+        folder = done = None
+        if is_main():
+            folder = held.enter_context(run_folder(config))
+            done = finished_steps(config, folder) if config.resume else None
+        folder, done = gather((folder, done))[0]
+        if done is not None:
+            console.print(f"{folder} is finished after {done} steps: nothing is left to do")
+            return folder
+        return _train_in(folder, config, console)
+
+
+def _train_in(folder: Path, config: Config, console: Console) -> Path:
     clock = Clock()  # before the warm start: `seconds` is what the user waited
     progress = Progress(console)
     if config.digits.enabled:
@@ -49,20 +72,39 @@ def _train(config: Config, console: Console) -> Path:
 
         with main_first():  # the others then find what it made
             config = prepare(config, progress)
+    if is_main():
+        marks = data_marks(config)
+        if config.resume:
+            check_data(config, marks, folder)
     with Scorer(config.reward) as scorer:
         trainer = Trainer(config, folder, scorer, progress, clock)
         # not before everything is loaded: a folder with a config counts as a run
         if is_main():
+            write_json(folder / DATA, marks)
             write_json(folder / CONFIG, asdict(config))
-        with closing(trainer.engine), stop_on_sigterm() as stop:
+        with closing(trainer.engine), stop_on_signals() as stop:
+            trainer.journal.watch(trainer.updater.optimizer, stop)
+            return _run(trainer, stop)
+
+
+def _run(trainer: Trainer, stop: StopRequest) -> Path:
+    """The run; whatever ends it, the last step that ended is kept."""
+    policy, optimizer, journal = trainer.policy, trainer.updater.optimizer, trainer.journal
+    try:
+        return trainer.run(stop)
+    except Stopped:
+        journal.keep_last_step(policy, optimizer)
+        trainer.say(f"stopped after step {journal.done}; the same command with --resume goes on")
+        return trainer.folder
+    except BaseException as error:
+        # a checkpoint is the work of all ranks, and other errors are of one of them
+        of_all = world_size() == 1 or isinstance(error, RolloutError) or trainer.stream.broken
+        if of_all:
             try:
-                return trainer.run(stop)
-            except InputError as error:
-                # nothing of the failed step has happened yet: keep what came before it
-                before_it = isinstance(error, RolloutError) or trainer.stream.broken
-                if before_it and not trainer.journal.is_saved():
-                    trainer.journal.checkpoint(trainer.policy, trainer.updater.optimizer)
-                raise
+                journal.keep_last_step(policy, optimizer)
+            except Exception as problem:  # the first error is the one to be told
+                _log.warning("step %d could not be kept: %s", journal.done, problem)
+        raise
 
 
 def serve(config: Config, console: Console) -> None:
@@ -74,11 +116,19 @@ def serve(config: Config, console: Console) -> None:
         )
     config = resolve(config)
     require_vllm()
+    if not config.rollout.server_token_file:
+        raise InputError(
+            "rollout.server_token_file is empty, and whoever reaches a server could change its "
+            "weights: pass --rollout.server-token-file FILE here and to the run (FILE is made "
+            "where it is missing)"
+        )
+    token = read_or_make_token(config.rollout.server_token_file)
     if config.digits.enabled:
         from papo_fast.digits.warmstart import prepare
 
         config = prepare(config, Progress(console))
-    command, environment = server_command(config, urls[0])
+    warn_of_open_address(urls[0])
+    command, environment = server_command(config, urls[0], token)
     environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     console.print(f"vLLM serves {config.model.path} at {urls[0]}")
     os.execve(command[0], command, environment)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import random
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +23,10 @@ from papo_fast.errors import InputError
 from papo_fast.launch import serve, train
 from papo_fast.presets import get_preset
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_guard import HOST, MIDDLEWARE, TOKEN, Guard, read_or_make_token
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.rollout.vllm_serve import server_command
-from papo_fast.rollout.vllm_server import VLLMServerRollout
+from papo_fast.rollout.vllm_server import Server, VLLMServerRollout
 from support.small_runs import VOLATILE, png
 from support.vllm_checks import (
     check_agreement_after_every_sync,
@@ -57,6 +61,20 @@ def test_sampler_and_trainer_agree_after_every_sync(served):
 @needs_vllm
 def test_banned_tokens_are_never_sampled(served):
     check_bans(*served)
+
+
+@needs_vllm
+def test_vllm_itself_obeys_nobody_without_the_token(served):
+    url = served[0].own.url
+    stranger, wrong = Server(url, 5.0), Server(url, 5.0, "0" * 64)
+    assert stranger.is_ready()
+    for asking in (stranger, wrong):
+        for path in ("/collective_rpc", "/reset_prefix_cache", "/inference/v1/generate"):
+            with pytest.raises(RolloutError, match=f"refused {path}: it asks for a token"):
+                asking.call("POST", path, {"method": "determine_num_available_blocks"})
+        with pytest.raises(RolloutError, match="asks for a token"):
+            asking.check(1)
+    Server(url, 5.0, served[0].own.token).check(1)
 
 
 @needs_vllm
@@ -161,7 +179,7 @@ def at(config, *urls, **changes):
 
 def test_the_server_is_started_with_what_a_run_checks_for(model):
     config, _, _ = model
-    command, environment = server_command(config, "http://node7:8123")
+    command, environment = server_command(config, "http://node7:8123", "secret")
     options = dict(zip(command[3::2], command[4::2], strict=False))
     for flag, value in {
         "--host": "node7",
@@ -173,11 +191,127 @@ def test_the_server_is_started_with_what_a_run_checks_for(model):
         assert options[flag] == value
     assert json.loads(options["--mm-processor-kwargs"])["size"]["shortest_edge"] == 28 * 28
     assert "--enable-scale-out" in command and environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert options["--middleware"] == MIDDLEWARE
+    assert environment[TOKEN] == "secret" and environment[HOST] == "node7"
+    assert not any("secret" in word for word in command), "everybody can read a command line"
     for url in ("https://node7:8123", "http://node7", "node7:8123"):
         with pytest.raises(InputError, match="not of the form http://HOST:PORT"):
-            server_command(config, url)
+            server_command(config, url, "secret")
     with pytest.raises(InputError, match="start each with its own URL"):
         serve(at(config, "http://a:1", "http://b:1"), Console(quiet=True))
+
+
+TOKEN_HEADER = ("authorization", "Bearer secret")
+JSON = ("content-type", "application/json")
+HOST_HEADER = ("host", "node7:8123")
+ALLOWED = [TOKEN_HEADER, JSON, HOST_HEADER]
+
+
+def answered(monkeypatch, method, path, headers, kind="http"):
+    """Status of the guard's answer, or "passed" where the request went through."""
+    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setenv(HOST, "node7")
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": kind, "method": method, "path": path}
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in headers]
+    asyncio.run(Guard(app)(scope, None, send))
+    return "passed" if passed else sent[0].get("status", sent[0]["type"])
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/inference/v1/generate", "/health"])
+def test_a_web_page_or_another_user_gets_nothing_from_a_server(monkeypatch, path):
+    def status(*headers, method="POST"):
+        return answered(monkeypatch, method, path, headers)
+
+    assert status(*ALLOWED) == "passed"
+    assert status(JSON, HOST_HEADER) == 401
+    for wrong in ("Bearer secre", "Bearer secret2", "Basic secret", "secret", "Bearer ", ""):
+        assert status(("authorization", wrong), JSON, HOST_HEADER) == 401
+    assert status(TOKEN_HEADER, *ALLOWED) == 401, "two tokens"
+    # what a page can send without asking first
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert status(TOKEN_HEADER, HOST_HEADER, ("content-type", kind)) == 415
+    assert status(TOKEN_HEADER, HOST_HEADER) == 415
+    # a name that its owner has led to our address
+    for host in ("evil.example", "evil.example:8123", "node7.evil.example", "", "[", "a@node8"):
+        assert status(TOKEN_HEADER, JSON, ("host", host)) == 421
+    assert status(TOKEN_HEADER, JSON) == 421
+    for host in ("NODE7:8123", "127.0.0.1:8123", "localhost", "[::1]:8123"):
+        assert status(TOKEN_HEADER, JSON, ("host", host)) == "passed"
+    assert status(JSON, HOST_HEADER, method="OPTIONS") == 401
+
+
+def test_only_the_question_whether_a_server_is_well_needs_no_token(monkeypatch):
+    assert answered(monkeypatch, "GET", "/health", []) == "passed"
+    for path in ("/health/../server_info", "/server_info", "/metrics", "//health", "/"):
+        assert answered(monkeypatch, "GET", path, [HOST_HEADER]) == 401
+    assert answered(monkeypatch, "GET", "/metrics", [HOST_HEADER, TOKEN_HEADER]) == "passed"
+    assert answered(monkeypatch, None, "/", ALLOWED, kind="websocket") == "websocket.close"
+    assert answered(monkeypatch, None, "/", [], kind="lifespan") == "passed"
+
+
+def test_a_server_without_a_token_does_not_start(monkeypatch, model):
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(RuntimeError, match=f"{TOKEN} is empty"):
+        Guard(None)
+    config, _, _ = model
+    monkeypatch.setattr("papo_fast.launch.require_vllm", lambda: None)
+    data = replace(config.data, train="unread.jsonl")
+    tokenless = replace(at(config, "http://127.0.0.1:1"), data=data)
+    with pytest.raises(InputError, match=r"server_token_file is empty.*--rollout\.server-token"):
+        serve(tokenless, Console(quiet=True))
+
+
+def test_a_token_file_is_for_its_owner_alone(tmp_path):
+    path = tmp_path / "new" / "token"
+    token = read_or_make_token(str(path))
+    assert path.stat().st_mode & 0o777 == 0o600 and len(token) == 64
+    assert read_or_make_token(str(path)) == token
+    path.chmod(0o644)
+    with pytest.raises(InputError, match=r"can be read or changed by others \(mode 644\)"):
+        read_or_make_token(str(path))
+    path.chmod(0o600)
+    for nonsense in ("", "short", "two words of thirty letters...", "ä" * 20, "a" * 20 + "\nb"):
+        path.write_text(nonsense)
+        with pytest.raises(InputError, match="holds no token"):
+            read_or_make_token(str(path))
+
+
+def test_the_token_of_the_file_goes_with_every_request(model, tmp_path):
+    config, encoder, policy = model
+    path = tmp_path / "token"
+    token = read_or_make_token(str(path))
+    heard = set()
+
+    def asks(handler):
+        heard.add(handler.path)
+        right = handler.headers["Authorization"] == f"Bearer {token}"
+        return not right and handler.answer(b"no", 401)
+
+    with standing_in(encoder, asks) as url:
+        engine = VLLMServerRollout(at(config, url, server_token_file=str(path)), encoder, tmp_path)
+        engine.load_weights(policy)
+        sample(engine, mixed_prompts(encoder)[1:2], n=2)
+        assert {"/collective_rpc", "/reset_prefix_cache", "/inference/v1/generate"} <= heard
+        with pytest.raises(RolloutError, match=r"same --rollout\.server-token-file"):
+            VLLMServerRollout(at(config, url), encoder, tmp_path)
+
+
+def test_an_address_that_is_not_loopback_is_warned_of(model, tmp_path, caplog):
+    config, encoder, _ = model
+    with pytest.raises(RolloutError, match="cannot be reached"):
+        VLLMServerRollout(at(config, "http://localhost:9"), encoder, tmp_path)
+    assert not caplog.records
+    with pytest.raises(RolloutError, match="cannot be reached"):
+        VLLMServerRollout(at(config, "http://0.0.0.0:9"), encoder, tmp_path)
+    assert "http://0.0.0.0:9 is not on loopback" in caplog.text
 
 
 def test_a_server_that_is_not_there_is_an_error_that_says_what_to_start(model, tmp_path):
@@ -329,6 +463,52 @@ def test_new_weights_that_cannot_be_written_are_an_error_that_names_the_folder(m
         engine = VLLMServerRollout(there, encoder, tmp_path)
         with pytest.raises(RolloutError, match=r"rollout.server_weights"):
             engine.load_weights(policy)
+
+
+def test_runs_that_share_a_weights_folder_have_private_folders_of_their_own(model, tmp_path):
+    config, encoder, policy = model
+    shared, seen = tmp_path / "shared", {}
+
+    def looks(handler):
+        if handler.path == "/collective_rpc":
+            folder = Path(handler.body["kwargs"]["weights_path"])
+            seen[folder.parent] = [folder.parent.stat().st_mode & 0o777, os.listdir(folder)]
+
+    with standing_in(encoder, looks) as url:
+        for run in ("a", "b", "a"):
+            there = at(config, url, server_weights=str(shared))
+            engine = VLLMServerRollout(there, encoder, tmp_path / run)
+            if run in seen:
+                (engine.weights / "left by a kill").touch()
+            engine.load_weights(policy)
+            engine.load_weights(policy)
+            assert engine.weights.parent == shared
+            engine.close()
+    assert list(seen.values()) == [[0o700, ["model-00001.safetensors"]]] * 2
+    assert list(shared.iterdir()) == []
+
+
+def test_weights_are_not_written_through_a_symlink_or_where_others_can_swap_folders(
+    model, tmp_path
+):
+    config, encoder, policy = model
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with standing_in(encoder) as url:
+        for place, why in (("link", "is a symlink"), ("open", "others can replace")):
+            there = at(config, url, server_weights=str(tmp_path / place))
+            engine = VLLMServerRollout(there, encoder, tmp_path)
+            with pytest.raises(RolloutError, match=f"{why}.*rollout.server_weights"):
+                engine.load_weights(policy)
+        there = at(config, url, server_weights=str(tmp_path / "shared"))
+        engine = VLLMServerRollout(there, encoder, tmp_path)
+        engine.weights.parent.mkdir()
+        engine.weights.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(RolloutError, match="is a symlink"):
+            engine.load_weights(policy)
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 @needs_vllm

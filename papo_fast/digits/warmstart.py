@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from papo_fast.parallel import pick_device
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.sampler import Sampler
+from papo_fast.run.lock import Locked, is_here, locked
 from papo_fast.run.progress import Progress
 from papo_fast.samples import Completion, Group, Sample
 
@@ -59,11 +63,38 @@ def prepare(config: Config, progress: Progress) -> Config:
     folder = cache_folder(config)
     files = DigitsFiles(folder / "model", folder / "train.parquet", folder / "test.parquet")
     data = replace(config.data, train=str(files.train), test=str(files.test))
-    if not (files.model / "config.json").exists():
-        _build(files, config, data, progress)
+    made = files.model / "config.json"
+    if not made.exists():
+        with _alone_in(folder, made, progress):
+            if not made.exists():
+                _build(files, config, data, progress)
     else:
         log.info("warm-started model and data found in %s", folder)
     return replace(config, model=replace(config.model, path=str(files.model)), data=data)
+
+
+@contextmanager
+def _alone_in(folder: Path, made: Path, progress: Progress) -> Iterator[None]:
+    """Hold the cache folder; wait where another process of this machine is filling it.
+
+    Raises `Locked` where one of another machine is: from here nobody can tell whether it lives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    said = False
+    with ExitStack() as held:
+        while not made.exists():
+            try:
+                held.enter_context(locked(folder))
+                break
+            except Locked as error:
+                if not is_here(error.holder) or error.holder["pid"] == os.getpid():
+                    raise
+                if not said:
+                    pid = error.holder["pid"]
+                    progress.console.print(f"waiting for process {pid}, which is filling {folder}")
+                said = True
+                time.sleep(0.5)
+        yield
 
 
 def cache_folder(config: Config) -> Path:

@@ -1,15 +1,16 @@
 """The vLLM server whose options are those that a run needs.
 
 `papo-fast serve PRESET ...` becomes the server (`papo_fast.launch`); a run without
-`rollout.server_urls` starts one for itself on loopback and ends it. Whoever reaches the server can
-change its weights (vLLM calls this development mode), so it belongs on loopback or in a network of
-one's own.
+`rollout.server_urls` starts one for itself on loopback and ends it. Whoever the server obeys can
+change its weights and more (vLLM calls this development mode), so it obeys those who know its token
+(`vllm_guard`). Nothing is encrypted: it belongs on loopback or in a network of one's own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,12 +27,15 @@ from transformers import AutoConfig
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
+from papo_fast.rollout import vllm_guard
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import set_environment
 
+_log = logging.getLogger(__name__)
 
-def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]:
+
+def server_command(config: Config, url: str, token: str) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of vLLM's OpenAI-compatible server at `url`."""
     address, path = urlsplit(url), config.model.path
     if address.scheme != "http" or not address.hostname or not address.port:
@@ -41,6 +45,7 @@ def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]
         "model": path,
         "host": address.hostname,
         "port": address.port,
+        "middleware": vllm_guard.MIDDLEWARE,
         "tensor_parallel_size": config.rollout.tensor_parallel,
         "seed": 0,
         "enable_scale_out": True,  # token ids in, token ids out
@@ -61,13 +66,31 @@ def server_command(config: Config, url: str) -> tuple[list[str], dict[str, str]]
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
+    environment[vllm_guard.TOKEN], environment[vllm_guard.HOST] = token, address.hostname
+    root = str(Path(__file__).parents[2])  # from where the server imports the guard
+    if "site-packages" not in root and root not in environment.get("PYTHONPATH", ""):
+        paths = (environment.get("PYTHONPATH"), root)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if on_cpu and config.threads:
         environment.setdefault("OMP_NUM_THREADS", str(config.threads))
     return command, environment
 
 
+def warn_of_open_address(url: str) -> None:
+    """Say it where tokens, questions and responses travel through a network as they are."""
+    if not vllm_guard.is_loopback(url):
+        _log.warning(
+            "%s is not on loopback and nothing is encrypted: whoever can listen in on that network "
+            "learns the token and can then change the server's weights",
+            url,
+        )
+
+
 class OwnServer:
     """A server of this run alone, on loopback; ends with it, however it ends.
+
+    Attributes:
+        token: what every request has to carry; random.
 
     Raises:
         RolloutError: it does not start within `rollout.server_timeout`; names its log.
@@ -76,7 +99,8 @@ class OwnServer:
     def __init__(self, config: Config, log: Path, answers: Callable[[str], bool]):
         require_vllm()
         self.url = f"http://127.0.0.1:{_free_port()}"
-        command, environment = server_command(config, self.url)
+        self.token = vllm_guard.new_token()
+        command, environment = server_command(config, self.url, self.token)
         # torchrun's variables are of the run's processes
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)

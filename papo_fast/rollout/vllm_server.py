@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import atexit
 import base64
+import hashlib
 import io
 import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_guard import read_token
 from papo_fast.rollout.vllm_requests import RequestFormat, prompt_passes, prompt_seeds
-from papo_fast.rollout.vllm_serve import OwnServer
+from papo_fast.rollout.vllm_serve import OwnServer, warn_of_open_address
+from papo_fast.run.private import private_folder
 from papo_fast.samples import Completion
 
 START = "start it with `papo-fast serve` and the options of this run"
@@ -43,9 +47,12 @@ AGAIN = "the same command with --resume goes on"
 class Server:
     """One vLLM server; every failure is a `RolloutError` that names it and what to do."""
 
-    def __init__(self, url: str, timeout: float):
+    def __init__(self, url: str, timeout: float, token: str = ""):
         self.url = url.rstrip("/")
         self.timeout = timeout
+        self.headers = {"Content-Type": "application/json"}
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
 
     def __str__(self) -> str:
         return f"the vLLM server at {self.url} (rollout.server_urls)"
@@ -60,7 +67,7 @@ class Server:
             raise RolloutError(f"{self} cannot be reached: {error}. {START}; {AGAIN}") from error
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {"Content-Type": "application/json"})
+            connection.request(method, path, text, self.headers)
             response = connection.getresponse()
             status, content = response.status, response.read()
         except TimeoutError as error:
@@ -75,6 +82,11 @@ class Server:
             ) from error
         finally:
             connection.close()
+        if status == 401:
+            raise RolloutError(
+                f"{self} refused {path}: it asks for a token other than this run's. Give both the "
+                f"same --rollout.server-token-file; {AGAIN}"
+            )
         if status >= 400:
             detail = content[:500].decode(errors="replace")
             raise RolloutError(
@@ -144,24 +156,31 @@ class VLLMServerRollout:
         rollout = config.rollout
         self.format = RequestFormat(encoder)
         self.batch_size = rollout.batch_size
-        self.weights = Path(rollout.server_weights or run_dir / "server_weights").resolve()
+        # one and the same for a run and its continuation, which deletes what the run has left
+        key = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+        place = Path(rollout.server_weights or run_dir / "server_weights").absolute()
+        self.weights = place / f"papo-fast-{key}"
         self.loaded = 0
         self.own: OwnServer | None = None
-        urls, error = rollout.server_urls, None
+        urls, token, error = rollout.server_urls, "", None
         try:
             if not urls and is_main():
                 log = run_dir / "vllm_server.log"
                 self.own = OwnServer(config, log, lambda url: Server(url, 5.0).is_ready())
                 atexit.register(self.close)
-                urls = (self.own.url,)
+                urls, token = (self.own.url,), self.own.token
+            elif is_main() and rollout.server_token_file:
+                token = read_token(rollout.server_token_file)
             if is_main():
                 for url in urls:
+                    warn_of_open_address(url)
                     length = config.data.max_prompt_length + rollout.max_new_tokens
-                    Server(url, rollout.server_timeout).check(length)
+                    Server(url, rollout.server_timeout, token).check(length)
         except InputError as problem:
             error = problem
         _fail_together(error)
-        self.servers = [Server(url, rollout.server_timeout) for url in gather(urls)[0]]
+        urls, token = gather((urls, token))[0]
+        self.servers = [Server(url, rollout.server_timeout, token) for url in urls]
 
     def generate(
         self,
@@ -235,7 +254,7 @@ class VLLMServerRollout:
         self.loaded += 1
         folder, error = self.weights / f"update-{self.loaded}", None
         try:
-            write_weights(policy, folder)
+            write_weights(policy, folder, first=self.loaded == 1)
             if is_main():
                 with ThreadPoolExecutor(len(self.servers)) as pool:
                     list(pool.map(lambda server: server.load_weights(folder), self.servers))
@@ -258,16 +277,30 @@ class VLLMServerRollout:
         if self.own is not None:
             self.own.close()
             self.own = None
+        if self.loaded and is_main():
+            with suppress(OSError):  # empty, unless weights are still being written
+                self.weights.rmdir()
 
 
-def write_weights(policy: Policy, folder: Path, shard_bytes: int = 4 << 30) -> None:
-    """Whole weights in the policy's dtype as safetensors; the main rank writes, all take part."""
+def write_weights(
+    policy: Policy, folder: Path, shard_bytes: int = 4 << 30, *, first: bool = True
+) -> None:
+    """Whole weights in the policy's dtype as safetensors; the main rank writes, all take part.
+
+    The `first` time, the folder around `folder` is made, for this user alone.
+    """
     shard: dict[str, Tensor] = {}
-    size, written, error = 0, 0, None
+    size, written = 0, 0
+    error: OSError | None = None
+    if is_main() and first:
+        try:
+            private_folder(folder.parent)
+        except OSError as problem:
+            error = problem
 
     def write() -> None:
         nonlocal size, written
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         written += 1
         save_file(shard, folder / f"model-{written:05}.safetensors")
         shard.clear()

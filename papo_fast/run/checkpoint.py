@@ -1,19 +1,20 @@
 """Checkpoints that lose nothing: model, optimizer, random numbers, position in the data, step.
 
-A checkpoint is written under another name and then renamed, so a folder called `step-N` is whole.
+A checkpoint is written under another name and then renamed, so a folder called `step-N` was whole
+when it got that name. Checksums tell whether it still is; one that is not is called
+`step-N.damaged` from then on, and the one before is taken.
 Weights and optimizer are torch's distributed format, which loads on another number of ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
-import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from papo_fast.errors import InputError
-from papo_fast.parallel import is_main, wait_for_all
+from papo_fast.parallel import gather, is_main, wait_for_all
+from papo_fast.run.shards import SafePlanner, SafeReader, damage, write_manifest
+from papo_fast.run.stop import StopRequest as StopRequest  # the loop imports it from here
 
 _log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 # a run of one process is no mistake
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
@@ -47,11 +51,23 @@ class Saved:
 
     @property
     def score(self) -> float:
-        return self.state()["score"]
+        """How good its steps were; a damaged one is never the best."""
+        try:
+            return self.state()["score"]
+        except InputError:
+            return -math.inf
 
     def state(self) -> dict[str, Any]:
-        """What was saved beside weights and optimizer; plain values."""
-        return torch.load(self.path / "state.pt", weights_only=True)
+        """What was saved beside weights and optimizer; plain values.
+
+        Raises `InputError` where the file holds anything else, or cannot be read.
+        """
+        path = self.path / "state.pt"
+        try:
+            return torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"{path} cannot be read: {first}") from error
 
 
 class CheckpointStore:
@@ -106,6 +122,7 @@ class CheckpointStore:
             )
             if is_main():
                 torch.save(state, partial / "state.pt")
+                write_manifest(partial)
                 _flush(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
@@ -124,18 +141,22 @@ class CheckpointStore:
         return final
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Restore the latest one in place; its state, or None where there is none."""
+        """Restore the latest one that is undamaged in place; its state, or None without any.
+
+        Raises:
+            InputError: all are damaged, or a file holds what no checkpoint does.
+        """
         for leftover in self.folder.glob(f"*{PARTIAL}") if is_main() else ():
             _log.info("removing %s, which an interrupted run left unfinished", leftover)
             shutil.rmtree(leftover)
-        if not (whole := self.saved()):
+        if (latest := self._latest_undamaged()) is None:
             return None
-        latest = whole[-1]
         options = _options(model)
         weights, moments = get_state_dict(model, optimizer, options=options)
-        dcp.load(
+        _load(
             {"model": weights, "optimizer": moments},
-            checkpoint_id=latest.path / "shards",
+            storage_reader=SafeReader(latest.path / "shards"),
+            planner=SafePlanner(),
         )
         set_state_dict(
             model,
@@ -146,6 +167,25 @@ class CheckpointStore:
         )
         _log.info("resumed from %s", latest.path)
         return latest.state()
+
+    def _latest_undamaged(self) -> Saved | None:
+        found, put_aside = None, []
+        for saved in reversed(self.saved()) if is_main() else ():
+            if (what := damage(saved.path)) is None:
+                found = saved
+                break
+            aside = saved.path.with_name(saved.path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            saved.path.rename(aside)
+            _log.warning("%s is damaged: %s; it is now %s", saved.path, what, aside.name)
+            put_aside.append(str(aside))
+        found, put_aside = gather((found, put_aside))[0]
+        if found is None and put_aside:
+            raise InputError(
+                f"no checkpoint is left to resume from: {', '.join(put_aside)} are damaged. Put "
+                "the files back, or start again with --overwrite"
+            )
+        return found
 
     def _drop_old(self) -> None:
         whole = self.saved()
@@ -163,6 +203,7 @@ def export_model(policy: Any, encoder: Any, path: Path) -> None:
 
     Every rank of a sharded policy takes part; the main one writes.
     """
+    refuse_if_not_finite(list(policy.parameters()))
     partial = path.with_name(path.name + PARTIAL)
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
@@ -171,6 +212,30 @@ def export_model(policy: Any, encoder: Any, path: Path) -> None:
         encoder.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
+
+
+def refuse_if_not_finite(weights: list[torch.Tensor]) -> None:
+    """Raise `InputError` on every rank where a weight of any of them is NaN or infinite."""
+    local = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+    local = [w.detach() for w in local if w.numel() and w.is_floating_point()]
+    largest = torch._foreach_norm(local, float("inf")) if local else ()
+    finite = not largest or bool(torch.stack([x.float() for x in largest]).isfinite().all())
+    if not all(gather(finite)):
+        raise InputError(
+            "the weights are no longer finite after a finite gradient, so they are not kept: lower "
+            "train.lr, or train in float32; --resume goes on from the checkpoint before, if there "
+            "is one"
+        )
+
+
+def _load(state: dict[str, Any], **how: Any) -> None:
+    try:
+        dcp.load(state, **how)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, InputError):
+            raise first from error
+        raise InputError(f"a checkpoint cannot be read: {first}") from error
 
 
 def _options(model: nn.Module) -> StateDictOptions:
@@ -196,30 +261,3 @@ def _flush_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class StopRequest:
-    """Whether the process was asked to stop (SIGTERM, as clusters send it before they kill)."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, *_: object) -> None:
-        if not self.requested:
-            _log.warning("asked to stop (SIGTERM): finishing this step, then a checkpoint")
-        self.requested = True
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Turns SIGTERM into a request that the loop can honour; only in the main thread."""
-    request = StopRequest()
-    try:
-        before = signal.signal(signal.SIGTERM, request)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield request
-        return
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, before)

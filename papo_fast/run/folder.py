@@ -6,28 +6,63 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.run.clock import Clock
-from papo_fast.run.files import CONFIG, is_run
+from papo_fast.run.files import CONFIG
+from papo_fast.run.lock import LOCK, Locked, locked
+from papo_fast.run.resume import check_settings
+
+_OF_NO_STEP = {LOCK, "vllm_server.log", "server_weights"}
+"""What a run leaves that ended before its first step began."""
 
 
-def claim_run_dir(config: Config) -> Path:
-    """The run's folder, made now.
+@contextmanager
+def run_folder(config: Config) -> Iterator[Path]:
+    """The folder of this run, which nobody else writes to while the block lasts.
 
-    A run that was given a name is never replaced without `overwrite`; one that was not takes the
+    Raises `InputError` where it is in use, holds another run, or cannot be continued.
+    """
+    _check_name(config.run_name)
+    with ExitStack() as held:
+        yield _to_continue(config, held) if config.resume else _new(config, held)
+
+
+def _check_name(name: str) -> None:
+    """A run stays in `out`: its name is one name, and no path to somewhere else."""
+    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise InputError(
+            f"name is {name!r}: expected the name of a folder in `out`, without slashes, and "
+            "neither . nor .."
+        )
+
+
+def _new(config: Config, held: ExitStack) -> Path:
+    """A run that was given a name is never replaced without `overwrite`; one that was not takes the
     next free name (`tiny-seed0`, `tiny-seed0-2`, ...), so that a command can simply be repeated.
     """
-    path = Path(config.out) / config.run_name
-    if config.overwrite and path.exists():
-        if any(path.iterdir()) and not is_run(path):
-            raise InputError(f"{path} is not a run (no config.json): it will not be replaced")
-        shutil.rmtree(path)
-    taken = 1
-    while path.exists() and any(path.iterdir()):
+    path, taken = Path(config.out) / config.run_name, 1
+    if config.overwrite and (path.is_symlink() or path.exists()):
+        _check_that_it_is_ours(path)
+        held.enter_context(locked(path))
+        for entry in path.iterdir():
+            if entry.name != LOCK:
+                _delete(entry)
+        return path
+    while True:
+        if not path.is_symlink() and (not path.exists() or _is_unused(path)):
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(path))
+            except Locked:
+                if config.name:
+                    raise
+            else:
+                return path
         if config.name:
             raise InputError(
                 f"{path} already holds a run: choose another --name, or pass --overwrite to "
@@ -35,62 +70,47 @@ def claim_run_dir(config: Config) -> Path:
             )
         taken += 1
         path = Path(config.out) / f"{config.run_name}-{taken}"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
-# Settings that may differ between a run and its continuation: none of them changes a step.
-_FREE = ("resume", "overwrite", "out", "name", "threads", "device", "preset")
-_FREE_IN_TRAIN = ("steps", "epochs", "checkpoint_every", "keep_checkpoints", "max_tokens")
-_FREE_IN_ROLLOUT = (
-    *("gpu_memory", "tensor_parallel"),
-    *("server_urls", "server_timeout", "server_weights"),
-)
-# A bad row that stopped a run may be skipped from there on.
-_FREE_IN_DATA = ("on_bad_sample",)
+def _is_unused(path: Path) -> bool:
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= _OF_NO_STEP
 
 
-def find_run_dir(config: Config) -> Path:
-    """The run to continue: the latest of its name, or a new one.
+def _check_that_it_is_ours(path: Path) -> None:
+    """Raise where a folder to be replaced is anything but a run that this program has written."""
+    if path.is_symlink() or not path.is_dir():
+        raise InputError(f"{path} is no folder of its own: it will not be replaced")
+    if _is_unused(path):
+        return
+    try:
+        settings = json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError):
+        settings = None
+    ours = {"preset", "seed", "model", "data", "rollout", "objective", "train"}
+    if not isinstance(settings, dict) or not ours <= settings.keys():
+        raise InputError(
+            f"{path} is not a run (no {CONFIG} of ours): it will not be replaced. Delete it "
+            "yourself, or choose another --name"
+        )
 
-    Raises `InputError` where it was started with other settings than these.
-    """
+
+def _delete(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _to_continue(config: Config, held: ExitStack) -> Path:
+    """The latest run of this name, or a new one."""
     first = Path(config.out) / config.run_name
     path, n = first, 2
     while not config.name and (first.with_name(f"{first.name}-{n}") / CONFIG).is_file():
         path, n = first.with_name(f"{first.name}-{n}"), n + 1
     path.mkdir(parents=True, exist_ok=True)
-    if (path / CONFIG).is_file():
-        before, now = json.loads((path / CONFIG).read_text()), json.loads(as_json(asdict(config)))
-        for name in _FREE:
-            before.pop(name, None), now.pop(name, None)
-        for name in _FREE_IN_TRAIN:
-            before["train"].pop(name, None), now["train"].pop(name, None)
-        for name in _FREE_IN_DATA:
-            before["data"].pop(name, None), now["data"].pop(name, None)
-        for name in _FREE_IN_ROLLOUT:
-            before["rollout"].pop(name, None), now["rollout"].pop(name, None)
-        if config.digits.enabled:  # filled in from the cache
-            for settings in (before, now):
-                settings["model"].pop("path")
-                settings["data"].pop("train"), settings["data"].pop("test")
-        if changed := _differences(before, now):
-            raise InputError(
-                f"{path} was started with other settings, so it cannot be resumed with these: "
-                + "; ".join(changed)
-            )
+    held.enter_context(locked(path))
+    check_settings(config, path)
     return path
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} was {a!r} and is {b!r}")
-    return found
 
 
 def as_json(value: object) -> str:
@@ -104,14 +124,18 @@ def write_json(path: Path, value: object) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, or None for an installed package."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Commit of the source tree; None for an installed package, or where git does not answer."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git, or one that waits for a disk
+        return None
     return found.stdout.strip() or None
 
 

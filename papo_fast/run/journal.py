@@ -17,12 +17,14 @@ from torch import nn
 from papo_fast.config import Config
 from papo_fast.parallel import is_main, wait_for_all
 from papo_fast.run.alarms import CollapseMonitor, mismatch_alarm
-from papo_fast.run.checkpoint import CheckpointStore
+from papo_fast.run.checkpoint import CheckpointStore, refuse_if_not_finite
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import METRICS
 from papo_fast.run.folder import write_json
 from papo_fast.run.hack_alarms import HackMonitor, StandstillMonitor
 from papo_fast.run.metrics import MetricsLog, Row, json_line, read_metrics
+from papo_fast.run.resume import check_that_nothing_is_lost, rows_until
+from papo_fast.run.stop import StopRequest
 
 BEFORE = "before.json"
 
@@ -50,6 +52,20 @@ class Journal:
         self._rewards: list[float] = []  # since the last checkpoint
         self._log: MetricsLog | None = None
         self._state: dict[str, Any] = {}
+        self._weights_moved = False  # since the last step ended
+        self._tried = 0  # the step whose checkpoint was written last, or failed
+        self._stop: StopRequest | None = None
+
+    def watch(self, optimizer: torch.optim.Optimizer, stop: StopRequest) -> None:
+        """Know when weights change, see that they stay finite, and hear requests to stop."""
+        self._stop = stop
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def before(*_: object) -> None:
+            self._weights_moved = True
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_: refuse_if_not_finite(weights))
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Go back to the last checkpoint; its state, or None where there is none."""
@@ -57,12 +73,19 @@ class Journal:
         self.done = saved["step"] if saved else 0
         path = self.folder / METRICS
         rows = read_metrics(path)[0] if path.is_file() else []
+        if saved is None:
+            again = check_that_nothing_is_lost(
+                rows, self.config.train.checkpoint_every, self.folder
+            )
+            if again:
+                self.say(f"[yellow]warning:[/yellow] {again}")
+        rows = rows_until(rows, self.done, path)
         wait_for_all()  # everybody has read the rows
         if is_main():  # steps after the checkpoint will be made again
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(json_line(row) + "\n" for row in rows[: self.done]))
+            partial.write_text("".join(json_line(row) + "\n" for row in rows))
             partial.replace(path)
-        for row in rows[: self.done]:
+        for row in rows:
             for monitor in self._monitors:
                 monitor.update(row)
         if saved:
@@ -90,7 +113,7 @@ class Journal:
         if self._log is not None:
             self._log.append(row)
         self._rewards.append(row["reward"])
-        self.done, self._state = row["step"], state
+        self.done, self._state, self._weights_moved = row["step"], state, False
         self.say(step_line(row, steps))
         for alarm in row["alarms"]:
             self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
@@ -98,6 +121,9 @@ class Journal:
     def checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the step that has just ended."""
         rewards, self._rewards = self._rewards, []
+        self._tried = self.done
+        if self._log is not None:
+            self._log.sync()  # a checkpoint without its rows could not be resumed
         self._store.save(
             self.done,
             model,
@@ -110,9 +136,18 @@ class Journal:
             },
         )
 
-    def is_saved(self) -> bool:
-        """Whether there is nothing that a checkpoint would keep now."""
-        return self.done in (0, *(saved.step for saved in self._store.saved()))
+        if self._stop is not None:
+            self._stop.raise_if_requested()
+
+    def keep_last_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the step that ended last, if it is not kept yet and the weights are still its own.
+
+        Every rank calls this, or none.
+        """
+        saved = {saved.step for saved in self._store.saved()}
+        if self.done not in (0, self._tried, *saved) and not self._weights_moved:
+            self._stop = None
+            self.checkpoint(model, optimizer)
 
     def evaluated_before(self, evaluate: Callable[[], dict]) -> dict:
         """Entries of the summary; kept in a file, since a resumed run has another model by now."""
@@ -122,6 +157,8 @@ class Journal:
         entries = evaluate()
         if is_main():
             write_json(path, entries)
+        if self._stop is not None:
+            self._stop.raise_if_requested()
         return entries
 
 

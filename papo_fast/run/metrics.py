@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ class MetricsLog:
         """Write one row."""
         self._file.write(json_line(row) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Have the operating system put all rows on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -1,0 +1,169 @@
+"""What must be as it was for a run to go on: its settings, its data, its metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from papo_fast.config import Config
+from papo_fast.errors import InputError
+from papo_fast.run.files import CONFIG, METRICS, SUMMARY
+from papo_fast.run.metrics import Row, json_line
+
+DATA = "data.json"
+
+# Settings that may differ between a run and its continuation: none of them changes a step.
+_FREE = ("resume", "overwrite", "out", "name", "device", "preset")
+_FREE_IN_TRAIN = ("checkpoint_every", "keep_checkpoints", "max_tokens")
+# Under a linear schedule the number of steps decides every step's learning rate.
+_FREE_WHERE_LR_IS_CONSTANT = ("steps", "epochs")
+_FREE_IN_ROLLOUT = (
+    *("gpu_memory", "tensor_parallel"),
+    *("server_urls", "server_timeout", "server_weights", "server_token_file"),
+)
+# A bad row that stopped a run may be skipped from there on.
+_FREE_IN_DATA = ("on_bad_sample",)
+
+
+def check_settings(config: Config, folder: Path) -> None:
+    """Raise `InputError` where the run in `folder` was started with other settings than these."""
+    path = folder / CONFIG
+    if not path.is_file():
+        left = [name for name in (METRICS, "checkpoints", SUMMARY) if (folder / name).exists()]
+        if left:
+            raise InputError(
+                f"{folder} holds {' and '.join(left)} but no {CONFIG}: nothing says with which "
+                "settings it was started, so it cannot be resumed. Choose another --name"
+            )
+        return
+    before, now = _settings(path), json.loads(json.dumps(asdict(config)))
+    free = {"": _FREE, "train": _FREE_IN_TRAIN, "rollout": _FREE_IN_ROLLOUT, "data": _FREE_IN_DATA}
+    if config.train.lr_schedule == "constant":
+        free["train"] += _FREE_WHERE_LR_IS_CONSTANT
+    if config.digits.enabled:  # filled in from the cache
+        free |= {"model": ("path",), "data": (*free["data"], "train", "test")}
+    for settings in (before, now):
+        for section, names in free.items():
+            part = settings.get(section) if section else settings
+            for name in names if isinstance(part, dict) else ():
+                part.pop(name, None)
+    if changed := _differences(before, now):
+        reason = ""
+        if any(line.startswith("threads ") for line in changed):
+            reason = ". With another number of threads, sums are rounded otherwise"
+        if any(line.startswith(("train.steps ", "train.epochs ")) for line in changed):
+            reason = ". Under lr_schedule linear they set the learning rate of every step"
+        raise InputError(
+            f"{folder} was started with other settings, so it cannot be resumed with these: "
+            + "; ".join(changed)
+            + reason
+        )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): the run cannot be resumed") from error
+    if not isinstance(settings, dict) or "train" not in settings:
+        raise InputError(f"{path} holds no settings of a run: it cannot be resumed")
+    return settings
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        a, b = before.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} was {a!r} and is {b!r}")
+    return found
+
+
+def finished_steps(config: Config, folder: Path) -> int | None:
+    """Steps of a run that is finished and to which this configuration adds none, else None."""
+    try:
+        steps = json.loads((folder / SUMMARY).read_text())["steps"]
+        before = _settings(folder / CONFIG)["train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if config.train.steps:
+        return steps if config.train.steps <= steps else None
+    same = not before.get("steps") and before.get("epochs") == config.train.epochs
+    return steps if same else None
+
+
+def data_marks(config: Config) -> dict[str, str]:
+    """SHA-256 of the files that are trained and evaluated on; data of the hub has none here."""
+    marks: dict[str, str] = {}
+    for name, source in (("train", config.data.train), ("test", config.data.test)):
+        if config.digits.enabled or not Path(source).is_file():
+            continue  # those of the digits task follow from the settings
+        if name == "test" and source == config.data.train and "train" in marks:
+            marks[name] = marks["train"]
+        else:
+            marks[name] = sha256(Path(source))
+    return marks
+
+
+def check_data(config: Config, marks: dict[str, str], folder: Path) -> None:
+    """Raise `InputError` where a file of data is another than the run in `folder` began with.
+
+    Args:
+        marks: of the files as they are now (`data_marks`).
+    """
+    try:
+        before = json.loads((folder / DATA).read_text())
+    except (OSError, ValueError):
+        return  # a new run, or one of an older version
+    for name, mark in marks.items():
+        if before.get(name, mark) != mark:
+            raise InputError(
+                f"data.{name} {getattr(config.data, name)} is not the file with which {folder} was "
+                f"started: the rows that are still to come would be others. Delete {folder / DATA} "
+                "to go on with it all the same"
+            )
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rows_until(rows: list[Row], done: int, path: Path) -> list[Row]:
+    """The rows of steps 1 to `done`, for a checkpoint of step `done`.
+
+    Raises `InputError` where the file does not begin with just these.
+    """
+    for number in range(1, done + 1):
+        found = rows[number - 1].get("step") if number <= len(rows) else None
+        if found != number:
+            what = "ends" if number > len(rows) else f"has {json_line({'step': found})}"
+            raise InputError(
+                f"{path} {what} where the row of step {number} should be, and the checkpoint is of "
+                f"step {done}: it is damaged. Put the rows of steps 1 to {done} back, or start "
+                "again with --overwrite"
+            )
+    return rows[:done]
+
+
+def check_that_nothing_is_lost(rows: list[Row], every: int, folder: Path) -> str | None:
+    """For a run without a checkpoint: None where it has done nothing, or what is done again.
+
+    Raises `InputError` where more steps than lie between checkpoints would be done again.
+    """
+    if not rows:
+        return None
+    if len(rows) > every:
+        raise InputError(
+            f"{folder} has done {len(rows)} steps and left no checkpoint to resume from: "
+            "--overwrite does them again from the start, or choose another --name"
+        )
+    return f"no checkpoint yet: the first {len(rows)} steps are done again"
