@@ -29,13 +29,14 @@ from papo_fast.report import print_summary, save_examples, write_report
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.engines import make_engine
 from papo_fast.rollout.sampler import Sampler
-from papo_fast.run.checkpoint import StopRequest, export_model
+from papo_fast.run.checkpoint import export_model
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import SUMMARY
 from papo_fast.run.folder import describe, write_json
 from papo_fast.run.journal import Journal
 from papo_fast.run.metrics import Row, mean_rows
 from papo_fast.run.progress import Progress
+from papo_fast.run.stop import StopRequest
 from papo_fast.update import Updater
 
 

@@ -32,12 +32,12 @@ from papo_fast.config_checks import resolve
 from papo_fast.digits.warmstart import cache_folder, prepare
 from papo_fast.presets import PRESETS
 from papo_fast.rewards.scorer import Scorer
-from papo_fast.run.checkpoint import StopRequest
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import METRICS
 from papo_fast.run.folder import git_commit, write_json
 from papo_fast.run.metrics import Row, json_line, read_metrics
 from papo_fast.run.progress import Progress
+from papo_fast.run.stop import StopRequest
 from papo_fast.trainer import Trainer
 
 CURVES = ("reward", "kl_prcp", "kl_ref", "entropy", "aug_entropy", "response_length")

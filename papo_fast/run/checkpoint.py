@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from papo_fast.errors import InputError
 from papo_fast.parallel import gather, is_main, wait_for_all
 from papo_fast.run.shards import SafePlanner, SafeReader, damage, write_manifest
-from papo_fast.run.stop import StopRequest as StopRequest  # the loop imports it from here
 
 _log = logging.getLogger(__name__)
 
