@@ -41,6 +41,7 @@ _TOKEN = re.compile(
     r"\\(?:d|t|c)?frac(?![A-Za-z])|\\d?binom(?![A-Za-z])|\\[A-Za-z]+|\\.|\d+\.?\d*|\.\d+|\*\*|.",
     re.S,
 )
+_DECIMAL = re.compile(r"\d+\.?\d*|\.\d+")
 _CLOSE = {"{": "}", "(": ")", "[": "]"}
 _NUMBER = re.compile(
     r"(?P<sign>-?)(?:(?P<plain>\d+(?:\.\d*)?|\.\d+)(?:\\times10\^\{(?P<power>-?\d{1,3})\})?"
@@ -127,7 +128,7 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[float, int]:
         if size > 5:
             raise _TooLargeError
         return 10**size * 0.31, at
-    if token[0].isdigit() or token[0] == ".":
+    if _DECIMAL.fullmatch(token):
         mantissa = token.replace(".", "").strip("0")
         whole = float(token) if len(token) < 300 else math.inf
         size = math.log10(whole) if 0 < whole < math.inf else float(len(token))

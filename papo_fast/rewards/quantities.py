@@ -163,6 +163,9 @@ def quantity(text: str) -> Quantity | None:
     first = re.match(r"([a-z]+)\b\s*", rest, re.I)
     if first and first[1].lower() in _MULTIPLES:
         rest, power = rest[first.end() :], _MULTIPLES[first[1].lower()]
+    attached = re.match(r"[A-Za-z]+", g["rest"])
+    if attached and not power and _known(attached[0]) is None:
+        return None  # 12cm, but not 1lar: an unknown word needs its space
     money = (g["money"] or g["money2"] or "").strip("\\ ")
     unit = _unit(f"{money} {rest}" if money else rest)
     if unit is None:
