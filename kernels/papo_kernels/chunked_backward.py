@@ -131,7 +131,8 @@ class GradientSum:
             return
         waiting, self._waiting, self._elements = self._waiting, [], 0
         d_states = (self._hidden, self._aug_hidden)
-        dtype = next((x.dtype for x in d_states if x is not None), None)
+        dtypes = {x.dtype for x in d_states if x is not None}
+        dtype = self._run.call.head.dtype if len(dtypes) > 1 else next(iter(dtypes), None)
         found = self._run.tiles.add_gradients(
             [states for _, states, _ in waiting],
             [finished for _, _, finished in waiting],

@@ -116,7 +116,8 @@ def picked_logits(tiles, weight):
 
 def _picked_logits(tiles, weight, pairs):
     xs = [(r.view(torch.int32) if pairs else r.float()).T.contiguous() for r, _ in tiles]
-    zs = [torch.empty(len(cols), len(rows)) for rows, cols in tiles]
+    # a dtype everywhere: without one these would follow torch.set_default_dtype
+    zs = [torch.empty(len(cols), len(rows), dtype=torch.float32) for rows, cols in tiles]
     given = (TileLogits * len(tiles))(
         *(
             TileLogits(cols.data_ptr(), len(cols), len(rows), x.data_ptr(), z.data_ptr())
@@ -140,7 +141,7 @@ def column_gradients(z, streams, aug, reverse, rows, targets, fields):
     """
     padded = rows.shape[1]
     g = z.new_empty(len(z), padded * (2 if streams == 2 and aug else 1))
-    sums = torch.empty(fields, padded)
+    sums = torch.empty(fields, padded, dtype=torch.float32)
     _library().column_gradients(
         z.data_ptr(), g.data_ptr(), len(z), streams, aug, reverse, padded, rows.data_ptr(),
         targets.data_ptr(), sums.data_ptr(),
@@ -237,8 +238,18 @@ def _library():
     command = [compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp")))]
     kept = _cache_folder() / f"cpu_kernels-{_fingerprint()}.so"
     if not kept.exists():
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        try:
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            made_in = tempfile.TemporaryDirectory(dir=kept.parent)
+        except OSError as error:
+            log.warning(
+                "token_stats: on the CPU, torch's operators run instead of papo_kernels' own, at "
+                "less than half the speed: no file can be made in %s (%s); set XDG_CACHE_HOME to a "
+                "folder of yours",
+                kept.parent, error,
+            )  # fmt: skip
+            return None
+        with made_in as folder:
             made = Path(folder, "made.so")
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
             if done.returncode:

@@ -57,7 +57,10 @@ def states_of(states):
     given = [x for x in states if x is not None]
     count = len(given[0])
     padded = library.whole_vectors(count)
-    rows = given[0].new_zeros(len(given), padded, given[0].shape[1])
+    # streams of unlike dtypes meet in the dtype of the arithmetic, so that neither is rounded
+    alike = all(x.dtype == given[0].dtype for x in given)
+    dtype = given[0].dtype if alike else torch.float32
+    rows = given[0].new_zeros(len(given), padded, given[0].shape[1], dtype=dtype)
     for to, x in zip(rows, given, strict=True):
         to[:count] = x
     return States(rows.flatten(0, 1), tuple(x is not None for x in states), count, padded)

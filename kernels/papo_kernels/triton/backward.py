@@ -101,8 +101,10 @@ class GradientSum:
         )
         # One rounding at the end: sums over rows in 16 bits diverge.
         device = run.targets.device
-        self.weight = torch.zeros(o.v, o.d, device=device) if wanted.weight else None
-        self.bias = torch.zeros(o.v, device=device) if wanted.bias else None
+        self.weight = (
+            torch.zeros(o.v, o.d, dtype=torch.float32, device=device) if wanted.weight else None
+        )
+        self.bias = torch.zeros(o.v, dtype=torch.float32, device=device) if wanted.bias else None
 
     def gradients(self):
         """Of hidden, aug_hidden, weight and bias in their own dtypes, or None."""
@@ -296,7 +298,7 @@ def _differentiate(run, picked):
         for used in (wanted.full, wanted.aug)
     )
     blocks, tiles, fields = len(picked.owner), len(picked.tiles), len(kernels.SUMS)
-    sums = torch.zeros(blocks, fields, run.tile, device=device)
+    sums = torch.zeros(blocks, fields, run.tile, dtype=torch.float32, device=device)
     _launch_dz(run, (blocks,), run.saved.order, picked, dz, dz_aug, sums, run.tile, 0)
     totals = torch.zeros(tiles, fields, run.tile, dtype=torch.float64, device=device)
     totals.index_add_(0, picked.owner, sums.double())

@@ -25,7 +25,7 @@ def forward(call, keep_levels):
     targets, named = call.targets.contiguous(), names(call.streams)
     blocks, tile = o.launch.forward, launch.TILE
     levels = torch.zeros(levels_shape(o.n, o.v, keep_levels), dtype=torch.uint8, device=device)
-    saved = torch.zeros(len(named), o.n, device=device)
+    saved = torch.zeros(len(named), o.n, dtype=torch.float32, device=device)
     order, count = kept_first(targets, call.options.ignore_index)
     if o.n == 0:
         return Saved(saved, levels, order)
@@ -34,7 +34,7 @@ def forward(call, keep_levels):
     per_split = triton.cdiv(triton.cdiv(o.v, splits), blocks.v) * blocks.v
     splits = triton.cdiv(o.v, per_split)
     sums = kernels.PARTS if o.two else kernels.PARTS[: kernels.ONE_STREAM_PARTS.value]
-    part = torch.zeros(splits, len(sums), o.n, device=device)
+    part = torch.zeros(splits, len(sums), o.n, dtype=torch.float32, device=device)
     kernels.forward_kernel[(tiles, splits)](
         o.full, o.aug, o.weight, o.bias, targets, order, count, part, levels,
         o.n, o.v, o.d, per_split, *o.strides(), head.temperature, head.softcap or 1.0,
