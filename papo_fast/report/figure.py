@@ -157,7 +157,8 @@ def _facts(run: Run) -> list[str]:
 
 def _legend_text(entry: NamedRun) -> tuple[str, str]:
     """A run's name, and what the legend says about it."""
-    facts = _facts(entry.run)
+    # not the time: runs that were made at different hours or beside other work do not compare
+    facts = _facts(entry.run)[:1]
     gamma = (entry.run.config.get("objective") or {}).get("kl_prcp_coef")
     if gamma is not None:
         facts.insert(0, f"γ = {gamma:g}")
