@@ -783,3 +783,10 @@ def test_scorer_itself_imports_neither_torch_nor_math_verify():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("candidate", ["8-", "8+", "8*", "8/", "8=", "8^", "8 -", "8("])
+def test_an_answer_that_ends_in_an_operator_is_not_the_number_before_it(scorer, candidate):
+    response = f"<think>5+3</think>\\boxed{{{candidate}}}"
+    (score,) = scorer.score([response], ["8"])
+    assert score.accuracy == 0

@@ -54,6 +54,7 @@ _TIME = re.compile(r"0?(\d{1,2}):(\d{2})")
 _MIXED = re.compile(r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d.])")
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _DIVIDED = re.compile(r"\s*(?:,|;|\bor\b|\band\b)\s*")
+_UNFINISHED = re.compile(r"[-+*/^_=(<>×÷·]\s*")
 _GIVEN_REASON = re.compile(r"\s*[,;]\s*(?:because|since|as)\s.*", re.S | re.I)
 
 
@@ -65,6 +66,8 @@ def judge(reference: str, candidate: str) -> bool | Algebra:
         return integers == "equal"
     if max(len(reference), len(candidate)) > LONGEST:
         return Algebra(reference, candidate)  # too long for that too
+    if _ends_unfinished(candidate) and not _ends_unfinished(reference):
+        return False  # `8-` is no 8, though algebra would read it as one
     written, other = normal(reference), normal(candidate)
     if integers := _as_integers(written, other):
         return integers == "equal"
@@ -90,6 +93,10 @@ def judge(reference: str, candidate: str) -> bool | Algebra:
     return Algebra(
         _numbers(value if unit else written), _numbers(other_value if other_unit else other)
     )
+
+
+def _ends_unfinished(answer: str) -> bool:
+    return bool(answer) and _UNFINISHED.fullmatch(answer.rstrip()[-1:]) is not None
 
 
 def _as_integers(reference: str, candidate: str) -> str:
