@@ -142,11 +142,17 @@ def test_without_its_terms_papo_is_trls_own_loss(files, plain, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "parity"),
-    [(family, "ours") for family in FAMILIES] + [("qwen2_5_vl", "official"), ("qwen3_vl", "paper")],
+    ("family", "settings"),
+    [
+        *((family, {"parity": "ours"}) for family in FAMILIES),
+        ("qwen2_5_vl", {"parity": "official"}),
+        ("qwen3_vl", {"parity": "paper"}),
+        ("qwen2_5_vl", {"aug": "frozen", "kl_prcp_direction": "reverse"}),
+    ],
+    ids=str,
 )
-def test_the_loss_is_that_of_our_trainer(files, family, parity):
-    papo = build(files, family, **TERMS, parity=parity)
+def test_the_loss_is_that_of_our_trainer(files, family, settings):
+    papo = build(files, family, **TERMS, **settings)
     batch = sampled(papo)
     ours, our_gradients = packed(papo, batch, average="token", average_over="global")
     theirs, their_gradients = loss_and_gradients(papo, batch)
