@@ -6,7 +6,6 @@ import codecs
 import io
 import json
 import math
-import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from papo_fast.data.pictures import read_picture
 from papo_fast.errors import InputError
+from papo_fast.rewards.scorer import reference_of
 
 MAX_ANSWER = 10_000
 MAX_PATH = 4096
@@ -176,9 +176,7 @@ def as_answer(value: Any, key: str) -> str:
         raise BadSample(
             "answer", f"column {key!r} has {len(answer)} characters, more than {MAX_ANSWER}"
         )
-    # the scorer takes what is in the last box for the reference
-    box = re.split(r"\\boxed\s*\{", answer)[1:]
-    if (box and box[-1].lstrip().startswith("}")) or not answer.strip("$ \t\n"):
+    if not reference_of(answer) or not answer.strip("$ \t\n"):
         raise BadSample("answer", f"column {key!r} holds {answer!r}, which is an empty answer")
     return _whole(answer, key, "answer")
 

@@ -254,19 +254,24 @@ def _end_of_box(text: str, begin: int, stop: int | None = None) -> int | None:
     return None
 
 
-def _reference(answer: str, i: int) -> str:
+def reference_of(answer: str) -> str:
+    """What responses are compared with: what stands in the boxes, or the whole; may be empty."""
     boxes = list(_BOX.finditer(answer))
     if boxes and last_boxed(answer) is None:
-        reference = answer[boxes[-1].end() :].strip()  # a box that is never closed
-    else:
+        return answer[boxes[-1].end() :].strip()  # a box that is never closed
+    if boxes:
         parts = [
             answer[box.end() : end].strip()
             for box in boxes
             if (end := _end_of_box(answer, box.end())) is not None
         ]
         nested = len(boxes) > 1 and "\\boxed" in parts[0]
-        reference = (last_boxed(answer) or "") if nested else ", ".join(parts)
-        reference = reference if boxes else answer.strip()
+        return (last_boxed(answer) or "") if nested else ", ".join(parts)
+    return answer.strip()
+
+
+def _reference(answer: str, i: int) -> str:
+    reference = reference_of(answer)
     if not reference:
         raise InputError(
             f"reference answer {i} is {answer!r}: expected text to compare responses with; remove "
