@@ -68,7 +68,12 @@ class Updater:
         lr = self._lr()
         for of_optimizer in self.optimizer.param_groups:
             of_optimizer["lr"] = lr
-        over = denominators(groups, config.rollout.max_new_tokens)
+        samples = all_samples(groups)
+        over = Denominators.from_lengths(
+            torch.tensor([len(s) for s in samples]),
+            config.rollout.max_new_tokens,
+            torch.tensor([s.is_right for s in samples]),
+        )
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
         streams = 2 if config.objective.aug_stream == "trained" else 1
@@ -177,14 +182,3 @@ class Updater:
                 f"gradient norm was {norm} in {self._bad_in_a_row} updates in a row "
                 "(train.max_bad_updates): lower train.lr, or train in float32"
             )
-
-
-def denominators(groups: Sequence[Group], max_new_tokens: int) -> Denominators:
-    """What the loss of these groups is averaged over, on all ranks together."""
-    samples = all_samples(groups)
-    return Denominators(
-        tokens=float(sum(len(s) for s in samples)),
-        sequences=float(len(samples)),
-        constant=float(len(samples) * max_new_tokens),
-        correct_tokens=float(sum(len(s) for s in samples if s.is_right)),
-    )

@@ -18,7 +18,7 @@ STEP = {
     "papo_fast/experience.py": ("Collector", "add_logprobs", "_score"),
     "papo_fast/samples.py": ("Completion", "Sample", "Group", "all_samples"),
     "papo_fast/rollout/sampler.py": ("Sampler",),
-    "papo_fast/update.py": ("Updater.update", "Updater._token_batch", "denominators"),
+    "papo_fast/update.py": ("Updater.update", "Updater._token_batch"),
     "papo_fast/model/packing.py": ("PackedBatch", "pack", "_Pictures"),
     "papo_fast/model/policy.py": ("Policy.stats", "Policy._hidden", "Policy._encoded_images"),
     "papo_fast/objective.py": (
