@@ -52,6 +52,12 @@ def test_the_trainer_imports_neither_bench_nor_tests():
     assert offending("papo_fast", lambda name: name not in upstairs) == []
 
 
+def test_no_two_test_files_share_a_name():
+    # pytest imports them by their bare names, so the second of a pair would not be collected.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 # From the ground up: a room imports from the floors below its own, and from nowhere else.
 FLOORS = (
     {"errors"},

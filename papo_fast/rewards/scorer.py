@@ -265,8 +265,9 @@ def reference_of(answer: str) -> str:
             for box in boxes
             if (end := _end_of_box(answer, box.end())) is not None
         ]
-        nested = len(boxes) > 1 and "\\boxed" in parts[0]
-        return (last_boxed(answer) or "") if nested else ", ".join(parts)
+        if len(boxes) > 1 and "\\boxed" in parts[0]:  # one box around another
+            return last_boxed(answer) or ""
+        return ", ".join(parts) if all(parts) else ""  # a box without content asks for nothing
     return answer.strip()
 
 
