@@ -15,6 +15,7 @@ from papo_kernels.rows import Options
 log = logging.getLogger("papo_kernels")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+BUDGETS = ("call", "token")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,6 +45,7 @@ def token_stats(
     ignore_index: int = -100,
     aug_constant: bool = False,
     grad_budget: float = 3e-3,
+    budget_of: str = "call",
     backend: str = "auto",
     validate: bool | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
@@ -80,9 +82,15 @@ def token_stats(
             bias none through q, and aug_logprobs and aug_entropy none at all; the KLs pull on p
             alone. The backward then costs that of one stream, and q's logits where a KL is used.
         grad_budget: share of each token's gradient that the backward may leave out, in [0, 1);
-            0.0 is exact. In each stream, sum |dz| over the words left out is at most this share of
-            the token's own sum |dz| or of the call's root mean square of it, whichever is larger;
-            `record_certificates` reads what it was.
+            0.0 is exact. With dz the gradient of `hidden @ weight.T + bias` in one stream, sum |dz|
+            over the words left out is at most this share of what `budget_of` names;
+            `record_certificates` reads what it was. Norms of the weight's rows are not looked at:
+            words that are left out should not be hundreds of times longer than the others.
+        budget_of: "call": of the token's own sum |dz| or of the call's root mean square of it,
+            whichever is larger (where the weight wants a gradient, that of sum |dz| |h| over the
+            token's own |h|). This bounds the error of the whole gradient, and a token whose own
+            gradient is far below the others' may lose all of it. "token": of its own alone, which
+            keeps more words.
         backend: "auto" (triton on a GPU, torch on the CPU), "triton", "torch" or "reference".
         validate: also check values (that targets lie in [0, V)), which synchronises on CUDA. None:
             on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row.
@@ -103,7 +111,9 @@ def token_stats(
         NotImplementedError: `backend="triton"` where it cannot run.
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
-    _check_options(temperature, softcap, ignore_index, aug_constant, grad_budget, backend)
+    _check_options(
+        temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend
+    )
     options = Options(
         temperature=float(temperature),
         softcap=None if softcap is None else float(softcap),
@@ -113,6 +123,7 @@ def token_stats(
         group="" if vocab_group is None else vocab_group.group_name,
         validate=targets.device.type == "cpu" if validate is None else validate,
         aug_constant=aug_constant,
+        budget_of=budget_of,
     )
     if options.backend == "reference":
         if vocab_group is not None:
@@ -227,7 +238,9 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
         )
 
 
-def _check_options(temperature, softcap, ignore_index, aug_constant, grad_budget, backend):
+def _check_options(
+    temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend
+):
     if not _is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; expected a finite number > 0")
     if softcap is not None and (not _is_number(softcap) or not 0 < softcap < math.inf):
@@ -239,6 +252,10 @@ def _check_options(temperature, softcap, ignore_index, aug_constant, grad_budget
     if not _is_number(grad_budget) or not 0 <= grad_budget < 1:
         raise ValueError(
             f"grad_budget is {grad_budget!r}; expected a number in [0, 1), 0 for dense"
+        )
+    if budget_of not in BUDGETS:
+        raise ValueError(
+            f"budget_of is {budget_of!r}; expected one of {', '.join(map(repr, BUDGETS))}"
         )
     if backend not in BACKENDS:
         raise ValueError(

@@ -28,8 +28,11 @@ WORTH_DROPPING = 0.1
 # The part of `grad_budget` that is spent. Shares add up to errors of .5 to 1.7 of them (aug_entropy
 # alone, SmolLM2 at 1.3 nats), and 4e-3 is promised at a budget of 3e-3.
 RESERVE = 0.65
-# A sum over the vocabulary and its recomputation differ by rounding, which is no dropped gradient.
+# A sum over the vocabulary and its recomputation differ by rounding, of about this size where the
+# sum is of probabilities. It counts as if it were gradient that is left out.
 ROUNDING = 4e-6
+# The levels' bounds are on probabilities that were rounded too.
+LEVEL_SLACK = 1.001
 
 # ---- What was dropped, for those who ask
 
@@ -41,8 +44,8 @@ class Certificate:
     """What the backward passes inside one `record_certificates()` left out.
 
     kept: columns kept, over those of a dense backward, in [0, 1]; dense_rows: rows done densely;
-    largest_share: the largest sum |dz| that a row dropped in a stream, over the larger of that
-    row's own sum |dz| and the mean row's. Never above the call's `grad_budget`.
+    largest_share: the largest sum |dz| that a row dropped in a stream, over what it is a share of:
+    see `token_stats(budget_of=...)`. Never above the call's `grad_budget`.
     """
 
     rows: int = 0
@@ -99,6 +102,17 @@ def record(rows, kept, vocab, share):
 # ---- Which words are candidates
 
 
+class Beyond(NamedTuple):
+    """What the levels say about the words that are no candidates, of every row and stream.
+
+    Numbers, or (T, 1) tensors for the rows of T tiles. Unlike a sum less the candidates' part, they
+    are as exact relative to their own size as any float.
+    """
+
+    mass: float | torch.Tensor  # a bound on sum p
+    information: float | torch.Tensor  # a bound on sum p |log p|
+
+
 def choose_levels(counts, highest_entropy, tightness, known, budget, most):
     """The level up to which each of T tiles takes words as candidates.
 
@@ -115,20 +129,29 @@ def choose_levels(counts, highest_entropy, tightness, known, budget, most):
         most: words beyond which a sparse backward is not worth it.
 
     Returns:
-        (level, bound, worth), (T,) each: int64; float64, the bound at that level; whether the tile
-        has no more than `most` words up to that level.
+        (level, beyond, worth), of (T,) tensors: int64; Beyond of float64; whether the tile has no
+        more than `most` words up to that level.
     """
     levels = torch.arange(LEVELS, dtype=torch.float64, device=counts.device)
     mass = counts * torch.exp(levels / -LEVELS_PER_NAT)
-    beyond = (mass.flip(1).cumsum(1).flip(1) - mass).clamp_min(0)
+    # p |log p| is largest at p = 1 / e, and so is its bound for the levels before that.
+    information = mass * (levels / LEVELS_PER_NAT).clamp_min(1)
+    beyond, information = (_after(x) for x in (mass, information))
     last = (counts.cumsum(1) <= most).sum(1) - 1
     # Beyond it log p < -entropy: p (log p + entropy) has one sign, and its sum is its size.
     first = (LEVELS_PER_NAT * highest_entropy).ceil().nan_to_num(LEVELS).clamp(max=LEVELS).long()
     level = torch.maximum(first, (beyond * tightness > budget / 2).sum(1))
     if not known:
         level = torch.where(last >= first, torch.minimum(level, last), level)
-    bound = beyond.gather(1, level.clamp(max=LEVELS - 1)[:, None]).squeeze(1)
-    return level, bound, level <= last
+    at = level.clamp(max=LEVELS - 1)[:, None]
+    found = (LEVEL_SLACK * x.gather(1, at).squeeze(1) for x in (beyond, information))
+    return level, Beyond(*found), level <= last
+
+
+def _after(x):
+    """(T, 256): what (T, 256) `x` adds up to from the next level on, without cancellation."""
+    shifted = torch.nn.functional.pad(x[:, 1:], (0, 1))
+    return shifted.flip(1).cumsum(1).flip(1)
 
 
 def learn_tightness(before, dropped, bound, enough):
@@ -182,154 +205,113 @@ def certified(wanted):
     return [i for i, asked in enumerate((wanted.full, wanted.aug, wanted.net)) if asked]
 
 
-def typical_sizes(s, g, count):
-    """Of both streams and their sum, the root mean square over rows of sum |dz|, about.
+def outside(sums, s, g, wanted, beyond, head):
+    """Bounds on sum |dz| of the words that are not candidates, at states @ weight.T + bias.
 
-    It is computed from the statistics alone: exactly for a log-prob, and from below for an entropy,
-    2 p_max (log p_max + H), and for the KLs.
-
-    Args:
-        s, g: RowStats and Upstream of all rows, (N,) each.
-        count: number of rows that are not ignored; the others have statistics of 0.
-
-    Returns:
-        Three scalar tensors.
-    """
-    full, aug, net = _own_size(s.full, g.full), 0, 0
-    if s.aug is not None:
-        aug = _own_size(s.aug, g.aug)
-        own, own_aug = full, aug
-        for kl, up, sizes in (
-            (s.kl_prcp, g.kl_prcp, _kl_sizes),
-            (s.kl_reverse, g.kl_reverse, _kl_reverse_sizes),
-        ):
-            if up is not None:
-                of_full, of_aug = sizes(s)
-                net = net + up.abs() * kl.abs()
-                full, aug = full + up.abs() * of_full, aug + up.abs() * of_aug
-        net = net + own + own_aug
-    return tuple(
-        (
-            torch.as_tensor(x, dtype=s.full.peak.dtype).nan_to_num(0, 0, 0).square().sum() / count
-        ).sqrt()
-        for x in (full, aug, net)
-    )
-
-
-def _own_size(s, g):
-    """(N,) sum |dz| of one stream but for the KL's part; 0 where it has no upstream gradient."""
-    size = 0
-    if g.logprobs is not None:
-        size = size - 2 * g.logprobs.abs() * torch.expm1(s.logprobs)
-    if g.entropy is not None:
-        top = (-s.log_sum).exp()
-        size = size + 2 * g.entropy.abs() * top * (s.entropy - s.log_sum).clamp_min(0)
-    return size
-
-
-def _kl_sizes(s):
-    """(N,) lower bounds on sum |p (log p - log q - KL)| and on sum |q - p|, or near to them."""
-    if s.log_ratio is not None:
-        return (s.log_ratio - s.kl_prcp).clamp_min(0), s.prob_gap
-    size = (s.logit_gap - _normaliser_gap(s) - s.kl_prcp).clamp_min(0)
-    return size, size.clamp_max(2)
-
-
-def _kl_reverse_sizes(s):
-    """(N,) as `_kl_sizes`: sum |p - q| and sum |q (log q - log p - KL)| of KL(q || p)."""
-    if s.aug_log_ratio is not None:
-        return s.prob_gap, (s.aug_log_ratio - s.kl_reverse).clamp_min(0)
-    size = (s.aug_logit_gap - _normaliser_gap(s) - s.kl_reverse).clamp_min(0)
-    return torch.minimum(size, _kl_sizes(s)[1]), size
-
-
-def outside(sums, s, g, wanted):
-    """Bounds on sum |dz| over the words that are not candidates.
-
-    Whole-vocabulary sums less those of the candidates. All other words have log p < -H, so that the
-    terms p (log p + H), which sum to 0 over all words, are negative there. To dz + dz_aug a KL
-    adds its own non-negative terms, less p KL or q KL: of second order where q is close to p. Their
-    rounding is the logits' times |log q - log p|.
+    Whole-vocabulary sums less those of the candidates, and rounding; or what the levels say, where
+    that is less. All other words have log p < -H, so that the terms p (log p + H), which sum to 0
+    over all words, are negative there. To dz + dz_aug a KL adds its own non-negative terms, less
+    p KL or q KL: of second order where q is close to p.
 
     Args:
         sums: CandidateSums of a tile.
         s, g: RowStats and Upstream of the tile's rows, (R, 1) each.
+        beyond: Beyond.
+        head: rows.Head, whose slope is 1 / temperature at most.
 
     Returns:
         Three (R, 1): of both streams and of their sum; None where that is not wanted.
     """
-    mass = None if sums.full.mass is None else _left(1, sums.full.mass)
-    aug_mass = None if sums.aug.mass is None else _left(1, sums.aug.mass)
+    mass = None if sums.full.mass is None else _least(_left(1, sums.full.mass), beyond.mass)
+    aug_mass = None if sums.aug.mass is None else _least(_left(1, sums.aug.mass), beyond.mass)
     own = own_aug = full = aug = net = None
     kl, reverse = (None if x is None else x.abs() for x in (g.kl_prcp, g.kl_reverse))
+    if kl is not None:
+        terms = _terms_outside(s.kl_prcp, sums.kl_terms)
+    if reverse is not None:
+        aug_terms = _terms_outside(s.kl_reverse, sums.kl_reverse_terms)
+        if aug_mass is None:
+            aug_mass = torch.zeros_like(mass) + beyond.mass
     if wanted.full:
-        full = own = _own_outside(mass, sums.full, g.full)
+        full = own = _own_outside(mass, sums.full, s.full, g.full, beyond)
         if kl is not None:
-            full = full + kl * _log_ratio_outside(sums, s, mass)
+            ratio = _log_ratio_outside(
+                s.log_ratio, sums.log_ratio, s.logit_gap, sums.logit_gap, s, mass
+            )
+            full = full + kl * (_least(ratio, _by_terms(terms, mass)) + s.kl_prcp.abs() * mass)
         if reverse is not None:
-            full = full + reverse * _prob_gap_outside(sums, s, mass, aug_mass)
+            full = full + reverse * _prob_gap_outside(sums, s, mass, aug_mass, beyond)
     if wanted.aug:
-        aug = own_aug = _own_outside(aug_mass, sums.aug, g.aug)
+        aug = own_aug = _own_outside(aug_mass, sums.aug, s.aug, g.aug, beyond)
         if kl is not None:
-            aug = aug + kl * _prob_gap_outside(sums, s, mass, aug_mass)
+            aug = aug + kl * _prob_gap_outside(sums, s, mass, aug_mass, beyond)
         if reverse is not None:
-            aug = aug + reverse * _aug_log_ratio_outside(sums, s, aug_mass)
+            ratio = _log_ratio_outside(
+                s.aug_log_ratio, sums.aug_log_ratio, s.aug_logit_gap, sums.aug_logit_gap, s,
+                aug_mass,
+            )  # fmt: skip
+            ratio = _least(ratio, _by_terms(aug_terms, aug_mass))
+            aug = aug + reverse * (ratio + s.kl_reverse.abs() * aug_mass)
     if wanted.net:
         net = own + own_aug
         if kl is not None:
-            net = net + kl * _terms_outside(s.kl_prcp, sums.kl_terms, mass)
+            net = net + kl * (terms + s.kl_prcp.abs() * mass)
         if reverse is not None:
-            net = net + reverse * _terms_outside(s.kl_reverse, sums.kl_reverse_terms, aug_mass)
-    return full, aug, net
+            net = net + reverse * (aug_terms + s.kl_reverse.abs() * aug_mass)
+    return tuple(None if x is None else x / head.temperature for x in (full, aug, net))
+
+
+def _least(x, y):
+    """The smaller of a tensor and of another or a number; NaN where the tensor is NaN."""
+    return x.clamp_max(y) if isinstance(y, float) else torch.minimum(x, y.to(x.dtype))
 
 
 def _left(whole, part):
-    """(R, 1): what is left of a sum over the vocabulary beside the candidates' part."""
-    return (whole - part - ROUNDING).clamp_min(0)
+    """(R, 1): what is left of a sum over the vocabulary beside the candidates' part, at most."""
+    return (whole - part).clamp_min(0) + ROUNDING * (1 + whole)
 
 
-def _own_outside(mass, sums, g):
+def _own_outside(mass, sums, s, g, beyond):
     """(R, 1) bound on one stream's sum |dz| but for the KL's part."""
     bound = torch.zeros_like(mass)
     if g.logprobs is not None:
         bound += g.logprobs.abs() * mass
     if g.entropy is not None:
-        bound += g.entropy.abs() * _left(sums.own, 0)
+        own = sums.own.clamp_min(0) + ROUNDING * (1 + s.entropy)
+        bound += g.entropy.abs() * _least(own, beyond.information)
     return bound
 
 
-def _terms_outside(kl, terms, mass):
-    """(R, 1) bound on what a KL adds to sum |dz + dz_aug|; mass: of the policy that it averages."""
-    left = kl - terms - ROUNDING * (2 * kl.abs()).sqrt()
-    return left.clamp_min(0) + kl.abs() * mass
+def _terms_outside(kl, terms):
+    """(R, 1) bound on a KL's non-negative terms; their rounding is the logits' times the ratio."""
+    return (kl - terms).clamp_min(0) + ROUNDING * (2 * kl.abs()).sqrt() + ROUNDING * kl.abs()
 
 
-def _log_ratio_outside(sums, s, mass):
-    """(R, 1) bound on sum |p (log p - log q - KL(p || q))|."""
-    if s.log_ratio is not None:
-        return _left(s.log_ratio, sums.log_ratio) + s.kl_prcp.abs() * mass
-    gap = _left(s.logit_gap, sums.logit_gap)
-    return gap + (_normaliser_gap(s) + s.kl_prcp.abs()) * mass
+def _by_terms(terms, mass):
+    """(R, 1) bound on sum p |x| by that on sum p (e^x - 1 - x), where x = log q - log p.
+
+    The latter is at least p x^2 / 3 for x > -1 and p |x| / e for the others. The former is then at
+    most sqrt(3 terms mass), by Cauchy and Schwarz.
+    """
+    return (3 * terms * mass).sqrt() + math.e * terms
 
 
-def _aug_log_ratio_outside(sums, s, aug_mass):
-    """(R, 1) bound on sum |q (log q - log p - KL(q || p))|."""
-    if s.aug_log_ratio is not None:
-        return _left(s.aug_log_ratio, sums.aug_log_ratio) + s.kl_reverse.abs() * aug_mass
-    gap = _left(s.aug_logit_gap, sums.aug_logit_gap)
-    return gap + (_normaliser_gap(s) + s.kl_reverse.abs()) * aug_mass
+def _log_ratio_outside(ratio, sums, logit_gap, logit_sums, s, mass):
+    """(R, 1) bound on sum p |log p - log q|; mass: of the policy that the KL averages over."""
+    if ratio is not None:
+        return _left(ratio, sums)
+    return _left(logit_gap, logit_sums) + normaliser_gap(s) * mass
 
 
-def _prob_gap_outside(sums, s, mass, aug_mass):
+def _prob_gap_outside(sums, s, mass, aug_mass, beyond):
     """(R, 1) bound on sum |q - p|; it is <= p + q, and <= max(p, q) |log q - log p|."""
+    both = mass if aug_mass is None else _least(mass + aug_mass, beyond.mass)
     if s.prob_gap is not None:
-        return _left(s.prob_gap, sums.prob_gap)
-    gap = _left(s.logit_gap, sums.logit_gap)
-    aug_gap = _left(s.aug_logit_gap, sums.aug_logit_gap)
-    both = mass + aug_mass
-    return torch.minimum(both, gap + aug_gap + _normaliser_gap(s) * both)
+        return _least(_left(s.prob_gap, sums.prob_gap), both)
+    gap = _left(s.logit_gap, sums.logit_gap) + _left(s.aug_logit_gap, sums.aug_logit_gap)
+    return _least(gap + normaliser_gap(s) * both, both)
 
 
-def _normaliser_gap(s):
+def normaliser_gap(s):
     """|lse - lse_aug|: |log p - log q| is at most this more than |z - z_aug|."""
     return ((s.full.peak - s.aug.peak) + (s.full.log_sum - s.aug.log_sum)).abs()

@@ -11,8 +11,8 @@ Both ways bring a module of functions on tiles, here called `tiles`. It has the 
 - DENSE_SHARE: share of the vocabulary above which a tile is done densely;
 - ROUNDS_WEIGHT: whether `add_gradients` can round the weight's gradient itself;
 
-and the functions `multiply`, `states_of`, `picked_logits`, `differentiate`, `drop_least`, `finish`
-and `add_gradients`, which `eager/tiles.py` describes.
+and the functions `multiply`, `states_of`, `picked_logits`, `differentiate`, `drop_least` and
+`add_gradients`, which `eager/tiles.py` describes.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 
 from papo_kernels import certificate, chunked_forward
-from papo_kernels.certificate import ATTEMPTS, RESERVE, record
-from papo_kernels.equations import d_products_, slope
+from papo_kernels.certificate import ATTEMPTS, RESERVE, Beyond, record
+from papo_kernels.equations import TargetPlace, d_products_
 from papo_kernels.rows import Call, RowStats, Upstream, Wanted, each, make_wanted, unpack
+from papo_kernels.sizes import Wholes
 
 # Of the first tile, which nothing is known about: see `certificate.choose_levels`.
 ASSUMED_TIGHTNESS = 1 / 16
@@ -201,7 +202,7 @@ class Candidates:
     cols: torch.Tensor  # (K,) int64, ascending
     place: torch.Tensor  # (R,) where among them the rows' targets stand
     valid: torch.Tensor  # (R,) whether the target is a word at all
-    bound: float  # of what the other words hold, see `certificate.choose_levels`
+    beyond: Beyond  # what the levels say of the other words
 
 
 def _sparse(run, order, levels, total):
@@ -210,20 +211,20 @@ def _sparse(run, order, levels, total):
     order: (count,) rows that count; levels: (T, V).
     """
     budget = RESERVE * run.call.options.grad_budget
-    typical = certificate.typical_sizes(run.stats, run.upstream, len(order))
+    wholes = Wholes(run, len(order))
     cut = list(zip(order.split(chunked_forward.tile_rows(levels.shape[1])), levels, strict=False))
     dense, tightness, first = [], None, 0
     while first < len(cut):
         # The first tile is tried alone, so that the others can learn from it.
         end = first + run.tiles.TOGETHER if first else 1
-        found, tightness = _some_tiles(run, cut[first:end], budget, typical, tightness, total)
+        found, tightness = _some_tiles(run, cut[first:end], budget, wholes, tightness, total)
         dense += found
         first = end
     total.end_tiles(not dense)
     return dense
 
 
-def _some_tiles(run, cut, budget, typical, tightness, total):
+def _some_tiles(run, cut, budget, wholes, tightness, total):
     """Adds what some tiles allow; returns (rows of the others, the tightness learned)."""
     todo, dense = [], []
     for at, levels in cut:
@@ -234,24 +235,21 @@ def _some_tiles(run, cut, budget, typical, tightness, total):
             dense.append(at)
         else:
             todo.append(tile)
-    for _ in range(ATTEMPTS):
-        chosen = _levels_of(run, todo, budget, tightness)
-        dense += [t.at for t, found in zip(todo, chosen, strict=True) if found is None]
-        tried = [
-            (t, _candidates(run, t, *found))
-            for t, found in zip(todo, chosen, strict=True)
-            if found is not None
-        ]
-        todo = []
+    for attempt in range(ATTEMPTS):
+        chosen = _levels_of(run, todo, budget, tightness, curious=attempt == 0)
+        found = list(zip(todo, chosen, strict=True))
+        tried = [(t, _candidates(run, t, *x)) for t, x in found if x is not None]
         if not tried:
             break
+        # Those that seem to want too many words wait for what is learned now.
+        todo = [t for t, x in found if x is None]
         for some in _that_fit(tried, run.tiles.MOST_WAITING):
             states, cols = [t.states for t, _ in some], [c.cols for _, c in some]
             logits = run.tiles.picked_logits(states, cols, run.call)
             for (tile, candidates), z in zip(some, logits, strict=True):
-                lost, finished = _try(run, tile, candidates, z, budget, typical)
-                enough = finished is not None
-                tightness = certificate.learn_tightness(tightness, lost, candidates.bound, enough)
+                lost, finished = _try(run, tile, candidates, z, budget, wholes)
+                enough, mass = finished is not None, candidates.beyond.mass
+                tightness = certificate.learn_tightness(tightness, lost, mass, enough)
                 if enough:
                     total.add_tile(tile.at, tile.states, finished)
                 else:
@@ -271,33 +269,44 @@ def _tile(run, at, levels):
     return Tile(at, levels, s, g, highest, run.tiles.states_of(run.states(at)))
 
 
-def _levels_of(run, todo, budget, tightness):
-    """Of each tile (level, bound), or None where it wants too many words."""
+def _levels_of(run, todo, budget, tightness, curious):
+    """Of each tile (level, Beyond), or None where it wants too many words.
+
+    curious: where all seem to want too many, one tries as many as are worth trying. What is known
+    may come from a tile that was unlike the others.
+    """
     if not todo:
         return []
     counts = torch.stack(
         [torch.bincount(t.levels, minlength=certificate.LEVELS).double() for t in todo]
     )
-    known = tightness is not None
-    level, bound, worth = certificate.choose_levels(
-        counts,
-        torch.tensor([t.highest_entropy for t in todo], dtype=torch.float64, device=counts.device),
-        tightness if known else ASSUMED_TIGHTNESS,
-        known,
-        budget,
-        run.tiles.DENSE_SHARE * len(run.call.weight),
+    highest = torch.tensor(
+        [t.highest_entropy for t in todo], dtype=torch.float64, device=counts.device
     )
-    found = zip(level.tolist(), bound.tolist(), worth.tolist(), strict=True)
-    return [(x, b) if ok else None for x, b, ok in found]
+    most = run.tiles.DENSE_SHARE * len(run.call.weight)
+
+    def choose(some, tightness, known):
+        level, beyond, worth = certificate.choose_levels(
+            counts[:some], highest[:some], tightness, known, budget, most
+        )
+        found = zip(level.tolist(), *(x.tolist() for x in beyond), worth.tolist(), strict=True)
+        return [(x, Beyond(*b)) if ok else None for x, *b, ok in found]
+
+    if tightness is None:
+        return choose(len(todo), ASSUMED_TIGHTNESS, known=False)
+    found = choose(len(todo), tightness, known=True)
+    if curious and not any(found):
+        found[:1] = choose(1, tightness, known=False)
+    return found
 
 
-def _candidates(run, tile, level, bound):
+def _candidates(run, tile, level, beyond):
     """All words up to a level, and the rows' targets."""
     mask = tile.levels <= level
     valid, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
     mask[targets] = True
     cols = mask.nonzero().squeeze(1)
-    return Candidates(cols, torch.searchsorted(cols, targets), valid, bound)
+    return Candidates(cols, torch.searchsorted(cols, targets), valid, beyond)
 
 
 def _that_fit(tried, most):
@@ -313,27 +322,30 @@ def _that_fit(tried, most):
     yield part
 
 
-def _try(run, tile, candidates, logits, budget, typical):
+def _try(run, tile, candidates, logits, budget, wholes):
     """(largest share of a row's gradient that no candidate has, the finished gradients).
 
     The latter are None where these candidates are not enough.
     """
     s, g, tiles = tile.s, tile.g, run.tiles
     sums, gradients = tiles.differentiate(tile.states, candidates, logits, s, g, run)
-    sizes, outside = sums.sizes(), certificate.outside(sums, s, g, run.wanted)
+    outside = certificate.outside(sums, s, g, run.wanted, candidates.beyond, run.call.head)
+    at = tile.at[:, None]
     streams = certificate.certified(run.wanted)
-    wholes = [sizes[i].clamp_min(typical[i]) for i in streams]
+    sizes = tuple(x if i in streams else None for i, x in enumerate(sums.sizes()))
+    wholes.learn(at, sizes)
+    whole_sizes = wholes.of_rows(at, sizes)
+    whole = [whole_sizes[i] for i in streams]
     beyond = [outside[i] for i in streams]
-    lost = _largest_share(beyond, wholes)
-    allowances = [budget * w - b for w, b in zip(wholes, beyond, strict=True)]
+    lost = _largest_share(beyond, whole)
+    allowances = [budget * w - b for w, b in zip(whole, beyond, strict=True)]
     if not all((a >= 0).all() for a in allowances):
         return lost, None
     room = dict(zip(streams, allowances, strict=True))
     gradients, dropped = tiles.drop_least(gradients, [room.get(i) for i in range(3)], run)
     beyond = [b + dropped[i] for i, b in zip(streams, beyond, strict=True)]
-    share = _largest_share(beyond, wholes)
-    record(len(tile.at), len(gradients.cols), len(tile.levels), share)
-    return lost, tiles.finish(gradients, run)
+    record(len(tile.at), len(gradients.cols), len(tile.levels), _largest_share(beyond, whole))
+    return lost, gradients
 
 
 def _largest_share(parts, wholes):
@@ -349,18 +361,8 @@ def _dense_gradients(run, at):
     s, g = run.of_rows(at)
     z, z_aug = (None if x is None else _logits(run, x) for x in run.states(at))
     place = call.shard.place(call.targets[at], len(call.weight))
-    valid, owned, place = (x[:, None] for x in place)
-    streams = ((z, g.full.logprobs, wanted.full), (z_aug, g.aug.logprobs, wanted.aug))
-    plus = [
-        torch.where(valid, up * owned, torch.nan) * slope(x.gather(1, place), call.head)
-        if asked and up is not None
-        else None
-        for x, up, asked in streams
-    ]
-    d_products_(z, z_aug, s, g, wanted, call.head)
-    for x, p in zip((z, z_aug), plus, strict=True):
-        if p is not None:
-            x.scatter_add_(1, place, p)
+    target = TargetPlace(*(x[:, None] for x in place))
+    d_products_(z, z_aug, s, g, wanted, target, call.head)
     record(len(at), len(call.weight), len(call.weight), None)
     return z if wanted.full else None, z_aug if wanted.aug else None
 

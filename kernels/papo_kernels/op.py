@@ -68,6 +68,7 @@ def forward(
     group: str,
     validate: bool,
     aug_constant: bool,
+    budget_of: str,
     keep_levels: bool,
 ) -> list[torch.Tensor]:
     """The (N,) outputs of `TokenStats` that exist, then the three tensors of `rows.Saved`.
@@ -75,8 +76,9 @@ def forward(
     keep_levels: whether the backward may be sparse; if not, the levels are empty.
     """
     options = Options(
-        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant
-    )
+        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
+        budget_of,
+    )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         if validate:
@@ -89,7 +91,7 @@ def forward(
 @forward.register_fake
 def _(
     hidden, aug_hidden, weight, bias, targets, temperature, softcap, ignore_index, grad_budget,
-    backend, group, validate, aug_constant, keep_levels,
+    backend, group, validate, aug_constant, budget_of, keep_levels,
 ):  # fmt: skip
     n, vocab, layout = targets.shape[0], weight.shape[0], _layout(backend)
     names = layout.names(1 if aug_hidden is None else 2)
@@ -128,11 +130,13 @@ def backward(
     group: str,
     validate: bool,
     aug_constant: bool,
+    budget_of: str,
 ) -> list[torch.Tensor]:
     """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
     options = Options(
-        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant
-    )
+        temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
+        budget_of,
+    )  # fmt: skip
     upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
@@ -144,7 +148,7 @@ def backward(
 def _(
     logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse, hidden, aug_hidden, weight,
     bias, targets, rows, levels, order, needs, temperature, softcap, ignore_index, grad_budget,
-    backend, group, validate, aug_constant,
+    backend, group, validate, aug_constant, budget_of,
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [

@@ -38,6 +38,7 @@ class Options:
     group: str  # name of the process group whose ranks hold shards of `weight`; "" for none
     validate: bool
     aug_constant: bool  # no gradient passes through the aug stream
+    budget_of: str  # what `grad_budget` is a share of: "call" or "token", see `token_stats`
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_one_stream_and_no_grad_compile():
 def test_operator_passes_opcheck(aug, dtype, aug_constant):
     case = make_case(20, 16, 303, bias=True, aug=aug, dtype=dtype)
     leaves = [None if x is None else x.requires_grad_() for x in (getattr(case, g) for g in GRADS)]
-    options = (0.9, 20.0, -100, 5e-3, "torch", "", True, aug_constant, True)
+    options = (0.9, 20.0, -100, 5e-3, "torch", "", True, aug_constant, "call", True)
     torch.library.opcheck(torch.ops.papo.token_stats.default, (*leaves, case.targets, *options))
 
 

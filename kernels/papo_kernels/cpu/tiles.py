@@ -47,8 +47,7 @@ class Gradients(NamedTuple):
     """Gradients of a tile on some words, S streams."""
 
     cols: torch.Tensor  # (K,) int64, ascending
-    z: torch.Tensor | None  # (K, S padded) logits; None where not needed
-    dz: torch.Tensor  # (K, S padded)
+    dz: torch.Tensor  # (K, S padded) of states @ weight.T + bias
     present: tuple[bool, bool]
     count: int
 
@@ -84,6 +83,10 @@ def differentiate(states, candidates, logits, s, g, run):
     dz, sums = library.column_gradients(
         z, sum(present), wanted.aug, wanted.kl_reverse, rows, targets, fields
     )
+    if both and not wanted.aug:
+        z, present = z[:, : states.padded], (True, False)
+    gradients = Gradients(candidates.cols, dz, present, states.count)
+    _behind_head(gradients, z, sums, both, call.head)
     sums = sums[:, : states.count, None]
     if both:
         at = dict(zip(TWO_STREAM_SUMS, sums, strict=True))
@@ -91,13 +94,29 @@ def differentiate(states, candidates, logits, s, g, run):
             StreamSums(*(at.pop(prefix + name) for name in StreamSums._fields))
             for prefix in ("", "aug_")
         )
-        found = CandidateSums(full, aug, **at)
-    else:
-        one = StreamSums(*sums)
-        found = CandidateSums(one) if present[0] else CandidateSums(StreamSums(), one)
-    if both and not wanted.aug:
-        z, present = z[:, : states.padded], (True, False)
-    return found, Gradients(candidates.cols, z, dz, present, states.count)
+        return CandidateSums(full, aug, **at), gradients
+    one = StreamSums(*sums)
+    found = CandidateSums(one) if present[0] else CandidateSums(StreamSums(), one)
+    return found, gradients
+
+
+def _behind_head(gradients, z, sums, both, head):
+    """Takes gradients of the logits `z`, and their sizes among `sums`, on to the products."""
+    dz = gradients.dz
+    names = TWO_STREAM_SUMS if both else StreamSums._fields
+    if head.softcap is None:
+        if head.temperature != 1:
+            dz /= head.temperature
+            for i, name in enumerate(names):
+                if name.endswith("size"):
+                    sums[i] /= head.temperature
+        return
+    dz *= slope(z, head)
+    padded = sums.shape[1]
+    sums[names.index("size")] = dz[:, :padded].abs().sum(0)
+    if dz.shape[1] > padded:
+        sums[names.index("aug_size")] = dz[:, padded:].abs().sum(0)
+        sums[names.index("net_size")] = (dz[:, :padded] + dz[:, padded:]).abs().sum(0)
 
 
 # In the order in which the C++ writes them; one stream has the first three.
@@ -117,7 +136,8 @@ def _rows_for_cpp(states, candidates, s, g, z):
     for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
         if present:
             target = nothing if up.logprobs is None else up.logprobs
-            target = torch.where(candidates.valid[:, None], target, torch.nan)
+            # a target that is no word: its log-prob is NaN, which a loss may have masked out
+            target = torch.where(candidates.valid[:, None] | (target == 0), target, torch.nan)
             fields += [stream.peak, stream.log_sum, stream.entropy, *up, target]
     if all(states.present):
         fields += [s.kl_prcp, g.kl_prcp, s.kl_reverse, g.kl_reverse]
@@ -140,17 +160,9 @@ def drop_least(gradients, allowances, run):
     keep, dropped = library.drop_least(gradients.dz, len(order), net, room)
     if len(gradients.cols) - len(keep) <= WORTH_DROPPING * len(gradients.cols):
         return gradients, [0, 0, 0]
-    z = gradients.z if run.call.head.softcap is None else gradients.z[keep]
     found = dict(zip([*order, 2], dropped[:, : gradients.count, None], strict=False))
-    kept = gradients._replace(cols=gradients.cols[keep], z=z, dz=gradients.dz[keep])
+    kept = gradients._replace(cols=gradients.cols[keep], dz=gradients.dz[keep])
     return kept, [found.get(i, 0) for i in range(3)]
-
-
-def finish(gradients, run):
-    head, dz = run.call.head, gradients.dz
-    if head.softcap is not None or head.temperature != 1:
-        dz *= slope(gradients.z, head)
-    return gradients._replace(z=None)
 
 
 def add_gradients(states, gradients, call, d_weight, d_bias, dtype):

@@ -49,9 +49,12 @@ def two_streams(z, z_aug):
 
 
 def _normaliser(z):
+    top, word = z.max(-1, keepdim=True)
     # Finite where a shard of the vocabulary is banned as a whole; NaN stays NaN.
-    peak = z.amax(-1, keepdim=True).clamp_min(LOG_ZERO)
-    return StreamStats(peak, (z - peak).exp().sum(-1, keepdim=True).log(), None)
+    peak = top.clamp_min(LOG_ZERO)
+    # Beside the peak's 1, a sum would lose the other terms of a confident row.
+    others = (z - peak).exp().scatter_(-1, word, 0).sum(-1, keepdim=True)
+    return StreamStats(peak, torch.log1p(others + ((top - peak).exp() - 1)), None)
 
 
 def _entropy(p, log_p):

@@ -10,7 +10,7 @@ import torch
 
 from papo_kernels import certificate
 from papo_kernels.certificate import WORTH_DROPPING, CandidateSums, StreamSums
-from papo_kernels.equations import d_logits, log_probs, q_minus_p, slope
+from papo_kernels.equations import TargetPlace, d_logits, log_probs_again, q_minus_p, slope
 from papo_kernels.rows import Head
 
 # torch has no product that serves many tiles at once, so none is tried with or waits for another.
@@ -40,8 +40,7 @@ class Gradients(NamedTuple):
     """Gradients of a tile on some words; of both streams, None where not wanted."""
 
     cols: torch.Tensor  # (K,) int64, ascending
-    z: tuple  # (R, K) logits; None where not needed
-    dz: tuple  # (R, K)
+    dz: tuple  # (R, K) of states @ weight.T + bias
 
 
 def states_of(states):
@@ -67,7 +66,7 @@ def _logits(states, cols, call):
 
 
 def differentiate(states, candidates, logits, s, g, run):
-    """(CandidateSums, Gradients) of a tile on its candidates.
+    """(CandidateSums, Gradients) of a tile on its candidates; sizes are those of the Gradients.
 
     s, g: RowStats and Upstream of (R, 1). run: `chunked_backward.Backward`.
     """
@@ -77,11 +76,11 @@ def differentiate(states, candidates, logits, s, g, run):
     log_p = p = log_q = q = None
     full, aug, of_kl = {}, {}, {}
     if z is not None:
-        log_p = log_probs(z, s.full)
+        log_p = log_probs_again(z, s.full)
         p = log_p.exp()
         full |= {"mass": p, "own": p * (log_p + s.full.entropy)}
     if z_aug is not None:
-        log_q = log_probs(z_aug, s.aug)
+        log_q = log_probs_again(z_aug, s.aug)
         q = log_q.exp()
     if wanted.aug:
         aug |= {"mass": q, "own": q * (log_q + s.aug.entropy)}
@@ -93,11 +92,13 @@ def differentiate(states, candidates, logits, s, g, run):
             of_kl |= {"log_ratio": p * x.abs(), "kl_terms": gap - p * x}
         if wanted.kl_reverse:
             of_kl |= {"aug_log_ratio": q * x.abs(), "kl_reverse_terms": q * x - gap}
-    dz, dz_aug = d_logits(log_p, p, log_q, q, s, g, wanted)
-    for x, plus in ((dz, g.full.logprobs), (dz_aug, g.aug.logprobs)):
-        if x is not None and plus is not None:
-            plus = torch.where(candidates.valid[:, None], plus, torch.nan)
-            x.scatter_add_(1, candidates.place[:, None], plus)
+    valid, place = candidates.valid[:, None], candidates.place[:, None]
+    target = TargetPlace(valid, torch.ones_like(valid), place)
+    dz, dz_aug = d_logits(log_p, p, log_q, q, s, g, wanted, target)
+    head = run.call.head
+    dz, dz_aug = (
+        None if x is None else x * slope(of, head) for x, of in ((dz, z), (dz_aug, z_aug))
+    )
     if dz is not None:
         full["size"] = dz.abs()
     if dz_aug is not None:
@@ -108,7 +109,7 @@ def differentiate(states, candidates, logits, s, g, run):
         {name: x.sum(1, keepdim=True) for name, x in sums.items()} for sums in (full, aug, of_kl)
     )
     sums = CandidateSums(StreamSums(**full), StreamSums(**aug), **of_kl)
-    return sums, Gradients(candidates.cols, (z, z_aug), (dz, dz_aug))
+    return sums, Gradients(candidates.cols, (dz, dz_aug))
 
 
 def drop_least(gradients, allowances, run):
@@ -126,12 +127,9 @@ def drop_least(gradients, allowances, run):
     keep, dropped = least(sizes, [allowances[i] for i in kinds])
     if len(gradients.cols) - len(keep) <= WORTH_DROPPING * len(gradients.cols):
         return gradients, [0, 0, 0]
-    z = gradients.z
-    if run.call.head.softcap is not None:  # else slopes are all the same
-        z = tuple(None if x is None else x[:, keep] for x in z)
     kept = tuple(None if x is None else x[:, keep] for x in gradients.dz)
     found = dict(zip(kinds, dropped, strict=True))
-    return Gradients(gradients.cols[keep], z, kept), [found.get(i, 0) for i in range(3)]
+    return Gradients(gradients.cols[keep], kept), [found.get(i, 0) for i in range(3)]
 
 
 def least(sizes, allowances):
@@ -154,14 +152,6 @@ def least(sizes, allowances):
     count = int(torch.stack(fits).all(0).sum())
     dropped = [c[:, count - 1 : count] if count else torch.zeros_like(c[:, :1]) for c in sums]
     return order[count:].sort().values, dropped
-
-
-def finish(gradients, run):
-    """From gradients of the logits to those of states @ weight.T + bias; it reuses their memory."""
-    for dz, z in zip(gradients.dz, gradients.z, strict=True):
-        if dz is not None:
-            dz.mul_(slope(z, run.call.head))
-    return gradients._replace(z=(None, None))
 
 
 def add_gradients(states, gradients, call, d_weight, d_bias, dtype):

@@ -5,6 +5,7 @@ a time, elsewhere.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,11 +15,13 @@ from papo_kernels.certificate import (
     ATTEMPTS,
     DENSE_SHARE,
     RESERVE,
+    Beyond,
     CandidateSums,
     StreamSums,
     record,
 )
 from papo_kernels.rows import Call, RowStats, Saved, Upstream, Wanted, each, make_wanted, unpack
+from papo_kernels.sizes import Wholes
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch
 from papo_kernels.triton.forward import names
@@ -207,23 +210,24 @@ def _sparse(run, levels, budget, total):
     """Adds the gradients of the tiles that few words serve; returns the others, (T,) int64."""
     device = levels.device
     highest = _highest_entropies(run)
-    stats, upstream = (each(lambda x: x.double(), x) for x in (run.stats, run.upstream))
-    typical = certificate.typical_sizes(stats, upstream, run.count)
+    wholes = Wholes(run, run.count)
     todo, dense = torch.arange(run.tiles, device=device), []
     tightness = torch.ones(run.tiles, dtype=torch.float64, device=device)
     for attempt in range(ATTEMPTS):
-        level, bound, few = certificate.choose_levels(
+        level, beyond, few = certificate.choose_levels(
             _counts(levels, todo), highest[todo], tightness[:, None], attempt > 0, budget,
             DENSE_SHARE * run.operands.v,
         )  # fmt: skip
         dense.append(todo[~few])
-        todo, level, bound = todo[few], level[few], bound[few]
+        todo, level, beyond = todo[few], level[few], each(lambda x, few=few: x[few], beyond)
         if not len(todo):
             break
-        groups = zip(todo.split(GROUP_TILES), level.split(GROUP_TILES), strict=True)
-        share = torch.cat([_group(run, levels, t, at, budget, typical, total) for t, at in groups])
+        groups = zip(*(x.split(GROUP_TILES) for x in (todo, level, *beyond)), strict=True)
+        share = torch.cat(
+            [_group(run, levels, Chosen(*some), budget, wholes, total) for some in groups]
+        )
         bad = share > budget
-        todo, tightness = todo[bad], share[bad] / bound[bad].clamp_min(1e-30)
+        todo, tightness = todo[bad], share[bad] / beyond.mass[bad].clamp_min(1e-30)
     return torch.cat([*dense, todo]).sort().values
 
 
@@ -246,14 +250,24 @@ def _counts(levels, tiles):
     return counts
 
 
-def _group(run, levels, tiles, level, budget, typical, total):
+class Chosen(NamedTuple):
+    """Some tiles and the words that they are tried on, (T,) each."""
+
+    tiles: torch.Tensor
+    level: torch.Tensor
+    mass: torch.Tensor  # as in `certificate.Beyond`
+    information: torch.Tensor
+
+
+def _group(run, levels, chosen, budget, wholes, total):
     """Adds the gradients of some tiles on candidates, where those drop no more than `budget`.
 
     Returns (T,) the largest share of a row's gradient that each tile drops.
     """
-    picked = _pick(run, levels, tiles, level)
+    picked = _pick(run, levels, chosen.tiles, chosen.level)
     dz, dz_aug, sums = _differentiate(run, picked)
-    share = _dropped_share(run, picked, sums, typical)
+    beyond = Beyond(chosen.mass[:, None], chosen.information[:, None])
+    share = _dropped_share(run, picked, sums, beyond, wholes)
     good = share <= budget
     bad = ~good[picked.local]
     for x, used in ((dz, run.wanted.full), (dz_aug, run.wanted.aug)):
@@ -310,14 +324,17 @@ def _differentiate(run, picked):
     return dz, dz_aug, CandidateSums(full, aug, **at)
 
 
-def _dropped_share(run, picked, sums, typical):
+def _dropped_share(run, picked, sums, beyond, wholes):
     """(T,) the largest share of a row's sum |dz| that lies outside the candidates."""
     s, g = (each(lambda x: x.double()[picked.rows], x) for x in (run.stats, run.upstream))
-    bounds, sizes = certificate.outside(sums, s, g, run.wanted), sums.sizes()
+    bounds = certificate.outside(sums, s, g, run.wanted, beyond, run.call.head)
+    asked, sizes = certificate.certified(run.wanted), sums.sizes()
+    sizes = tuple(x if i in asked else None for i, x in enumerate(sizes))
+    wholes.learn(picked.rows[picked.live], [None if x is None else x[picked.live] for x in sizes])
+    whole = wholes.of_rows(picked.rows, sizes)
     share = torch.zeros_like(sums.full.mass)
-    for i in certificate.certified(run.wanted):
-        whole = sizes[i].clamp_min(typical[i]).clamp_min(1e-38)
-        share = torch.maximum(share, bounds[i] / whole)
+    for i in asked:
+        share = torch.maximum(share, bounds[i] / whole[i].clamp_min(1e-300))
     # NaN compares false with every budget; infinity says the same to a maximum.
     share = torch.where(share.isnan(), torch.inf, share)
     return torch.where(picked.live, share, 0).amax(1)

@@ -8,6 +8,9 @@ from papo_kernels.rows import Saved, kept_first, saved_names
 from papo_kernels.triton import kernels, launch
 from papo_kernels.triton.launch import kernel_operands
 
+# Below it, a KL's terms of second order are more exact than the difference of first-order sums.
+CLOSE = 0.25
+
 
 def names(streams):
     """Names of the statistics that this forward saves."""
@@ -60,11 +63,15 @@ def _splits(tiles, vocab, blocks, device):
 
 
 def combine(part, targets, vocab):
-    """Row statistics by name, (N,) each, from the (splits, N) sums that `kernels.PARTS` lists."""
+    """Row statistics by name, (N,) each, from the (splits, N) sums that `kernels.PARTS` lists.
+
+    The arithmetic is float64, so that differences keep the bits that the sums have.
+    """
+    part = {name: x.double() for name, x in part.items()}
     valid = (targets >= 0) & (targets < vocab)
     stats, weights, totals = {}, {}, {}
     for prefix in ("", "aug_") if "aug_max" in part else ("",):
-        maxima, sums = part[prefix + "max"], part[prefix + "sum"]
+        maxima, sums = part[prefix + "max"], part[prefix + "others"] + 1
         peak = maxima.amax(0)
         shift = maxima - peak
         weight = shift.exp()
@@ -80,14 +87,36 @@ def combine(part, targets, vocab):
             prefix + "entropy": log_sum - weighted / total,
             prefix + "logprobs": torch.where(valid, (logit - peak) - log_sum, torch.nan),
         }
-    if "cross" in part:
-        cross, gap, aug_gap, aug_cross = (
-            (weights[prefix] * part[prefix + name]).sum(0) / totals[prefix]
-            for prefix, name in (
-                ("", "cross"), ("", "logit_gap"), ("aug_", "logit_gap"), ("aug_", "cross")
-            )
-        )  # fmt: skip
-        log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
-        stats |= {"kl_prcp": cross - log_ratio, "kl_reverse": log_ratio - aug_cross}
-        stats |= {"logit_gap": gap, "aug_logit_gap": aug_gap}
-    return stats
+    if "drift" in part:
+        stats |= _compare(part, stats, weights, totals)
+    return {name: x.float() for name, x in stats.items()}
+
+
+def _compare(part, stats, weights, totals):
+    """What `combine` returns of both streams together.
+
+    With x = z - z_aug - centre, KL(p || q) = E_p[x] + log E_p[exp(-x)]. Where q is close to p the
+    two nearly cancel, and it is S - (u - log(1 + u)) instead, with S = E_p[exp(-x) - 1 + x] and
+    u = S - E_p[x]: no term of first order is left.
+    """
+    drift, terms, gap, aug_drift, aug_terms, aug_gap = (
+        (weights[prefix] * part[prefix + name]).sum(0) / totals[prefix]
+        for prefix in ("", "aug_")
+        for name in ("drift", "terms", "logit_gap")
+    )
+    centre = part["centre"][0]
+    log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
+    return {
+        "kl_prcp": _kl(terms, drift, drift + centre - log_ratio),
+        "kl_reverse": _kl(aug_terms, -aug_drift, log_ratio - (aug_drift + centre)),
+        "logit_gap": gap,
+        "aug_logit_gap": aug_gap,
+    }
+
+
+def _kl(terms, drift, far):
+    """(N,) a KL by its terms of second order where they are small, else `far`."""
+    u = terms - drift
+    close = (terms.abs() < CLOSE) & (u.abs() < CLOSE)
+    u = torch.where(close, u, 0)
+    return torch.where(close, (terms - (u - torch.log1p(u))).clamp_min(0), far)

@@ -125,19 +125,26 @@ def dz_kernel(
         dz = p * factor
         if LOGPROB:
             g = tl.load(up + UP_LOGPROB * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
+            dz += tl.where(known(valid, g), -g * d_log_prob(hit, p, log_p), float("nan"))
         if KL_REVERSE:
             dz -= g_reverse * q_minus_p(p, q, log_q - log_p)
-        dz = tl.where(keep, dz, 0.0)
+        dz = tl.where(keep, dz, 0.0) * slope(z, temperature, softcap, CAP)
         if GATHER:
             tl.store(sums + OWN * BLOCK_N, tl.sum(tl.where(keep, p * (log_p + entropy), 0.0), 1))
             tl.store(sums + SIZE * BLOCK_N, tl.sum(tl.abs(dz), 1))
         net = dz
-        dz *= slope(z, temperature, softcap, CAP)
         tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=in_col[None, :])
     if GATHER and (KL or KL_REVERSE):
         tl.store(sums + LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, p * distance, 0.0), 1))
         tl.store(sums + AUG_LOGIT_GAP * BLOCK_N, tl.sum(tl.where(keep, q * distance, 0.0), 1))
+        x = log_q - log_p
+        gap = q_minus_p(p, q, x)
+        if KL:
+            terms = tl.where(keep, gap - p * x, 0.0)
+            tl.store(sums + KL_TERMS * BLOCK_N, tl.sum(terms, 1))
+        if KL_REVERSE:
+            terms = tl.where(keep, q * x - gap, 0.0)
+            tl.store(sums + KL_REVERSE_TERMS * BLOCK_N, tl.sum(terms, 1))
     if AUG:
         entropy_aug = tl.load(stat + (AUG_STREAM + ENTROPY_ROW) * N, mask=live, other=0.0)[:, None]
         dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -150,24 +157,27 @@ def dz_kernel(
             dz += g_reverse * q * (log_q - log_p - kl_reverse)
         if LOGPROB_AUG:
             g = tl.load(up + UP_LOGPROB_AUG * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
-        dz = tl.where(keep, dz, 0.0)
+            dz += tl.where(known(valid, g), -g * d_log_prob(hit, q, log_q), float("nan"))
+        dz = tl.where(keep, dz, 0.0) * slope(z_aug, temperature, softcap, CAP)
         if GATHER:
             own_aug = tl.where(keep, q * (log_q + entropy_aug), 0.0)
             tl.store(sums + AUG_OWN * BLOCK_N, tl.sum(own_aug, 1))
             tl.store(sums + AUG_SIZE * BLOCK_N, tl.sum(tl.abs(dz), 1))
         if NET:
-            x = log_q - log_p
-            gap = q_minus_p(p, q, x)
-            if KL:
-                terms = tl.where(keep, gap - p * x, 0.0)
-                tl.store(sums + KL_TERMS * BLOCK_N, tl.sum(terms, 1))
-            if KL_REVERSE:
-                terms = tl.where(keep, q * x - gap, 0.0)
-                tl.store(sums + KL_REVERSE_TERMS * BLOCK_N, tl.sum(terms, 1))
             tl.store(sums + NET_SIZE * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
-        dz *= slope(z_aug, temperature, softcap, CAP)
         tl.store(dz_aug_ptr + out, dz.to(dz_aug_ptr.dtype.element_ty), mask=in_col[None, :])
+
+
+@triton.jit
+def known(valid, g):
+    """A target that is no word has a log-prob of NaN, which a loss may have masked out."""
+    return valid[:, None] | (g == 0)
+
+
+@triton.jit
+def d_log_prob(hit, p, log_p):
+    """p, less 1 at the target without the loss of bits where p is close to 1."""
+    return tl.where(hit, q_minus_p(1.0, p, log_p), p)
 
 
 @triton.jit

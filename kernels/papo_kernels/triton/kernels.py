@@ -8,17 +8,22 @@ UPCAST is for interpreted tests: the interpreter's bfloat16 arithmetic is wrong.
 import triton
 import triton.language as tl
 
-from papo_kernels import certificate, reference
+from papo_kernels import certificate, equations, reference
 from papo_kernels.rows import BY_LOGIT, saved_names
 
 LOG_ZERO = tl.constexpr(reference.LOG_ZERO)
+LOG_HALF = tl.constexpr(equations.LOG_HALF)
+# Nats between the streams beyond which a KL needs no second-order terms.
+FAR = tl.constexpr(40.0)
 LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
 
 # The forward's partial sums, as they stand in (splits, F, N); one stream has the first four.
-# `weighted` is sum e (z - max), `cross` is sum e (z - z_aug), `aug_cross` sum e_aug (z - z_aug).
+# With e = exp(z - max), `others` is sum e - 1 and `weighted` is sum e (z - max). With x = z - z_aug
+# less `centre`, which is near to its mean, `drift` is sum e x, `terms` sum e (exp(-x) - 1 + x),
+# `aug_drift` sum e_aug x, and `aug_terms` sum e_aug (exp(x) - 1 - x).
 PARTS = (
-    "max", "sum", "weighted", "target", "aug_max", "aug_sum", "aug_weighted", "aug_target", "cross",
-    "logit_gap", "aug_logit_gap", "aug_cross",
+    "max", "others", "weighted", "target", "aug_max", "aug_others", "aug_weighted", "aug_target",
+    "drift", "terms", "aug_drift", "aug_terms", "logit_gap", "aug_logit_gap", "centre",
 )  # fmt: skip
 ONE_STREAM_PARTS, TWO_STREAM_PARTS = tl.constexpr(4), tl.constexpr(len(PARTS))
 
@@ -101,7 +106,10 @@ def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, 
 
 @triton.jit
 def online(z, live_z, m, s, a):
-    """Takes (BLOCK_N, BLOCK_V) logits into the running max m, s = sum e and a = sum e (z - m).
+    """Takes (BLOCK_N, BLOCK_V) logits into the running max m, s = sum e - 1 and a = sum e (z - m).
+
+    Beside the peak's 1, a sum would lose the other terms of a confident row. Before the first word,
+    s is -1.
 
     Returns the three, e, and the factor by which older sums of e were scaled.
     """
@@ -109,9 +117,19 @@ def online(z, live_z, m, s, a):
     e = tl.where(live_z, tl.exp(z - m_new[:, None]), 0.0)
     shift = m - m_new
     scale = tl.exp(shift)
-    a = scale * (a + s * shift) + tl.sum(e * (z - m_new[:, None]), 1)
-    s = scale * s + tl.sum(e, 1)
+    a = scale * (a + (s + 1.0) * shift) + tl.sum(e * (z - m_new[:, None]), 1)
+    below = z < m_new[:, None]
+    peaks = tl.sum(tl.where(below, 0.0, e), 1)
+    others = tl.sum(tl.where(below, e, 0.0), 1)
+    s = tl.where(m_new > m, (scale * (s + 1.0) + others) + (peaks - 1.0), (s + others) + peaks)
     return m_new, s, a, e, scale
+
+
+@triton.jit
+def ratio_terms(p, q, q_over, x):
+    """p (exp(-x) - 1 + x), where q q_over is p exp(-x); by a series where x is small."""
+    series = x * x * 0.5 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
+    return tl.where(tl.abs(x) < 0.25, p * series, (q * q_over - p) + p * x)
 
 
 @triton.jit
@@ -122,10 +140,9 @@ def forward_kernel(
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, 4 or 12, N) over words [split * per_split, ...), and levels of words.
+    """Partial sums (splits, 4 or 15, N) over words [split * per_split, ...), and levels of words.
 
-    PARTS lists the sums. With d = z - z_aug and e = exp(z - max), the last four are sum e d,
-    sum e |d|, sum e_aug |d| and sum e_aug d.
+    PARTS lists the sums; the gaps are sum e |z - z_aug| and sum e_aug |z - z_aug|.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -140,7 +157,7 @@ def forward_kernel(
     # A lower bound on the log-sum-exp before it is known: a sampled word is rarely far below it.
     bound = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
     bound_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    if LEVELS:
+    if LEVELS or TWO:
         known = live & (target >= 0) & (target < V)
         bound = target_logit(
             x_ptr, w_ptr, b_ptr, row, target, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
@@ -152,18 +169,24 @@ def forward_kernel(
                 stride_wd, temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
             )  # fmt: skip
 
+    # z - z_aug of a word that was drawn from p: near to the mean over p.
+    near = (bound > LOG_ZERO) & (bound_aug > LOG_ZERO)
+    centre = tl.where(near, bound - bound_aug, 0.0)
+
     m = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    s = tl.zeros((BLOCK_N,), tl.float32)
+    s = tl.full((BLOCK_N,), -1.0, tl.float32)
     a = tl.zeros((BLOCK_N,), tl.float32)
     logit = tl.zeros((BLOCK_N,), tl.float32)
     m_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    s_aug = tl.zeros((BLOCK_N,), tl.float32)
+    s_aug = tl.full((BLOCK_N,), -1.0, tl.float32)
     a_aug = tl.zeros((BLOCK_N,), tl.float32)
     logit_aug = tl.zeros((BLOCK_N,), tl.float32)
-    cross = tl.zeros((BLOCK_N,), tl.float32)
+    drift = tl.zeros((BLOCK_N,), tl.float32)
+    terms = tl.zeros((BLOCK_N,), tl.float32)
+    drift_aug = tl.zeros((BLOCK_N,), tl.float32)
+    terms_aug = tl.zeros((BLOCK_N,), tl.float32)
     gap = tl.zeros((BLOCK_N,), tl.float32)
     gap_aug = tl.zeros((BLOCK_N,), tl.float32)
-    cross_aug = tl.zeros((BLOCK_N,), tl.float32)
 
     first = split * per_split
     for v in range(first, tl.minimum(first + per_split, V), BLOCK_V):
@@ -190,16 +213,23 @@ def forward_kernel(
             )
             logit_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
             d = z - z_aug
-            part = e * d
-            cross = scale * cross + tl.sum(part, 1)
-            gap = scale * gap + tl.sum(tl.abs(part), 1)
-            part = e_aug * d
-            cross_aug = scale_aug * cross_aug + tl.sum(part, 1)
-            gap_aug = scale_aug * gap_aug + tl.sum(tl.abs(part), 1)
+            gap = scale * gap + tl.sum(e * tl.abs(d), 1)
+            gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
+            x = d - centre[:, None]
+            drift = scale * drift + tl.sum(e * x, 1)
+            drift_aug = scale_aug * drift_aug + tl.sum(e_aug * x, 1)
+            # Far policies overflow neither way, and their terms are not used.
+            over = tl.minimum(tl.maximum((m_aug - m) + centre, -FAR), FAR)[:, None]
+            more = ratio_terms(e, e_aug, tl.exp(over), x)
+            more_aug = ratio_terms(e_aug, e, tl.exp(-over), -x)
+            terms = scale * terms + tl.sum(more, 1)
+            terms_aug = scale_aug * terms_aug + tl.sum(more_aug, 1)
         if LEVELS:
-            u = z - tl.maximum(bound, m + tl.log(s))[:, None]
+            u = z - tl.maximum(bound, m + tl.log(s + 1.0))[:, None]
             if TWO:
-                u = tl.maximum(u, z_aug - tl.maximum(bound_aug, m_aug + tl.log(s_aug))[:, None])
+                u = tl.maximum(
+                    u, z_aug - tl.maximum(bound_aug, m_aug + tl.log(s_aug + 1.0))[:, None]
+                )
             highest = tl.max(tl.where(live[:, None], u, LOG_ZERO), 0)
             level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
             level = tl.where(level == level, level, 0.0)
@@ -216,10 +246,13 @@ def forward_kernel(
         tl.store(out + 5 * N, s_aug, mask=live)
         tl.store(out + 6 * N, a_aug, mask=live)
         tl.store(out + 7 * N, logit_aug, mask=live)
-        tl.store(out + 8 * N, cross, mask=live)
-        tl.store(out + 9 * N, gap, mask=live)
-        tl.store(out + 10 * N, gap_aug, mask=live)
-        tl.store(out + 11 * N, cross_aug, mask=live)
+        tl.store(out + 8 * N, drift, mask=live)
+        tl.store(out + 9 * N, terms, mask=live)
+        tl.store(out + 10 * N, drift_aug, mask=live)
+        tl.store(out + 11 * N, terms_aug, mask=live)
+        tl.store(out + 12 * N, gap, mask=live)
+        tl.store(out + 13 * N, gap_aug, mask=live)
+        tl.store(out + 14 * N, centre, mask=live)
 
 
 @triton.jit
@@ -250,6 +283,8 @@ def log_prob(z, stat, N, live, keep):
     peak = tl.load(stat, mask=live, other=0.0)[:, None]
     log_sum = tl.load(stat + LOG_SUM * N, mask=live, other=0.0)[:, None]
     log_p = (z - peak) - log_sum
+    # the peak, whatever rounding did: see `equations.log_probs_again`
+    log_p = tl.where(log_p > LOG_HALF, -log_sum, log_p)
     log_p = tl.where(log_p <= LOG_ZERO, LOG_ZERO, log_p)
     return log_p, tl.where(keep, tl.exp(log_p), 0.0)
 

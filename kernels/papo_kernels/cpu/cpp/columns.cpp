@@ -15,17 +15,30 @@ struct Rows {
 };
 
 // One word's p, log p and p (log p + H), and its gradient without the KL's part.
+// equations.py explains what becomes of a word with more than half of the mass.
 struct Own {
     vf log_p, p, entropy, dz;
-    Own(vf z, const Rows &s, vi is_target)
+    Own(vf z, const Rows &s, vi is_target, bool some_target)
     {
         vf x = (z - s.peak) - s.log_sum;
+        x = x > LOG_HALF ? -s.log_sum : x;
         log_p = x < LOG_ZERO ? splat(LOG_ZERO) : x;
         p = exponential(log_p);
         entropy = p * (log_p + s.entropy);
-        dz = (is_target ? s.up_target : (vf){}) - s.up_logprob * p - s.up_entropy * entropy;
+        dz = -s.up_logprob * p;
+        if (some_target) dz = is_target ? -s.up_target * q_minus_p(splat(1), p, log_p) : dz;
+        dz -= s.up_entropy * entropy;
     }
 };
+
+// Which of `count` columns are the target of a row.
+static std::vector<char> target_columns(const int32_t *targets, int64_t padded, int64_t count)
+{
+    std::vector<char> some(count);
+    for (int64_t r = 0; r < padded; r++)
+        if (targets[r] >= 0 && targets[r] < count) some[targets[r]] = 1;
+    return some;
+}
 
 enum { FIELDS = 6, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
 
@@ -36,6 +49,7 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
                          const int32_t *targets, float *sums)
 {
     int64_t stride = STREAMS * padded, stride_g = AUG ? stride : padded;
+    std::vector<char> some_target = target_columns(targets, padded, count);
     for (int64_t r = 0; r < padded; r += LANES) {
         Rows a = Rows::at(rows + r, padded), b = a;
         vf kl = {}, up_kl = {}, kl_reverse = {}, up_reverse = {};
@@ -55,14 +69,14 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
                 const float *zc = z + c * stride + r;
                 float *gc = g + c * stride_g + r;
                 vi is_target = target == (int32_t)c;
-                Own p(load(zc), a, is_target);
+                Own p(load(zc), a, is_target, some_target[c]);
                 part[0] += p.p, part[1] += p.entropy;
                 if (STREAMS == 1) {
                     part[2] += magnitude(p.dz);
                     store(gc, p.dz);
                     continue;
                 }
-                Own q(load(zc + padded), b, is_target);
+                Own q(load(zc + padded), b, is_target, some_target[c]);
                 vf x = q.log_p - p.log_p, gap = q_minus_p(p.p, q.p, x), drift = p.p * x;
                 vf dz = p.dz - up_kl * (drift + p.p * kl), dz_aug = q.dz + up_kl * gap;
                 if (REVERSE) {

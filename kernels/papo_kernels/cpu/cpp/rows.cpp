@@ -2,18 +2,25 @@
 
 #include "vectors.h"
 
+#include <algorithm>
+
 struct Stream {
     float peak, log_sum;
 };
 
-static Stream normaliser(const float *z, int64_t vocab)
+// Of `vocab` logits, one of which is -inf for a moment: beside the peak's 1, a sum would lose the other
+// terms of a confident row.
+static Stream normaliser(float *z, int64_t vocab)
 {
     int64_t whole = vocab / LANES * LANES, rest = vocab - whole;
     vf top = splat(-INFINITY);
     for (int64_t v = 0; v < whole; v += LANES) top = larger(load(z + v), top);
     if (rest) top = larger(load_some(z + whole, rest, -INFINITY), top);
-    float peak = LOG_ZERO;  // finite where everything is banned
-    for (int i = 0; i < LANES; i++) peak = top[i] > peak ? top[i] : peak;
+    float highest = -INFINITY;
+    for (int i = 0; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
+    float peak = highest > LOG_ZERO ? highest : LOG_ZERO;  // finite where everything is banned
+    float *at = std::find(z, z + vocab, highest);
+    if (at < z + vocab) *at = -INFINITY;
     vf total = {};
     for (int64_t v = 0; v < whole; v += FEATURES * LANES) {  // in two levels, for accuracy
         int64_t end = v + FEATURES * LANES < whole ? v + FEATURES * LANES : whole;
@@ -22,7 +29,8 @@ static Stream normaliser(const float *z, int64_t vocab)
         total += part;
     }
     if (rest) total += exponential(load_some(z + whole, rest, -INFINITY) - peak);
-    return {peak, logf(sum(total))};
+    if (at < z + vocab) *at = highest;
+    return {peak, log1pf(sum(total) + (expf(highest - peak) - 1))};
 }
 
 static inline vf log_prob(vf z, Stream s)
@@ -61,14 +69,14 @@ static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
     s.aug_log_ratio += magnitude(aug_drift);
 }
 
-// From (rows, vocab) logits to the statistics that rows.statistics_names lists, in that order, at
+// From (rows, vocab) logits, which are left as they were, to the statistics that rows.statistics_names lists, in that order, at
 // out[field * stride + row]: 11 of them, or 3 where z_aug is null.
-extern "C" void statistics(const float *z, const float *z_aug, int64_t rows, int64_t vocab,
+extern "C" void statistics(float *z, float *z_aug, int64_t rows, int64_t vocab,
                            float *out, int64_t stride, int threads)
 {
     split(rows, 1, threads, [=](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
-            const float *x = z + r * vocab, *y = z_aug ? z_aug + r * vocab : nullptr;
+            float *x = z + r * vocab, *y = z_aug ? z_aug + r * vocab : nullptr;
             Stream a = normaliser(x, vocab), b = y ? normaliser(y, vocab) : Stream{0, 0};
             int64_t whole = vocab / LANES * LANES, rest = vocab - whole;
             Sums total = {};

@@ -25,7 +25,7 @@ enum { FEATURES = 256 };
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
-static const float LOG_ZERO = -1e30f;
+static const float LOG_ZERO = -1e30f, LOG_HALF = -.692f;  // as in equations.py
 
 static inline vf load(const float *p)
 {
