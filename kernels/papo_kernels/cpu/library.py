@@ -100,6 +100,9 @@ def picked_logits(tiles, weight):
     tiles: (R, D) and ascending (K,) int64 each; R is a multiple of `whole_vectors`. Rows of (V, D)
     weight are contiguous each.
     """
+    if not weight.shape[1]:
+        # The C++ writes a product when it has added a feature, and here it would have none to add.
+        return [torch.zeros(len(c), len(r), dtype=torch.float32) for r, c in tiles]
     bf16 = weight.dtype == torch.bfloat16
     pairs = bf16 and all(rows.dtype == weight.dtype for rows, _ in tiles) and _multiplies_bf16()
     pairs = pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0
@@ -219,16 +222,16 @@ def _once(function):
     """As functools.cache, for threads that ask at the same time too: one of them does the work."""
     cached, lock = functools.cache(function), threading.Lock()
 
+    @functools.wraps(function)
+    def ask():
+        with lock:
+            return cached()
 
     return ask
 
 
 @_once
 def _library():
-    @functools.wraps(function)
-    def ask():
-        with lock:
-            return cached()
     """The compiled functions, or None and a warning where they cannot be had."""
     try:
         return _declare(build.library(SOURCES, FLAGS))
