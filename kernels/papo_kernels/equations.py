@@ -31,7 +31,9 @@ def slope(z, head):
     """d(logits) / d(states @ weight.T + bias) at the logits `z`."""
     if head.softcap is None:
         return 1 / head.temperature
-    return (1 - (z * (head.temperature / head.softcap)).square()) / head.temperature
+    # Within [-1, 1] but for bans, which are -inf: there the slope is 0, and 0 * inf would be NaN.
+    t = (z * (head.temperature / head.softcap)).clamp_(-1, 1)
+    return (1 - t.square()) / head.temperature
 
 
 def d_logits(log_p, p, log_q, q, s, g, wanted):

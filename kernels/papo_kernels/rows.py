@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from papo_kernels.reference import compute_dtype
+from papo_kernels.reference import bans, compute_dtype
 
 # What `token_stats` returns, in this order. Of one stream it returns the first two.
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
@@ -61,9 +61,13 @@ class Head:
     def finish(self, z, bias):
         """Turns (R, V) products into logits, in place."""
         if bias is not None:
-            z += bias.to(self.dtype)
+            bias = bias.to(self.dtype)
+            banned = bans(bias)
+            z += bias + banned
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
+            if bias is not None:
+                z += banned
         if self.temperature != 1:
             z /= self.temperature
         return z
