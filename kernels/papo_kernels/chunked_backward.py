@@ -200,7 +200,6 @@ class Candidates:
 
     cols: torch.Tensor  # (K,) int64, ascending
     place: torch.Tensor  # (R,) where among them the rows' targets stand
-    valid: torch.Tensor  # (R,) whether the target is a word at all
     bound: float  # of what the other words hold, see `certificate.choose_levels`
 
 
@@ -294,10 +293,10 @@ def _levels_of(run, todo, budget, tightness):
 def _candidates(run, tile, level, bound):
     """All words up to a level, and the rows' targets."""
     mask = tile.levels <= level
-    valid, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
+    _, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
     mask[targets] = True
     cols = mask.nonzero().squeeze(1)
-    return Candidates(cols, torch.searchsorted(cols, targets), valid, bound)
+    return Candidates(cols, torch.searchsorted(cols, targets), bound)
 
 
 def _that_fit(tried, most):
@@ -349,12 +348,10 @@ def _dense_gradients(run, at):
     s, g = run.of_rows(at)
     z, z_aug = (None if x is None else _logits(run, x) for x in run.states(at))
     place = call.shard.place(call.targets[at], len(call.weight))
-    valid, owned, place = (x[:, None] for x in place)
+    _, owned, place = (x[:, None] for x in place)
     streams = ((z, g.full.logprobs, wanted.full), (z_aug, g.aug.logprobs, wanted.aug))
     plus = [
-        torch.where(valid, up * owned, torch.nan) * slope(x.gather(1, place), call.head)
-        if asked and up is not None
-        else None
+        up * owned * slope(x.gather(1, place), call.head) if asked and up is not None else None
         for x, up, asked in streams
     ]
     d_products_(z, z_aug, s, g, wanted, call.head)

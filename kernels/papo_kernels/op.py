@@ -14,7 +14,7 @@ from papo_kernels.cpu import forward as cpu_forward
 from papo_kernels.eager import backward as eager_backward
 from papo_kernels.eager import forward as eager_forward
 from papo_kernels.reference import compute_dtype
-from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream
+from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream, of_words
 
 # The last results of the forward operator are not outputs, but the fields of `rows.Saved`.
 SAVED = 3
@@ -140,6 +140,7 @@ def backward(
     return [hidden.new_empty(0) if g is None else g for g in grads]
 
 
+        upstream = of_words(upstream, targets, call.shard, ignore_index)
 @backward.register_fake
 def _(
     logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse, hidden, aug_hidden, weight,

@@ -280,6 +280,22 @@ def make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reve
     return Upstream(full, aug, kl_prcp, kl_reverse)
 
 
+def of_words(upstream, targets, shard, ignore_index):
+    """`upstream` with NaN for the log-prob of a target that is no word.
+
+    It is NaN only where a gradient is asked for: a loss that leaves such a row out gets none there.
+    """
+    valid = shard.place(targets, 0)[0] | (targets == ignore_index)
+
+    def of(stream):
+        up = stream.logprobs
+        if up is None:
+            return stream
+        return stream._replace(logprobs=torch.where(valid | (up == 0), up, torch.nan))
+
+    return upstream._replace(full=of(upstream.full), aug=of(upstream.aug))
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Which gradients a backward computes."""

@@ -117,7 +117,6 @@ def _rows_for_cpp(states, candidates, s, g, z):
     for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
         if present:
             target = nothing if up.logprobs is None else up.logprobs
-            target = torch.where(candidates.valid[:, None], target, torch.nan)
             fields += [stream.peak, stream.log_sum, stream.entropy, *up, target]
     if all(states.present):
         fields += [s.kl_prcp, g.kl_prcp, s.kl_reverse, g.kl_reverse]

@@ -96,7 +96,6 @@ def differentiate(states, candidates, logits, s, g, run):
     dz, dz_aug = d_logits(log_p, p, log_q, q, s, g, wanted)
     for x, plus in ((dz, g.full.logprobs), (dz_aug, g.aug.logprobs)):
         if x is not None and plus is not None:
-            plus = torch.where(candidates.valid[:, None], plus, torch.nan)
             x.scatter_add_(1, candidates.place[:, None], plus)
     if dz is not None:
         full["size"] = dz.abs()

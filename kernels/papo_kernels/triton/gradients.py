@@ -77,7 +77,6 @@ def dz_kernel(
     live = offs_n < count
     row = tl.load(rows_ptr + offs_n, mask=live, other=0)
     target = tl.load(targets_ptr + row, mask=live, other=0)
-    valid = (target >= 0) & (target < V)
     hit = (col[None, :] == target[:, None]) & in_col[None, :]
     stat = stats_ptr + row
     up = up_ptr + row
@@ -125,7 +124,7 @@ def dz_kernel(
         dz = p * factor
         if LOGPROB:
             g = tl.load(up + UP_LOGPROB * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - p), float("nan"))
+            dz += tl.where(hit, g * (1.0 - p), -g * p)
         if KL_REVERSE:
             dz -= g_reverse * q_minus_p(p, q, log_q - log_p)
         dz = tl.where(keep, dz, 0.0)
@@ -150,7 +149,7 @@ def dz_kernel(
             dz += g_reverse * q * (log_q - log_p - kl_reverse)
         if LOGPROB_AUG:
             g = tl.load(up + UP_LOGPROB_AUG * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(valid[:, None], g * (tl.where(hit, 1.0, 0.0) - q), float("nan"))
+            dz += tl.where(hit, g * (1.0 - q), -g * q)
         dz = tl.where(keep, dz, 0.0)
         if GATHER:
             own_aug = tl.where(keep, q * (log_q + entropy_aug), 0.0)
