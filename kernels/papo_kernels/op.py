@@ -7,6 +7,7 @@ the order of `rows.Options`, and are put together again at once.
 from dataclasses import astuple
 
 import torch
+from torch.autograd import forward_ad
 
 from papo_kernels import chunked_forward
 from papo_kernels.cpu import backward as cpu_backward
@@ -176,13 +177,18 @@ forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_stats(hidden, aug_hidden, weight, bias, targets, options):
-    """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`."""
+    """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`.
+
+    Raises:
+        NotImplementedError: an operand has a forward-mode tangent.
+    """
     if options.aug_constant and aug_hidden is not None:
         aug_hidden = aug_hidden.detach()
     operands = (hidden, aug_hidden, weight, bias)
     differentiable = any(x is not None and x.requires_grad for x in operands)
     keep_levels = (
         options.grad_budget > 0 and not options.group and differentiable and torch.is_grad_enabled()
+    _refuse_tangents(operands)
     )
     outputs = forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
     if not options.aug_constant:
@@ -195,6 +201,15 @@ def token_stats(hidden, aug_hidden, weight, bias, targets, options):
 def check_targets(targets, vocab, ignore_index):
     bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
     if bad.any():
+def _refuse_tangents(operands):
+    """An operator without a formula for forward mode loses tangents without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
+        raise NotImplementedError(
+            "token_stats has no forward-mode derivative (jvp), only gradients; backend='reference' "
+            "has one, with whole logits in memory"
+        )
+
+
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"targets[{row}] is {int(targets[row])}; expected a value in [0, {vocab}) "
