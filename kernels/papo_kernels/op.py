@@ -130,18 +130,21 @@ def backward(
     validate: bool,
     aug_constant: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
+    """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False.
+
+    They are contiguous, whatever strides the operands have: the fake operator has to know that.
+    """
     options = Options(
         temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant
     )
     upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
-        grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
-    return [hidden.new_empty(0) if g is None else g for g in grads]
-
-
         upstream = of_words(upstream, targets, call.shard, ignore_index)
+        grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
+    return [hidden.new_empty(0) if g is None else g.contiguous() for g in grads]
+
+
 @backward.register_fake
 def _(
     logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse, hidden, aug_hidden, weight,
@@ -150,7 +153,7 @@ def _(
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [
-        torch.empty_like(x) if need else hidden.new_empty(0)
+        x.new_empty(x.shape) if need else hidden.new_empty(0)
         for x, need in zip(operands, needs, strict=True)
     ]
 
@@ -185,10 +188,10 @@ def token_stats(hidden, aug_hidden, weight, bias, targets, options):
     if options.aug_constant and aug_hidden is not None:
         aug_hidden = aug_hidden.detach()
     operands = (hidden, aug_hidden, weight, bias)
+    _refuse_tangents(operands)
     differentiable = any(x is not None and x.requires_grad for x in operands)
     keep_levels = (
         options.grad_budget > 0 and not options.group and differentiable and torch.is_grad_enabled()
-    _refuse_tangents(operands)
     )
     outputs = forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
     if not options.aug_constant:
@@ -198,9 +201,6 @@ def token_stats(hidden, aug_hidden, weight, bias, targets, options):
     return [x.detach() if name in ("aug_logprobs", "aug_entropy") else x for name, x in named]
 
 
-def check_targets(targets, vocab, ignore_index):
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if bad.any():
 def _refuse_tangents(operands):
     """An operator without a formula for forward mode loses tangents without a word."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
@@ -210,6 +210,9 @@ def _refuse_tangents(operands):
         )
 
 
+def check_targets(targets, vocab, ignore_index):
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"targets[{row}] is {int(targets[row])}; expected a value in [0, {vocab}) "
