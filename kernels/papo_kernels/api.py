@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import logging
-import math
+import numbers
 import os
 from typing import NamedTuple
 
@@ -74,9 +74,11 @@ def token_stats(
         targets: (N,) int64; the token that was sampled, in [0, V), or `ignore_index`.
         aug_hidden: (N, D) floating; the same tokens under the corrupted image. None: one stream,
             at the cost of one.
-        bias: (V,) floating. -inf or a large negative value bans a token. None: no bias.
-        temperature: > 0; divides the logits after the soft cap.
-        softcap: > 0, or None for no cap.
+        bias: (V,) floating. -inf, and any value of -1e30 or below, bans a token: its p is 0 and its
+            log p -inf, under a soft cap too. Any other value is part of the logit, and a soft cap
+            bounds it: under `softcap` -1e4 is no ban. None: no bias.
+        temperature: in [1e-6, 1e6]; divides the logits after the soft cap.
+        softcap: in [1e-6, 1e6], or None for no cap.
         ignore_index: rows with this target give exact zeros, no gradient, and enter no matmul.
         aug_constant: treat q as a constant in everything: aug_hidden gets no gradient, weight and
             bias none through q, and aug_logprobs and aug_entropy none at all; the KLs pull on p
@@ -93,7 +95,8 @@ def token_stats(
             keeps more words.
         backend: "auto" (triton on a GPU, torch on the CPU), "triton", "torch" or "reference".
         validate: also check values (that targets lie in [0, V)), which synchronises on CUDA. None:
-            on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row.
+            on the CPU yes, elsewhere no. An unchecked bad target gives NaN log-probs in its row,
+            and nothing more to a loss that leaves these out.
         vocab_group: process group whose ranks hold, in order, row shards of `weight` (V is this
             rank's then, may differ and may be 0) and of `bias`; all else is the same on every
             rank, and `targets` count over the whole vocabulary. The backward is then dense.
@@ -108,16 +111,17 @@ def token_stats(
 
     Raises:
         ValueError: wrong shape, dtype, device or value; the message names the argument.
-        NotImplementedError: `backend="triton"` where it cannot run.
+        NotImplementedError: `backend="triton"` where it cannot run; a forward-mode derivative
+            (`torch.func.jvp`), which only "reference" has.
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
     _check_options(
-        temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend
+        temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend, validate
     )
     options = Options(
         temperature=float(temperature),
         softcap=None if softcap is None else float(softcap),
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         grad_budget=float(grad_budget),
         backend=_choose_backend(backend, (hidden, aug_hidden, weight, bias), vocab_group),
         group="" if vocab_group is None else vocab_group.group_name,
@@ -239,19 +243,20 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
 
 
 def _check_options(
-    temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend
+    temperature, softcap, ignore_index, aug_constant, grad_budget, budget_of, backend, validate
 ):
-    if not _is_number(temperature) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature!r}; expected a finite number > 0")
-    if softcap is not None and (not _is_number(softcap) or not 0 < softcap < math.inf):
-        raise ValueError(f"softcap is {softcap!r}; expected a finite number > 0, or None")
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise ValueError(f"ignore_index is {ignore_index!r}; expected an int")
-    if not isinstance(aug_constant, bool):
-        raise ValueError(f"aug_constant is {aug_constant!r}; expected True or False")
+    if not _is_scale(temperature):
+        raise ValueError(f"temperature is {_shown(temperature)}; expected a number in {_SCALES}")
+    if softcap is not None and not _is_scale(softcap):
+        raise ValueError(f"softcap is {_shown(softcap)}; expected a number in {_SCALES}, or None")
+    if not _is_integer(ignore_index) or not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index is {_shown(ignore_index)}; expected an int of 64 bits")
+    for name, value in (("aug_constant", aug_constant), ("validate", validate)):
+        if not isinstance(value, bool) and (name, value) != ("validate", None):
+            raise ValueError(f"{name} is {_shown(value)}; expected True or False")
     if not _is_number(grad_budget) or not 0 <= grad_budget < 1:
         raise ValueError(
-            f"grad_budget is {grad_budget!r}; expected a number in [0, 1), 0 for dense"
+            f"grad_budget is {_shown(grad_budget)}; expected a number in [0, 1), 0 for dense"
         )
     if budget_of not in BUDGETS:
         raise ValueError(
@@ -263,5 +268,30 @@ def _check_options(
         )
 
 
+# Within these bounds a scale's square, its reciprocal and the ratio of two are ordinary float32
+# numbers, and so are logits that it divides.
+LEAST_SCALE, LARGEST_SCALE = 1e-6, 1e6
+_SCALES = f"[{LEAST_SCALE:g}, {LARGEST_SCALE:g}]"
+
+
+def _is_scale(value):
+    return _is_number(value) and LEAST_SCALE <= value <= LARGEST_SCALE
+
+
+# The ordinary types come first in these two because compilers know them.
+
+
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a real number, numpy's included."""
+    return isinstance(value, int | float | numbers.Real) and not isinstance(value, bool)
+
+
+def _is_integer(value):
+    return isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
+
+
+def _shown(value):
+    """`value` as messages show it: one short line, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return " ".join(repr(value).split())[:80]

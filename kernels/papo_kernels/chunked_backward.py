@@ -201,7 +201,6 @@ class Candidates:
 
     cols: torch.Tensor  # (K,) int64, ascending
     place: torch.Tensor  # (R,) where among them the rows' targets stand
-    valid: torch.Tensor  # (R,) whether the target is a word at all
     beyond: Beyond  # what the levels say of the other words
 
 
@@ -303,10 +302,10 @@ def _levels_of(run, todo, budget, tightness, curious):
 def _candidates(run, tile, level, beyond):
     """All words up to a level, and the rows' targets."""
     mask = tile.levels <= level
-    valid, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
+    _, _, targets = run.call.shard.place(run.call.targets[tile.at], len(mask))
     mask[targets] = True
     cols = mask.nonzero().squeeze(1)
-    return Candidates(cols, torch.searchsorted(cols, targets), valid, beyond)
+    return Candidates(cols, torch.searchsorted(cols, targets), beyond)
 
 
 def _that_fit(tried, most):
@@ -361,7 +360,7 @@ def _dense_gradients(run, at):
     s, g = run.of_rows(at)
     z, z_aug = (None if x is None else _logits(run, x) for x in run.states(at))
     place = call.shard.place(call.targets[at], len(call.weight))
-    target = TargetPlace(*(x[:, None] for x in place))
+    target = TargetPlace(*(x[:, None] for x in place[1:]))
     d_products_(z, z_aug, s, g, wanted, target, call.head)
     record(len(at), len(call.weight), len(call.weight), None)
     return z if wanted.full else None, z_aug if wanted.aug else None

@@ -20,7 +20,6 @@ LOG_HALF = math.log(0.5) + 1e-3
 class TargetPlace(NamedTuple):
     """Where rows' targets stand among some words, (R, 1) each; see `rows.Shard.place`."""
 
-    valid: torch.Tensor
     owned: torch.Tensor
     place: torch.Tensor
 
@@ -54,7 +53,9 @@ def slope(z, head):
     """d(logits) / d(states @ weight.T + bias) at the logits `z`."""
     if head.softcap is None:
         return 1 / head.temperature
-    return (1 - (z * (head.temperature / head.softcap)).square()) / head.temperature
+    # Within [-1, 1] but for bans, which are -inf: there the slope is 0, and 0 * inf would be NaN.
+    t = (z * (head.temperature / head.softcap)).clamp_(-1, 1)
+    return (1 - t.square()) / head.temperature
 
 
 def d_logits(log_p, p, log_q, q, s, g, wanted, target):
@@ -88,9 +89,7 @@ def _own(log_p, p, entropy, g, target):
         # 1 - p would lose the bits of a confident row
         of_target = -g.logprobs * torch.expm1(log_p.gather(1, target.place))
         of_target = torch.where(target.owned, of_target, dz.gather(1, target.place))
-        # a target that is no word: its log-prob is NaN, which a loss may have masked out
-        known = target.valid | (g.logprobs == 0)
-        dz.scatter_(1, target.place, torch.where(known, of_target, torch.nan))
+        dz.scatter_(1, target.place, of_target)
     if g.entropy is not None:
         dz = _plus(dz, -g.entropy * p * (log_p + entropy))
     return dz

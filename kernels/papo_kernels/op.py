@@ -7,6 +7,7 @@ the order of `rows.Options`, and are put together again at once.
 from dataclasses import astuple
 
 import torch
+from torch.autograd import forward_ad
 
 from papo_kernels import chunked_forward
 from papo_kernels.cpu import backward as cpu_backward
@@ -14,7 +15,7 @@ from papo_kernels.cpu import forward as cpu_forward
 from papo_kernels.eager import backward as eager_backward
 from papo_kernels.eager import forward as eager_forward
 from papo_kernels.reference import compute_dtype
-from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream
+from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream, of_words
 
 # The last results of the forward operator are not outputs, but the fields of `rows.Saved`.
 SAVED = 3
@@ -132,7 +133,10 @@ def backward(
     aug_constant: bool,
     budget_of: str,
 ) -> list[torch.Tensor]:
-    """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False."""
+    """Gradients of hidden, aug_hidden, weight and bias; empty where `needs` is False.
+
+    They are contiguous, whatever strides the operands have: the fake operator has to know that.
+    """
     options = Options(
         temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
         budget_of,
@@ -140,8 +144,9 @@ def backward(
     upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
+        upstream = of_words(upstream, targets, call.shard, ignore_index)
         grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
-    return [hidden.new_empty(0) if g is None else g for g in grads]
+    return [hidden.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 
 @backward.register_fake
@@ -152,7 +157,7 @@ def _(
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [
-        torch.empty_like(x) if need else hidden.new_empty(0)
+        x.new_empty(x.shape) if need else hidden.new_empty(0)
         for x, need in zip(operands, needs, strict=True)
     ]
 
@@ -179,10 +184,15 @@ forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_stats(hidden, aug_hidden, weight, bias, targets, options):
-    """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`."""
+    """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`.
+
+    Raises:
+        NotImplementedError: an operand has a forward-mode tangent.
+    """
     if options.aug_constant and aug_hidden is not None:
         aug_hidden = aug_hidden.detach()
     operands = (hidden, aug_hidden, weight, bias)
+    _refuse_tangents(operands)
     differentiable = any(x is not None and x.requires_grad for x in operands)
     keep_levels = (
         options.grad_budget > 0 and not options.group and differentiable and torch.is_grad_enabled()
@@ -193,6 +203,15 @@ def token_stats(hidden, aug_hidden, weight, bias, targets, options):
     # The operator's outputs all hang on the weight, and these depend on it through q alone.
     named = zip(OUTPUTS, outputs, strict=False)
     return [x.detach() if name in ("aug_logprobs", "aug_entropy") else x for name, x in named]
+
+
+def _refuse_tangents(operands):
+    """An operator without a formula for forward mode loses tangents without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
+        raise NotImplementedError(
+            "token_stats has no forward-mode derivative (jvp), only gradients; backend='reference' "
+            "has one, with whole logits in memory"
+        )
 
 
 def check_targets(targets, vocab, ignore_index):

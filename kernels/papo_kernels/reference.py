@@ -9,6 +9,15 @@ import torch
 LOG_ZERO = -1e30
 
 
+def bans(bias):
+    """(V,) -inf for every banned word, one whose (V,) bias is LOG_ZERO or below; else 0.
+
+    Numbers that low, such as the least float32 and bfloat16, are in use for "never". A soft cap
+    turns -inf into -softcap, so bans are added before it and after it.
+    """
+    return torch.where(bias <= LOG_ZERO, -torch.inf, torch.zeros_like(bias))
+
+
 def compute_dtype(*operands):
     """float64 if an operand is, else float32; None stands for an operand not given."""
     wide = any(x is not None and x.dtype == torch.float64 for x in operands)
@@ -23,13 +32,15 @@ def token_stats(
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     kept_targets = targets[kept]
     wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    banned = None if bias is None else bans(wide_bias.detach())
 
     def log_softmax(x):
         z = x[kept].to(dtype) @ wide_weight.T
         if bias is not None:
-            z = z + wide_bias
+            z = z + wide_bias + banned
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
+            z = z if bias is None else z + banned
         return torch.log_softmax(z / temperature, dim=-1)
 
     def target_logprob(log_p):

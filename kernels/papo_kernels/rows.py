@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from papo_kernels.reference import compute_dtype
+from papo_kernels.reference import bans, compute_dtype
 
 # What `token_stats` returns, in this order. Of one stream it returns the first two.
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
@@ -62,9 +62,13 @@ class Head:
     def finish(self, z, bias):
         """Turns (R, V) products into logits, in place."""
         if bias is not None:
-            z += bias.to(self.dtype)
+            bias = bias.to(self.dtype)
+            banned = bans(bias)
+            z += bias + banned
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
+            if bias is not None:
+                z += banned
         if self.temperature != 1:
             z /= self.temperature
         return z
@@ -275,6 +279,22 @@ class Upstream(NamedTuple):
 def make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse):
     full, aug = StreamUpstream(logprobs, entropy), StreamUpstream(aug_logprobs, aug_entropy)
     return Upstream(full, aug, kl_prcp, kl_reverse)
+
+
+def of_words(upstream, targets, shard, ignore_index):
+    """`upstream` with NaN for the log-prob of a target that is no word.
+
+    It is NaN only where a gradient is asked for: a loss that leaves such a row out gets none there.
+    """
+    valid = shard.place(targets, 0)[0] | (targets == ignore_index)
+
+    def of(stream):
+        up = stream.logprobs
+        if up is None:
+            return stream
+        return stream._replace(logprobs=torch.where(valid | (up == 0), up, torch.nan))
+
+    return upstream._replace(full=of(upstream.full), aug=of(upstream.aug))
 
 
 @dataclass(frozen=True)

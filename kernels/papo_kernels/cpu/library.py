@@ -1,21 +1,18 @@
-"""The C++ of the CPU (`cpp/`): compiled once per machine, then loaded.
+"""The C++ of the CPU (`cpp/`): its functions, as tensors call them.
 
-Without a compiler, and for other dtypes and devices, `eager/` does the work.
+Where `build` cannot have it, and for other dtypes and devices, `eager/` does the work.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import threading
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from papo_kernels.cpu import build
 
 log = logging.getLogger("papo_kernels")
 
@@ -103,6 +100,9 @@ def picked_logits(tiles, weight):
     tiles: (R, D) and ascending (K,) int64 each; R is a multiple of `whole_vectors`. Rows of (V, D)
     weight are contiguous each.
     """
+    if not weight.shape[1]:
+        # The C++ writes a product when it has added a feature, and here it would have none to add.
+        return [torch.zeros(len(c), len(r), dtype=torch.float32) for r, c in tiles]
     bf16 = weight.dtype == torch.bfloat16
     pairs = bf16 and all(rows.dtype == weight.dtype for rows, _ in tiles) and _multiplies_bf16()
     pairs = pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0
@@ -218,49 +218,33 @@ def _multiplies_bf16():
     return False
 
 
-@functools.cache
-def compiler():
-    """The path of the C++ compiler, $CXX or g++; without one, None and a warning."""
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if not found:
-        log.warning(
-            "token_stats: no C++ compiler found: on the CPU, torch's operators run instead of "
-            "papo_kernels' own, at less than half the speed; install g++ or set CXX"
-        )
-    return found
+def _once(function):
+    """As functools.cache, for threads that ask at the same time too: one of them does the work."""
+    cached, lock = functools.cache(function), threading.Lock()
+
+    @functools.wraps(function)
+    def ask():
+        with lock:
+            return cached()
+
+    return ask
 
 
-@functools.cache
+@_once
 def _library():
-    """The compiled functions, or None where they cannot be had."""
-    if not compiler():
+    """The compiled functions, or None and a warning where they cannot be had."""
+    try:
+        return _declare(build.library(SOURCES, FLAGS))
+    except (build.Unavailable, AttributeError) as reason:  # the latter names a missing function
+        log.warning(
+            "token_stats: on the CPU, torch's operators run instead of papo_kernels' own C++, at "
+            "less than half the speed: %s",
+            reason,
+        )
         return None
-    command = [compiler(), *FLAGS, *map(str, sorted(SOURCES.glob("*.cpp")))]
-    kept = _cache_folder() / f"cpu_kernels-{_fingerprint()}.so"
-    if not kept.exists():
-        try:
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            made_in = tempfile.TemporaryDirectory(dir=kept.parent)
-        except OSError as error:
-            log.warning(
-                "token_stats: on the CPU, torch's operators run instead of papo_kernels' own, at "
-                "less than half the speed: no file can be made in %s (%s); set XDG_CACHE_HOME to a "
-                "folder of yours",
-                kept.parent, error,
-            )  # fmt: skip
-            return None
-        with made_in as folder:
-            made = Path(folder, "made.so")
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-            if done.returncode:
-                log.warning(
-                    "token_stats: on the CPU, torch's operators run instead of papo_kernels' own, "
-                    "at less than half the speed: %s failed: %s",
-                    " ".join(command), done.stderr.strip()[-500:],
-                )  # fmt: skip
-                return None
-            made.replace(kept)  # at once: other processes may be looking
-    library = ctypes.CDLL(str(kept))
+
+
+def _declare(library):
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.statistics.argtypes = [p, p, n, n, p, n, i]
     library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
@@ -271,20 +255,3 @@ def _library():
     library.drop_least.argtypes = [p, n, n, n, i, p, p, p]
     library.drop_least.restype = n
     return library
-
-
-def _cache_folder():
-    """The user's own folder in which compiled files are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "papo_kernels")
-
-
-def _fingerprint():
-    """A name for sources, flags, compiler and processor: unlike machines may share a home."""
-    about = [platform.machine(), platform.processor(), compiler(), *FLAGS]
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = set(cpu.read_text().splitlines())
-        about += sorted(x for x in lines if x.startswith(("flags", "Features", "model")))
-    about += [p.read_text() for p in sorted(SOURCES.iterdir())]
-    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]

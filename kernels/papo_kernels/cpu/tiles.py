@@ -127,7 +127,7 @@ TWO_STREAM_SUMS = (
 
 
 def _rows_for_cpp(states, candidates, s, g, z):
-    """(6 or 16, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
+    """(5 or 14, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
 
     Where both are, the KLs follow, each with its upstream gradient.
     """
@@ -135,10 +135,7 @@ def _rows_for_cpp(states, candidates, s, g, z):
     fields = []
     for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
         if present:
-            target = nothing if up.logprobs is None else up.logprobs
-            # a target that is no word: its log-prob is NaN, which a loss may have masked out
-            target = torch.where(candidates.valid[:, None] | (target == 0), target, torch.nan)
-            fields += [stream.peak, stream.log_sum, stream.entropy, *up, target]
+            fields += [stream.peak, stream.log_sum, stream.entropy, *up]
     if all(states.present):
         fields += [s.kl_prcp, g.kl_prcp, s.kl_reverse, g.kl_reverse]
     rows = z.new_zeros(len(fields), states.padded)

@@ -92,8 +92,8 @@ def differentiate(states, candidates, logits, s, g, run):
             of_kl |= {"log_ratio": p * x.abs(), "kl_terms": gap - p * x}
         if wanted.kl_reverse:
             of_kl |= {"aug_log_ratio": q * x.abs(), "kl_reverse_terms": q * x - gap}
-    valid, place = candidates.valid[:, None], candidates.place[:, None]
-    target = TargetPlace(valid, torch.ones_like(valid), place)
+    place = candidates.place[:, None]
+    target = TargetPlace(torch.ones_like(place, dtype=torch.bool), place)
     dz, dz_aug = d_logits(log_p, p, log_q, q, s, g, wanted, target)
     head = run.call.head
     dz, dz_aug = (

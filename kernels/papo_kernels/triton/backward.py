@@ -370,7 +370,8 @@ def _add_to_weight(run, picked, grad, x, total):
         ends = torch.bincount(owner, minlength=len(picked.tiles)).cumsum(0).tolist()
         spans = zip([0, *ends[:-1]], ends, strict=True)
     for start, end in spans:
-        kernels.d_weight_kernel[(end - start, triton.cdiv(o.d, blocks.d))](
+        # one block at least: the bias has a gradient without features too
+        kernels.d_weight_kernel[(end - start, max(1, triton.cdiv(o.d, blocks.d)))](
             grad, x, run.saved.order, picked.tile, picked.first, picked.last, picked.col, weight,
             bias, o.d, run.count, start, *x.stride(), o.d, 1,
             WEIGHT=total.weight is not None, BIAS=total.bias is not None,

@@ -77,7 +77,6 @@ def dz_kernel(
     live = offs_n < count
     row = tl.load(rows_ptr + offs_n, mask=live, other=0)
     target = tl.load(targets_ptr + row, mask=live, other=0)
-    valid = (target >= 0) & (target < V)
     hit = (col[None, :] == target[:, None]) & in_col[None, :]
     stat = stats_ptr + row
     up = up_ptr + row
@@ -125,7 +124,7 @@ def dz_kernel(
         dz = p * factor
         if LOGPROB:
             g = tl.load(up + UP_LOGPROB * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(known(valid, g), -g * d_log_prob(hit, p, log_p), float("nan"))
+            dz -= g * d_log_prob(hit, p, log_p)
         if KL_REVERSE:
             dz -= g_reverse * q_minus_p(p, q, log_q - log_p)
         dz = tl.where(keep, dz, 0.0) * slope(z, temperature, softcap, CAP)
@@ -157,7 +156,7 @@ def dz_kernel(
             dz += g_reverse * q * (log_q - log_p - kl_reverse)
         if LOGPROB_AUG:
             g = tl.load(up + UP_LOGPROB_AUG * N, mask=live, other=0.0)[:, None]
-            dz += tl.where(known(valid, g), -g * d_log_prob(hit, q, log_q), float("nan"))
+            dz -= g * d_log_prob(hit, q, log_q)
         dz = tl.where(keep, dz, 0.0) * slope(z_aug, temperature, softcap, CAP)
         if GATHER:
             own_aug = tl.where(keep, q * (log_q + entropy_aug), 0.0)
@@ -166,12 +165,6 @@ def dz_kernel(
         if NET:
             tl.store(sums + NET_SIZE * BLOCK_N, tl.sum(tl.abs(net + dz), 1))
         tl.store(dz_aug_ptr + out, dz.to(dz_aug_ptr.dtype.element_ty), mask=in_col[None, :])
-
-
-@triton.jit
-def known(valid, g):
-    """A target that is no word has a log-prob of NaN, which a loss may have masked out."""
-    return valid[:, None] | (g == 0)
 
 
 @triton.jit

@@ -94,11 +94,20 @@ def two_products(
 def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
     """Logits from products; LOG_ZERO for banned words and outside the vocabulary."""
     if HAS_BIAS:
-        acc += tl.load(b_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(b_ptr + col, mask=in_col, other=0.0).to(tl.float32)
+        ban = tl.where(bias <= LOG_ZERO, -float("inf"), 0.0)[None, :]
+        acc += bias[None, :] + ban
     if CAP:
-        shrink = tl.exp(-2.0 * tl.abs(acc) / softcap)
+        t = tl.abs(acc) / softcap
+        shrink = tl.exp(-2.0 * t)
         size = softcap * (1.0 - shrink) / (1.0 + shrink)
+        # far below the cap 1 - shrink has few bits left: Taylor, to 1e-8 where t < 1/4
+        u = t * t
+        series = 1.0 - u * (1 / 3 - u * (2 / 15 - u * (17 / 315 - u * (62 / 2835))))
+        size = tl.where(t < 0.25, tl.abs(acc) * series, size)
         acc = tl.where(acc < 0, -size, size)
+        if HAS_BIAS:  # the cap turns -inf into a number
+            acc += ban
     z = acc / temperature
     # Written so that NaN stays NaN.
     return tl.where((z <= LOG_ZERO) | ~in_col[None, :], LOG_ZERO, z)

@@ -3,14 +3,13 @@
 
 #include "vectors.h"
 
-// Statistics and upstream gradients of LANES rows of one stream. up_target is up_logprob again, or NaN
-// where the target is no word.
+// Statistics and upstream gradients of LANES rows of one stream.
 struct Rows {
-    vf peak, log_sum, entropy, up_logprob, up_entropy, up_target;
+    vf peak, log_sum, entropy, up_logprob, up_entropy;
     static Rows at(const float *p, int64_t stride)
     {
         return {load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride),
-                load(p + 4 * stride), load(p + 5 * stride)};
+                load(p + 4 * stride)};
     }
 };
 
@@ -26,7 +25,7 @@ struct Own {
         p = exponential(log_p);
         entropy = p * (log_p + s.entropy);
         dz = -s.up_logprob * p;
-        if (some_target) dz = is_target ? -s.up_target * q_minus_p(splat(1), p, log_p) : dz;
+        if (some_target) dz = is_target ? -s.up_logprob * q_minus_p(splat(1), p, log_p) : dz;
         dz -= s.up_entropy * entropy;
     }
 };
@@ -40,7 +39,7 @@ static std::vector<char> target_columns(const int32_t *targets, int64_t padded, 
     return some;
 }
 
-enum { FIELDS = 6, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
+enum { FIELDS = 5, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
 
 // As `column_gradients`. AUG: the second stream gets gradients. REVERSE: KL(q || p) has an upstream
 // gradient.
@@ -102,7 +101,7 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
 
 // From logits z (columns, streams * padded) to their gradients g, which have the same shape, or are
 // (columns, padded) where the second of two streams gets none (`aug` is 0).
-// rows: (6, padded) fields of `Rows`; where there are two streams, those of the second follow, and
+// rows: (5, padded) fields of `Rows`; where there are two streams, those of the second follow, and
 // then KL(p || q) and its upstream gradient, and KL(q || p) and its own, which is read where
 // `reverse` is set. targets: (padded,) where among the columns a row's target stands.
 // sums: (3 or 12, padded) sums over the columns of

@@ -1,0 +1,367 @@
+"""The edges of what may be asked: each was a fault once, and has its right value here."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from kernel_oracle import (
+    BACKENDS,
+    FAST,
+    GRADS,
+    OUTPUTS,
+    Case,
+    Oracle,
+    check,
+    gradient_error,
+    make_case,
+    policy_case,
+    random_upstream,
+    statistic_error,
+    statistic_errors,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from papo_kernels import op, record_certificates, token_stats
+from papo_kernels.cpu import library
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+budgets = pytest.mark.parametrize("grad_budget", [0.0, 3e-3], ids=["dense", "sparse"])
+torch_alone = pytest.mark.skipif(FAST == "triton", reason="shown by the torch backend")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fresh memory holds NaN, which is what anything shows that reads it before writing."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def errors_of(got, exact):
+    return {g: gradient_error(got[g], exact[g]) for g in got}
+
+
+# ---- Strides of the gradients
+
+LAYOUTS = {
+    "transposed": lambda x: x.T.contiguous().T if x.ndim == 2 else x,
+    "apart": lambda x: torch.stack([x] * 2, -1)[..., 1],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keep_levels", [False, True], ids=["dense", "sparse"])
+def test_compilers_are_told_the_strides_of_gradients(layout, dtype, keep_levels):
+    case = make_case(20, 16, 303, bias=True, dtype=dtype)
+    operands = [LAYOUTS[layout](getattr(case, g)) for g in GRADS]
+    options = (1.0, None, -100, 3e-3, FAST, "", True, False)
+    *outputs, rows, levels, order = op.forward(*operands, case.targets, *options, keep_levels)
+    tensors = (*map(torch.ones_like, outputs), *operands, case.targets, rows, levels, order)
+    got = op.backward(*tensors, [True] * 4, *options)
+    with FakeTensorMode() as mode:
+        told = op.backward(*map(mode.from_tensor, tensors), [True] * 4, *options)
+    for g, a, b in zip(GRADS, got, told, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), g
+
+
+@torch_alone
+@pytest.mark.slow
+@pytest.mark.skipif(library._library() is None, reason="Inductor needs a C++ compiler")
+def test_inductor_gives_the_gradients_of_a_transposed_weight(monkeypatch):
+    # Its cache knows operators by name: a graph that another version of them made might be found.
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    case = make_case(20, 16, 303, bias=True, seed=4)
+
+    def loss(hidden, aug_hidden, weight_T, bias):
+        stats = token_stats(
+            hidden.tanh(), weight_T.tanh().T, case.targets, aug_hidden=aug_hidden.tanh(), bias=bias
+        )
+        return (stats.logprobs - 0.3 * stats.kl_prcp).sum()
+
+    results = []
+    for dtype, function in (
+        (torch.float64, loss),
+        (torch.float32, torch.compile(loss, fullgraph=True)),
+    ):
+        given = (case.hidden, case.aug_hidden, case.weight.T.contiguous(), case.bias)
+        leaves = [x.to(dtype).clone().requires_grad_() for x in given]
+        function(*leaves).backward()
+        results.append([x.grad for x in leaves])
+    check({g: gradient_error(b, a) for g, a, b in zip(GRADS, *results, strict=True)}, 4e-3)
+
+
+# ---- No features
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_features_the_bias_alone_makes_the_logits(
+    backend, grad_budget, dtype, poisoned_memory
+):
+    n, v = 300, 4099
+    g = torch.Generator().manual_seed(0)
+    bias = torch.full((v,), -30.0)
+    bias[:9] = torch.randn(9, generator=g)
+    bias[100:150] = -10.0
+    case = Case(
+        torch.zeros(n, 0, dtype=dtype), torch.zeros(v, 0, dtype=dtype),
+        torch.zeros(n, dtype=torch.int64), torch.zeros(n, 0, dtype=dtype), bias,
+    )  # fmt: skip
+    check(statistic_errors(case, token_stats, backend=backend), 1e-5)
+    for outputs in (OUTPUTS, ("logprobs",)):
+        upstream = {o: torch.linspace(-1, 1.2, n) for o in outputs}
+        with record_certificates() as certificate:
+            got = case.gradients(token_stats, upstream, backend=backend, grad_budget=grad_budget)
+        exact = Oracle(case).gradients(upstream)
+        assert got["hidden"].shape == (n, 0) and got["weight"].shape == (v, 0)
+        check({"bias": gradient_error(got["bias"], exact["bias"])}, 4e-3 if grad_budget else 1e-5)
+    if grad_budget and backend != "reference":
+        assert certificate.kept < 0.1  # the sparse backward did it
+
+
+# ---- Bans
+
+
+@backends
+@pytest.mark.parametrize(
+    ("softcap", "temperature"), [(None, 1.0), (5.0, 1.0), (30.0, 10.0), (30.0, 100.0)]
+)
+@pytest.mark.parametrize("ban", [-torch.inf, -1e30, torch.finfo(torch.float32).min], ids=str)
+def test_the_only_word_that_is_not_banned_is_certain(backend, ban, softcap, temperature):
+    bias = torch.zeros(10)
+    bias[1:] = ban
+    stats = token_stats(
+        torch.zeros(2, 4), torch.randn(10, 4), torch.tensor([0, 3]), aug_hidden=torch.randn(2, 4),
+        bias=bias, softcap=softcap, temperature=temperature, backend=backend,
+    )  # fmt: skip
+    assert stats.logprobs.tolist() == stats.aug_logprobs.tolist() == [0.0, -math.inf]
+    for x in (stats.entropy, stats.aug_entropy, stats.kl_prcp, stats.kl_reverse):
+        assert x.tolist() == [0.0, 0.0]
+
+
+def without(case, banned):
+    """The case of a vocabulary without the (V,) `banned` words; banned targets become any word."""
+    allowed = ~banned
+    targets = torch.where(banned[case.targets], 0, allowed.cumsum(0)[case.targets] - 1)
+    return replace(
+        case, weight=case.weight[allowed], bias=case.bias[allowed], targets=targets.clamp_min(0)
+    )
+
+
+def some_words(vocab, count):
+    banned = torch.zeros(vocab, dtype=torch.bool)
+    banned[torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:count]] = True
+    return banned
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ban", [-torch.inf, "the least of the dtype"], ids=str)
+def test_under_a_soft_cap_banned_words_are_as_if_absent(backend, grad_budget, dtype, ban):
+    case = policy_case(130, 3001, sharpness=20.0, dtype=dtype, softcap=15.0, temperature=2.0)
+    banned = some_words(3001, 1000)
+    banned[case.targets] = False
+    small = without(case, banned)
+    case.bias[banned] = torch.finfo(dtype).min if isinstance(ban, str) else ban
+    want, stats = Oracle(small), case.call(token_stats, backend=backend)
+    check({o: statistic_error(getattr(stats, o), x) for o, x in want.statistics().items()}, 2e-5)
+    upstream = random_upstream(case)
+    got = case.gradients(token_stats, upstream, backend=backend, grad_budget=grad_budget)
+    assert not got["weight"][banned].any() and not got["bias"][banned].any()
+    got |= {g: got[g][~banned] for g in ("weight", "bias")}
+    exact, rounded = want.gradients(upstream), want.gradients(upstream, rounded=dtype)
+    allowance = 4e-3 if grad_budget else 2e-5
+    bounds = {g: allowance + 1.5 * gradient_error(rounded[g], exact[g]) for g in GRADS}
+    check(errors_of(got, exact), bounds)
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_a_banned_target_that_the_loss_leaves_out_has_no_gradient(backend, grad_budget, softcap):
+    case = policy_case(130, 3001, sharpness=20.0, softcap=softcap)
+    upstream = random_upstream(case)
+    banned = some_words(3001, 100)
+    banned[case.targets[:5]] = True
+    left_out = banned[case.targets]
+    for name in ("logprobs", "aug_logprobs"):
+        upstream[name][left_out] = 0.0
+    small = without(case, banned)
+    case.bias[banned] = -torch.inf
+    stats = case.call(token_stats, backend=backend)
+    assert (stats.logprobs[left_out] == -torch.inf).all()
+    got = case.gradients(token_stats, upstream, backend=backend, grad_budget=grad_budget)
+    assert not got["weight"][banned].any() and not got["bias"][banned].any()
+    got |= {g: got[g][~banned] for g in ("weight", "bias")}
+    check(errors_of(got, Oracle(small).gradients(upstream)), 4e-3 if grad_budget else 2e-5)
+
+
+@backends
+def test_a_finite_bias_under_a_soft_cap_is_bounded_by_it(backend):
+    case = make_case(40, 16, 301, bias=True, softcap=6.0, seed=11)
+    case.bias[::3] = -1e4
+    check(statistic_errors(case, token_stats, backend=backend), 1e-5)
+    assert (Oracle(case).log_p[:, ::3] > -30).all()  # no ban: it is what the docstring warns of
+
+
+# ---- Forward mode
+
+
+def forward_modes(function, x, tangent):
+    def dual(requires_grad):
+        with forward_ad.dual_level():
+            x_too = x.clone().requires_grad_(requires_grad)
+            return function(forward_ad.make_dual(x_too, tangent))
+
+    return {
+        "jvp": lambda: torch.func.jvp(function, (x,), (tangent,)),
+        "jacfwd": lambda: torch.func.jacfwd(function)(x),
+        "dual": lambda: dual(False),
+        "dual with gradients": lambda: dual(True),
+        "linearize": lambda: torch.func.linearize(function, x)[1](tangent),
+        "vmap of jvp": lambda: torch.func.vmap(lambda t: torch.func.jvp(function, (x,), (t,))[1])(
+            tangent[None]
+        ),
+        "compiled": lambda: torch.compile(
+            lambda x, t: torch.func.jvp(function, (x,), (t,)), backend="aot_eager"
+        )(x, tangent),
+    }
+
+
+@torch_alone
+@pytest.mark.parametrize("mode", forward_modes(None, None, None))
+def test_forward_mode_is_refused_and_never_zero(mode):
+    case = make_case(9, 8, 50, aug=False)
+
+    def function(hidden):
+        return token_stats(hidden, case.weight, case.targets).logprobs
+
+    run = forward_modes(function, case.hidden, torch.randn(9, 8))[mode]
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        run()
+
+
+@torch_alone
+def test_the_reference_has_forward_mode():
+    case = make_case(9, 8, 50, aug=False, dtype=torch.float64)
+    tangent = torch.randn(9, 8, dtype=torch.float64)
+
+    def function(hidden):
+        return token_stats(hidden, case.weight, case.targets, backend="reference").logprobs
+
+    _, got = torch.func.jvp(function, (case.hidden,), (tangent,))
+    dz, p = tangent @ case.weight.T, Oracle(case).p
+    want = dz.gather(1, case.targets[:, None]).squeeze(1) - (p * dz).sum(1)
+    torch.testing.assert_close(got, want)
+
+
+# ---- Targets that nobody checked
+
+
+@backends
+@budgets
+@pytest.mark.parametrize("bad", [-7, 3001])
+def test_a_bad_target_that_the_loss_leaves_out_has_no_gradient(backend, grad_budget, bad):
+    case = policy_case(130, 3001, sharpness=20.0)
+    upstream = random_upstream(case)
+    left_out = torch.arange(130) % 40 == 3
+    for u in upstream.values():
+        u[left_out] = 0.0
+    exact = Oracle(case).gradients(upstream)
+    case.targets[left_out] = bad
+    leaves = {g: getattr(case, g).clone().requires_grad_() for g in GRADS}
+    stats = token_stats(
+        leaves["hidden"], leaves["weight"], case.targets, aug_hidden=leaves["aug_hidden"],
+        bias=leaves["bias"], validate=False, backend=backend, grad_budget=grad_budget,
+    )  # fmt: skip
+    assert stats.logprobs[left_out].isnan().all() and stats.aug_logprobs[left_out].isnan().all()
+    loss = sum(
+        torch.where(left_out, 0.0, u.float() * getattr(stats, o)).sum() for o, u in upstream.items()
+    )
+    assert loss.isfinite()
+    loss.backward()
+    check(errors_of({g: x.grad for g, x in leaves.items()}, exact), 4e-3 if grad_budget else 1e-5)
+
+
+@budgets
+def test_a_bad_target_that_the_loss_uses_is_seen_in_its_row_alone(grad_budget):
+    case = policy_case(130, 3001, sharpness=20.0)
+    case.targets[5] = 3001
+    got = case.gradients(
+        token_stats, {"logprobs": torch.ones(130)}, validate=False, backend=FAST,
+        grad_budget=grad_budget,
+    )  # fmt: skip
+    assert got["hidden"][5].isnan().all()
+    assert got["hidden"][torch.arange(130) != 5].isfinite().all()
+
+
+# ---- Options
+
+H, W, Y = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, -100])
+NO_SCALES = [
+    1e-40, 1e39, 1e-7, 1e7, 5e-324, 1.8e308, math.nan, math.inf, -1.0, 0, 10**400, -(10**5000),
+    True, np.bool_(True), np.float32(1e-40), np.float64(1e39), np.int64(0), "1", 1j,
+    np.ones(1), torch.ones(9, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["temperature", "softcap"])
+@pytest.mark.parametrize("value", NO_SCALES, ids=range(len(NO_SCALES)))
+def test_scales_that_overflow_are_refused_in_one_line(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is .*\[1e-06, 1e\+06\]") as error:
+        token_stats(H, W, Y, **{name: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("ignore_index", 1 << 63),
+        ("ignore_index", -(1 << 63) - 1),
+        ("ignore_index", 10**5000),
+        ("ignore_index", True),
+        ("ignore_index", -100.0),
+        ("grad_budget", True),
+        ("grad_budget", 10**400),
+        ("grad_budget", math.nan),
+        ("validate", 1),
+        ("validate", "no"),
+        ("aug_constant", np.bool_(True)),
+    ],
+    ids=lambda x: str(x)[:20] if not isinstance(x, int) else "",
+)
+def test_options_of_the_wrong_kind_are_refused_in_one_line(option, value):
+    with pytest.raises(ValueError, match=rf"^{option} is .*; expected ") as error:
+        token_stats(H, W, Y, **{option: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_numpys_numbers_are_numbers():
+    got = token_stats(
+        H, W, Y, temperature=np.float32(0.5), softcap=np.int64(3), ignore_index=np.int32(-100),
+        grad_budget=np.float16(0.0),
+    )  # fmt: skip
+    want = token_stats(H, W, Y, temperature=0.5, softcap=3.0, ignore_index=-100, grad_budget=0.0)
+    assert torch.equal(got.logprobs, want.logprobs) and torch.equal(got.entropy, want.entropy)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("temperature", "softcap"),
+    [(1e-6, None), (1e6, None), (1e-6, 1e-6), (1e6, 1e6), (1e-6, 1e6), (1e6, 1e-6)],
+)
+def test_the_extreme_scales_keep_the_contract(backend, temperature, softcap):
+    case = make_case(40, 16, 601, seed=12, temperature=temperature, softcap=softcap)
+    size = temperature if softcap is None else min(temperature, softcap)
+    case.hidden, case.aug_hidden = case.hidden * size, case.aug_hidden * size
+    check(statistic_errors(case, token_stats, backend=backend), 1e-5)
+    upstream = random_upstream(case)
+    got = case.gradients(token_stats, upstream, backend=backend, grad_budget=0.0)
+    check(errors_of(got, Oracle(case).gradients(upstream)), 2e-5)
