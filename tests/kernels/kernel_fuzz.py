@@ -321,6 +321,9 @@ def fuzz(seeds, backend="torch", tell=print):
     for seed in seeds:
         for cpp in (False, True) if backend == "torch" else (False,):
             case = random_case(seed)
+            wide = torch.float64 in (case.logits.dtype, getattr(case.aug_logits, "dtype", None))
+            if wide and backend == "triton":
+                continue
             with small_calls_in_cpp(cpp):
                 found = run(case, backend)
             if found is None:

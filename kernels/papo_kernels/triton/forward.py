@@ -97,26 +97,27 @@ def _compare(part, stats, weights, totals):
 
     With x = z - z_aug - centre, KL(p || q) = E_p[x] + log E_p[exp(-x)]. Where q is close to p the
     two nearly cancel, and it is S - (u - log(1 + u)) instead, with S = E_p[exp(-x) - 1 + x] and
-    u = S - E_p[x]: no term of first order is left.
+    u = S - E_p[x]: no term of first order is left. The sum of both KLs is E_p[x] - E_q[x].
     """
-    drift, terms, gap, aug_drift, aug_terms, aug_gap = (
+    drift, aug_drift, terms, gap, aug_gap = (
         (weights[prefix] * part[prefix + name]).sum(0) / totals[prefix]
-        for prefix in ("", "aug_")
-        for name in ("drift", "terms", "logit_gap")
-    )
+        for prefix, name in (
+            ("", "drift"), ("aug_", "drift"), ("", "terms"), ("", "logit_gap"),
+            ("aug_", "logit_gap"),
+        )
+    )  # fmt: skip
     centre = part["centre"][0]
     log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
-    return {
-        "kl_prcp": _kl(terms, drift, drift + centre - log_ratio),
-        "kl_reverse": _kl(aug_terms, -aug_drift, log_ratio - (aug_drift + centre)),
-        "logit_gap": gap,
-        "aug_logit_gap": aug_gap,
-    }
-
-
-def _kl(terms, drift, far):
-    """(N,) a KL by its terms of second order where they are small, else `far`."""
     u = terms - drift
     close = (terms.abs() < CLOSE) & (u.abs() < CLOSE)
     u = torch.where(close, u, 0)
-    return torch.where(close, (terms - (u - torch.log1p(u))).clamp_min(0), far)
+    kl = torch.where(close, (terms - (u - torch.log1p(u))).clamp_min(0), drift + centre - log_ratio)
+    both = (drift - aug_drift).clamp_min(0)
+    return {
+        "kl_prcp": kl,
+        "kl_reverse": torch.where(
+            close, (both - kl).clamp_min(0), log_ratio - (aug_drift + centre)
+        ),
+        "logit_gap": gap,
+        "aug_logit_gap": aug_gap,
+    }

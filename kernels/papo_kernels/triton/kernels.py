@@ -19,11 +19,11 @@ LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
 
 # The forward's partial sums, as they stand in (splits, F, N); one stream has the first four.
 # With e = exp(z - max), `others` is sum e - 1 and `weighted` is sum e (z - max). With x = z - z_aug
-# less `centre`, which is near to its mean, `drift` is sum e x, `terms` sum e (exp(-x) - 1 + x),
-# `aug_drift` sum e_aug x, and `aug_terms` sum e_aug (exp(x) - 1 - x).
+# less `centre`, which is near to its mean, `drift` is sum e x, `aug_drift` is sum e_aug x, and
+# `terms` is sum e (exp(-x) - 1 + x).
 PARTS = (
     "max", "others", "weighted", "target", "aug_max", "aug_others", "aug_weighted", "aug_target",
-    "drift", "terms", "aug_drift", "aug_terms", "logit_gap", "aug_logit_gap", "centre",
+    "drift", "aug_drift", "terms", "logit_gap", "aug_logit_gap", "centre",
 )  # fmt: skip
 ONE_STREAM_PARTS, TWO_STREAM_PARTS = tl.constexpr(4), tl.constexpr(len(PARTS))
 
@@ -135,13 +135,6 @@ def online(z, live_z, m, s, a):
 
 
 @triton.jit
-def ratio_terms(p, q, q_over, x):
-    """p (exp(-x) - 1 + x), where q q_over is p exp(-x); by a series where x is small."""
-    series = x * x * 0.5 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
-    return tl.where(tl.abs(x) < 0.25, p * series, (q * q_over - p) + p * x)
-
-
-@triton.jit
 def forward_kernel(
     x_ptr, aug_ptr, w_ptr, b_ptr, targets_ptr, rows_ptr, count_ptr, part_ptr, level_ptr,
     N, V, D, per_split, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
@@ -149,7 +142,7 @@ def forward_kernel(
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, 4 or 15, N) over words [split * per_split, ...), and levels of words.
+    """Partial sums (splits, 4 or 14, N) over words [split * per_split, ...), and levels of words.
 
     PARTS lists the sums; the gaps are sum e |z - z_aug| and sum e_aug |z - z_aug|.
     """
@@ -191,9 +184,8 @@ def forward_kernel(
     a_aug = tl.zeros((BLOCK_N,), tl.float32)
     logit_aug = tl.zeros((BLOCK_N,), tl.float32)
     drift = tl.zeros((BLOCK_N,), tl.float32)
-    terms = tl.zeros((BLOCK_N,), tl.float32)
     drift_aug = tl.zeros((BLOCK_N,), tl.float32)
-    terms_aug = tl.zeros((BLOCK_N,), tl.float32)
+    terms = tl.zeros((BLOCK_N,), tl.float32)
     gap = tl.zeros((BLOCK_N,), tl.float32)
     gap_aug = tl.zeros((BLOCK_N,), tl.float32)
 
@@ -227,12 +219,11 @@ def forward_kernel(
             x = d - centre[:, None]
             drift = scale * drift + tl.sum(e * x, 1)
             drift_aug = scale_aug * drift_aug + tl.sum(e_aug * x, 1)
-            # Far policies overflow neither way, and their terms are not used.
-            over = tl.minimum(tl.maximum((m_aug - m) + centre, -FAR), FAR)[:, None]
-            more = ratio_terms(e, e_aug, tl.exp(over), x)
-            more_aug = ratio_terms(e_aug, e, tl.exp(-over), -x)
+            # exp(-x) is e_aug / e by this much; far policies overflow, and their terms are not used
+            over = tl.exp(tl.minimum((m_aug - m) + centre, FAR))[:, None]
+            series = x * x * 0.5 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
+            more = tl.where(tl.abs(x) < 0.25, e * series, (e_aug * over - e) + e * x)
             terms = scale * terms + tl.sum(more, 1)
-            terms_aug = scale_aug * terms_aug + tl.sum(more_aug, 1)
         if LEVELS:
             u = z - tl.maximum(bound, m + tl.log(s + 1.0))[:, None]
             if TWO:
@@ -256,12 +247,11 @@ def forward_kernel(
         tl.store(out + 6 * N, a_aug, mask=live)
         tl.store(out + 7 * N, logit_aug, mask=live)
         tl.store(out + 8 * N, drift, mask=live)
-        tl.store(out + 9 * N, terms, mask=live)
-        tl.store(out + 10 * N, drift_aug, mask=live)
-        tl.store(out + 11 * N, terms_aug, mask=live)
-        tl.store(out + 12 * N, gap, mask=live)
-        tl.store(out + 13 * N, gap_aug, mask=live)
-        tl.store(out + 14 * N, centre, mask=live)
+        tl.store(out + 9 * N, drift_aug, mask=live)
+        tl.store(out + 10 * N, terms, mask=live)
+        tl.store(out + 11 * N, gap, mask=live)
+        tl.store(out + 12 * N, gap_aug, mask=live)
+        tl.store(out + 13 * N, centre, mask=live)
 
 
 @triton.jit
