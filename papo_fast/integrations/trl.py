@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from papo_fast.config import ObjectiveConfig
 from papo_fast.config_checks import check_objective
 from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
-from papo_fast.estimators import annealed
+from papo_fast.estimators import at_update
 from papo_fast.integrations.streams import AugStream, two_streams
 from papo_fast.objective import TERMS, sum_of_terms
 from papo_fast.token_batch import TokenBatch
@@ -58,7 +58,11 @@ class PAPOConfig(GRPOConfig):
         default=None, metadata={"help": "Upper bound of a token's perception KL."}
     )
     kl_prcp_anneal_steps: int = field(
-        default=0, metadata={"help": "Steps over which γ falls linearly to 0; 0: constant."}
+        default=0,
+        metadata={
+            "help": "Steps over which γ falls linearly to 0, in official parity both entropies' "
+            "weights with it; 0: constant."
+        },
     )
     entropy_loss_coef: float = field(
         default=0.0, metadata={"help": "η₁, weight of the entropy, which is minimised."}
@@ -294,10 +298,7 @@ class PAPOTrainer(GRPOTrainer):
             sequence_ids=ids,
             **vectors,
         )
-        gamma = annealed(
-            self.goal.kl_prcp_coef, self.state.global_step, self.goal.kl_prcp_anneal_steps
-        )
-        goal = replace(self.goal, kl_prcp_coef=gamma)
+        goal = at_update(self.goal, self.state.global_step)
         asked = [t for t in TERMS if t.name in OUR_TERMS and t.coef(self.goal) != 0]
         loss, _ = sum_of_terms(asked, batch, goal, lambda term: weights)
         for term in asked:

@@ -155,6 +155,9 @@ def papo_loss(
     The first seven arguments are those of a policy loss registered with verl. The result is the
     loss to call `backward` on: do not add an entropy or KL loss of the actor's own.
 
+    A response of which no token counts is a response all the same: it counts where responses are
+    counted. Metrics of a micro-batch in which no token counts are 0, and the ratios' extremes 1.
+
     Args:
         old_log_prob, log_prob, advantages: (B, L) floating.
         response_mask: (B, L) bool or int, 1 where a response token is to be counted.
@@ -206,9 +209,9 @@ def papo_loss(
     vectors: dict[str, Any] = {
         name: None if x is None else _wide(x[mask]) for name, x in per_token.items()
     }
-    batch = TokenBatch(**vectors)
+    batch = TokenBatch(**vectors, responses=len(mask))
     tokens = mask.sum() if batch_num_tokens is None else batch_num_tokens
-    sequences = len(mask) if global_batch_size is None else global_batch_size
+    sequences = max(1, len(mask)) if global_batch_size is None else global_batch_size
     right_tokens = None if batch.correct is None else batch.correct.sum()
     loss, metrics = objective(
         batch, goal, Denominators(tokens, sequences, correct_tokens=right_tokens)
