@@ -187,11 +187,14 @@ class ObjectiveConfig:
     kl_prcp_penalty: KLPenalty = "k3"
     """Sampled estimator of the perception KL."""
     kl_prcp_top_p: float | None = None
-    """Keep the perception KL on the largest share of each sequence's tokens; None: on all."""
+    """Keep the perception KL on the largest share of each sequence's tokens; None: on all. In
+    official parity: on the tokens that are not below its (1 - share) quantile."""
     kl_prcp_clip: float | None = None
-    """Upper bound of a token's perception KL; None: no bound of ours."""
+    """Upper bound of a token's perception KL; None: no bound of ours. In official parity a bound
+    comes with a lower one, 0, which acts on k1."""
     kl_prcp_anneal_steps: int = 0
-    """Updates over which γ goes linearly from kl_prcp_coef to 0; 0: constant."""
+    """Updates over which γ goes linearly from kl_prcp_coef to 0; 0: constant. In official parity
+    η₁ and η₂ shrink by the same factor."""
     entropy_coef: float = 0.0
     """η₁, weight of the entropy with the real image, which is minimised."""
     aug_entropy_coef: float = 0.0

@@ -6,12 +6,13 @@ k1, k2, k3: Schulman, http://joschu.net/blog/kl-approx.html; truncated importanc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
-from papo_fast.config import KLPenalty
+from papo_fast.config import KLPenalty, ObjectiveConfig
 from papo_fast.errors import InputError
 from papo_fast.token_batch import Metrics, TokenBatch
 
@@ -67,16 +68,59 @@ def annealed(coef: float, update: int, total: int) -> float:
     return coef if total <= 0 else coef * max(0.0, 1.0 - update / total)
 
 
+def at_update(config: ObjectiveConfig, update: int) -> ObjectiveConfig:
+    """`config` with the coefficients of `update` (from 0): γ as `kl_prcp_anneal_steps` says.
+
+    In official parity η₁ and η₂ fall by the same factor as γ, as in the authors' code; elsewhere
+    they stay.
+    """
+    factor = annealed(1.0, update, config.kl_prcp_anneal_steps)
+    # without a perception KL the authors have nothing to anneal
+    all_fall = config.parity == "official" and config.kl_prcp_coef != 0
+    of_entropies = factor if all_fall else 1.0
+    return dataclasses.replace(
+        config,
+        kl_prcp_coef=config.kl_prcp_coef * factor,
+        entropy_coef=config.entropy_coef * of_entropies,
+        aug_entropy_coef=config.aug_entropy_coef * of_entropies,
+    )
+
+
 def largest_per_sequence(values: Tensor, batch: TokenBatch, share: float) -> Tensor:
     """(N,) bool: each sequence's ⌈share × length⌉ largest `values`; earlier tokens win ties."""
+    order, first = _sorted_within_sequences(values, batch, descending=True)
+    position = torch.arange(len(values), device=values.device)
+    # The small number keeps 0.1 × 30 = 3.0000000000000004 from asking for a fourth token.
+    quota = torch.ceil(share * batch.lengths.double() - 1e-9)
+    keep = torch.zeros_like(values, dtype=torch.bool)
+    keep[order] = position - first[order] < quota[order]
+    return keep
+
+
+def above_quantile_per_sequence(values: Tensor, batch: TokenBatch, share: float) -> Tensor:
+    """(N,) bool: `values` not below their sequence's (1 − share) quantile, the authors' token mask.
+
+    The quantile lies between two values by linear interpolation, as `torch.quantile` has it. These
+    are 1 + ⌊share (n − 1)⌋ of n distinct values, and with them every value that equals the least
+    of them.
+    """
+    order, first = _sorted_within_sequences(values, batch, descending=False)
+    ranked = values.detach()[order]
+    # in the dtype of the values, as torch has it: rounding decides where a rank is a whole number
+    rank = torch.full_like(ranked, 1.0 - share) * (batch.lengths.to(ranked.dtype) - 1)
+    below = rank.floor()
+    ends = [ranked[first + place.long()] for place in (below, rank.ceil())]
+    return values.detach() >= torch.lerp(ends[0], ends[1], rank - below)
+
+
+def _sorted_within_sequences(
+    values: Tensor, batch: TokenBatch, *, descending: bool
+) -> tuple[Tensor, Tensor]:
+    """(N,) token of each place, sequence after sequence; (N,) first place of a token's sequence."""
     index = batch.sequence_index
-    order = values.detach().argsort(descending=True, stable=True)
+    order = values.detach().argsort(descending=descending, stable=True)
     order = order[index[order].argsort(stable=True)]
     position = torch.arange(len(values), device=values.device)
     # After sorting, sequence s occupies the places it had before: its first is its first token's.
     first = torch.full_like(position, len(values)).scatter_reduce(0, index, position, "amin")
-    # The small number keeps 0.1 × 30 = 3.0000000000000004 from asking for a fourth token.
-    quota = torch.ceil(share * batch.lengths.double() - 1e-9)
-    keep = torch.zeros_like(values, dtype=torch.bool)
-    keep[order] = position - first[index[order]] < quota[order]
-    return keep
+    return order, first[index]

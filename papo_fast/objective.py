@@ -19,7 +19,12 @@ from torch import Tensor
 
 from papo_fast.config import ObjectiveConfig
 from papo_fast.errors import InputError
-from papo_fast.estimators import MAX_LOG_RATIO, kl_penalty, largest_per_sequence
+from papo_fast.estimators import (
+    MAX_LOG_RATIO,
+    above_quantile_per_sequence,
+    kl_penalty,
+    largest_per_sequence,
+)
 from papo_fast.token_batch import Denominators, Metrics, Scalar, TokenBatch
 
 # --- terms: (batch, config) → (N,) values ---------------------------------------------------------
@@ -62,22 +67,25 @@ def perception_kl(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
     """KL between π and π_aug on the chosen tokens only, each at most `kl_prcp_clip`.
 
     KL(π ‖ π_aug), sampled or exact, or with `kl_prcp_direction="reverse"` the exact KL(π_aug ‖ π).
+    In official parity the tokens are chosen by a quantile, and a value is at least 0 where it is at
+    most `kl_prcp_clip`: k1 may be negative, and the authors clamp it from both sides.
     """
+    official = config.parity == "official"
     if config.kl_prcp_direction == "reverse":
         value = batch.vector("kl_reverse")
     elif config.kl_prcp_estimator == "exact":
         value = batch.vector("kl_prcp")
     else:
-        clamp = config.parity == "official"
         other = _aug(batch.vector("aug_logprobs"), config)
-        value = kl_penalty(batch.logprobs, other, config.kl_prcp_penalty, clamp_value=clamp)
+        value = kl_penalty(batch.logprobs, other, config.kl_prcp_penalty, clamp_value=official)
     keep = None
     if config.kl_prcp_top_p is not None:
-        keep = largest_per_sequence(value, batch, config.kl_prcp_top_p)
+        choose = above_quantile_per_sequence if official else largest_per_sequence
+        keep = choose(value, batch, config.kl_prcp_top_p)
     if config.kl_prcp_clip is not None:
-        value = value.clamp(max=config.kl_prcp_clip)
-    # The authors leave the other tokens in the denominator.
-    return value if keep is None else torch.where(keep, value, 0.0)
+        value = value.clamp(min=0.0 if official else None, max=config.kl_prcp_clip)
+    # The authors leave the other tokens in the denominator. A product, so that NaN stays NaN.
+    return value if keep is None else value * keep
 
 
 def entropy(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
@@ -248,12 +256,12 @@ def objective(
     `config` must be resolved (`ObjectiveConfig.resolved`). `denominators` are those of the global
     batch; with average_over="micro" the micro-batch's own token mean counts by its share of the
     batch's sequences, as in the authors' gradient accumulation. Whoever anneals γ passes a `config`
-    with the γ of this update (see `annealed`).
+    with the coefficients of this update (see `papo_fast.estimators.at_update`).
 
     Metrics: one per term of `TERMS` whose inputs are there, before its coefficient; `loss`;
     `sampled_entropy`, the mean of −log π; and as means over tokens `ppo_kl` (mean of old − new
     log-probs), `clip_fraction_high` (−r A lost to its clipped rival), `clip_fraction_low` (dual
-    clip at work); `ratio_max`, `ratio_min`.
+    clip at work); `ratio_max`, `ratio_min`. A batch without tokens has the same names, of weight 0.
 
     Raises `InputError` if a vector that a term with a non-zero coefficient needs is missing.
     """
@@ -275,14 +283,13 @@ def objective(
 
 def _ratio_metrics(batch: TokenBatch, config: ObjectiveConfig) -> Metrics:
     log_ratio, n = _log_ratio(batch), batch.logprobs.numel()
-    if n == 0:
-        return {}
+    extremes = log_ratio if n else log_ratio.new_zeros(1)  # of no token: a ratio of 1, weight 0
     plain, clipped = _policy_losses(batch, config)
     metrics: Metrics = {
         "ppo_kl": (-log_ratio.sum(), n),
         "clip_fraction_high": ((plain < clipped).sum(), n),
-        "ratio_max": (log_ratio.max().exp(), 1),
-        "ratio_min": (log_ratio.min().exp(), 1),
+        "ratio_max": (extremes.max().exp(), min(1, n)),
+        "ratio_min": (extremes.min().exp(), min(1, n)),
     }
     if config.clip_dual is not None:
         bound = -config.clip_dual * batch.advantages
@@ -292,17 +299,22 @@ def _ratio_metrics(batch: TokenBatch, config: ObjectiveConfig) -> Metrics:
 
 
 def mean_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
-    """One number per metric: Σ sums / Σ weights; the extreme for names in `_max` and `_min`."""
+    """One number per metric: Σ sums / Σ weights; the extreme for names in `_max` and `_min`.
+
+    Parts of weight 0 do not count. A metric that has no others is 0, as the authors' masked mean of
+    nothing is, and an extreme is what those parts say.
+    """
     gathered: dict[str, list[tuple[Tensor, Scalar]]] = {}
     for part in parts:
         for name, pair in part.items():
             gathered.setdefault(name, []).append(pair)
     means = {}
     for name, pairs in gathered.items():
-        sums = [float(total) for total, _ in pairs]
+        known = [(float(total), float(weight)) for total, weight in pairs]
+        sums = [total for total, weight in known if weight]
         if name.endswith(("_max", "_min")):
+            sums = sums or [total for total, _ in known]
             means[name] = max(sums) if name.endswith("_max") else min(sums)
         else:
-            weight = sum(float(weight) for _, weight in pairs)
-            means[name] = sum(sums) / weight if weight else math.nan
+            means[name] = sum(sums) / sum(weight for _, weight in known) if sums else 0.0
     return means

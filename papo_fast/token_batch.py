@@ -54,6 +54,9 @@ class TokenBatch:
     """bool, token of a right response (the SFT term learns from these)."""
     rollout_weights: Tensor | None = None
     """Truncated importance weights of trainer over sampler; they multiply the policy term."""
+    responses: int | None = None
+    """Responses of this micro-batch, those included of which no token counts (all masked); None:
+    every response has tokens here. Means over a micro-batch weigh it by this number."""
 
     def __post_init__(self) -> None:
         n = self.logprobs.shape
@@ -66,7 +69,7 @@ class TokenBatch:
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None:
+            if value is None or field.name == "responses":
                 continue
             if value.shape != n:
                 raise InputError(
@@ -80,11 +83,16 @@ class TokenBatch:
                 )
         # On CUDA this check would synchronise.
         if self.sequence_ids.device.type == "cpu":
-            runs, distinct = int(self.n_sequences), self.sequence_ids.unique().numel()
+            runs, distinct = int(self._with_tokens), self.sequence_ids.unique().numel()
             if runs != distinct:
                 raise InputError(
                     f"sequence_ids has {distinct} ids in {runs} runs: the tokens of a sequence "
                     "must stand next to each other"
+                )
+            if self.responses is not None and self.responses < runs:
+                raise InputError(
+                    f"responses is {self.responses}, but sequence_ids has {runs} sequences: "
+                    "expected at least as many"
                 )
 
     def vector(self, name: str) -> Tensor:
@@ -103,7 +111,13 @@ class TokenBatch:
 
     @cached_property
     def n_sequences(self) -> Tensor:
-        """() int64, a tensor so that the GPU need not be waited for."""
+        """() int64, all `responses`; a tensor so that the GPU need not be waited for."""
+        if self.responses is None:
+            return self._with_tokens
+        return torch.full((), self.responses, device=self.sequence_ids.device)
+
+    @property
+    def _with_tokens(self) -> Tensor:
         return self.sequence_index[-1:].sum() + min(1, self.logprobs.numel())
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.estimators import annealed, truncated_weights
+from papo_fast.estimators import at_update, truncated_weights
 from papo_fast.model.batching import distribute
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, SharedReference
@@ -62,9 +61,7 @@ class Updater:
             first: the policy is still the one that sampled the groups.
         """
         config, ranks = self.config, world_size()
-        goal = config.objective
-        gamma = annealed(goal.kl_prcp_coef, self.updates, goal.kl_prcp_anneal_steps)
-        goal = dataclasses.replace(goal, kl_prcp_coef=gamma)
+        goal = at_update(config.objective, self.updates)
         lr = self._lr()
         for of_optimizer in self.optimizer.param_groups:
             of_optimizer["lr"] = lr
@@ -96,7 +93,7 @@ class Updater:
         self.updates += 1
         numbers = [{n: (float(a), float(b)) for n, (a, b) in part.items()} for part in metrics]
         means = mean_metrics(part for of_rank in gather(numbers) for part in of_rank)
-        return means | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": gamma}
+        return means | {"grad_norm": norm, "lr": lr, "kl_prcp_coef": goal.kl_prcp_coef}
 
     def _token_batch(self, groups: Sequence[Group], first: bool) -> tuple[TokenBatch, Metrics]:
         """The policy's statistics of the groups' tokens beside what was stored of them."""

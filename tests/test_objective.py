@@ -51,6 +51,12 @@ def make_batch(lengths=LENGTHS, seed=0, **replaced) -> TokenBatch:
     return TokenBatch(**(values | replaced))
 
 
+def part_of(batch: TokenBatch, part: slice) -> dict[str, torch.Tensor]:
+    """The vectors of these tokens."""
+    vectors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: x[part] for name, x in vectors.items() if x is not None}
+
+
 def denominators(lengths=LENGTHS, max_new_tokens=9) -> Denominators:
     correct = torch.tensor([True, False, False, True])[: len(lengths)]
     return Denominators.from_lengths(
@@ -166,7 +172,7 @@ def test_micro_batches_add_up_to_the_whole_batch(average):
         leaves = {field: getattr(whole, field).clone().requires_grad_() for field in LEAVES}
         total, metrics = 0.0, []
         for part in parts:
-            fields = {f.name: getattr(whole, f.name)[part] for f in dataclasses.fields(whole)}
+            fields = part_of(whole, part)
             fields |= {name: leaf[part] for name, leaf in leaves.items()}
             loss, metric = objective(TokenBatch(**fields), config, over)
             loss.backward()
@@ -193,7 +199,7 @@ def test_micro_average_weighs_each_micro_batch_by_its_sequences():
     parts = (slice(0, 4), slice(4, 16))  # two sequences of 4 tokens, two of 12
     expected = 0.0
     for part in parts:
-        fields = {f.name: getattr(whole, f.name)[part] for f in dataclasses.fields(whole)}
+        fields = part_of(whole, part)
         total += objective(TokenBatch(**fields), config, over)[0].item()
         expected += 0.5 * by_hand(TokenBatch(**fields), config)
     assert total == pytest.approx(expected, rel=1e-12)
@@ -336,6 +342,52 @@ def test_an_empty_micro_batch_is_a_zero_with_a_gradient():
         assert loss.item() == 0 and logprobs.grad.shape == (0,)
         part = objective(make_batch(), config, denominators())[1]
         assert mean_metrics([part, metrics]) == mean_metrics([part])
+
+
+def test_a_response_without_counted_tokens_weighs_in_its_micro_batch():
+    """Four responses, one of them all masked: a micro-batch of it and another is half of them."""
+    config, over = everything(average_over="micro", sft_coef=0.0), denominators()
+    first = TokenBatch(**part_of(make_batch(), slice(0, 3)))
+    alone, metrics = objective(first, config, over)
+    with_empty = dataclasses.replace(first, responses=2)
+    both, of_both = objective(with_empty, config, over)
+    assert both.item() == pytest.approx(2 * alone.item(), rel=1e-12)
+    assert of_both["kl_prcp"][1] == 2 * metrics["kl_prcp"][1] == 0.5
+    assert mean_metrics([of_both]) == pytest.approx(mean_metrics([metrics]), rel=1e-12)
+    with pytest.raises(InputError, match="responses is 3, but sequence_ids has 4 sequences"):
+        dataclasses.replace(make_batch(), responses=3)
+
+
+def test_metrics_of_a_batch_without_tokens_are_zero_and_not_nan():
+    for lengths, responses in (((), None), ((), 2)):
+        empty = make_batch(lengths=lengths, responses=responses)
+        _, metrics = objective(empty, EXACT, denominators())
+        _, others = objective(make_batch(), EXACT, denominators())
+        means = mean_metrics([metrics])
+        assert means.keys() == others.keys()  # ranks gather them by name
+        assert {means.pop("ratio_max"), means.pop("ratio_min")} == {1.0}
+        assert set(means.values()) == {0.0}
+        assert mean_metrics([metrics, others])["ratio_min"] == mean_metrics([others])["ratio_min"]
+
+
+def test_the_clip_of_a_sampled_kl_has_a_floor_in_official_parity_alone():
+    """k1 of three tokens is -0.5, 0.1 and 0.9 nats: the authors clamp it to [0, 0.4]."""
+    k1 = torch.tensor([-0.5, 0.1, 0.9], dtype=torch.float64)
+    batch = make_batch(lengths=(3,))
+    batch = dataclasses.replace(batch, aug_logprobs=batch.logprobs - k1)
+    for parity, expected in (("official", 0.5 / 3), ("paper", 0.0)):
+        config = everything(
+            parity=parity, kl_prcp_penalty="k1", kl_prcp_clip=0.4, average="token", sft_coef=0.0
+        )
+        metrics = mean_metrics([objective(batch, config, denominators((3,)))[1]])
+        assert metrics["kl_prcp"] == pytest.approx(expected, abs=1e-12), parity
+
+
+def test_a_nan_is_not_masked_away_by_the_authors_token_mask():
+    batch = make_batch()
+    batch.aug_logprobs[5] = math.nan
+    config = everything(parity="official", kl_prcp_top_p=0.3, aug_entropy_coef=0.0, sft_coef=0.0)
+    assert objective(batch, config, denominators())[0].isnan()
 
 
 def test_token_mask_and_clip_apply_to_exact_kl_too():

@@ -9,7 +9,13 @@ import torch
 from papo_fast.config import ObjectiveConfig
 from papo_fast.config_checks import check
 from papo_fast.errors import InputError
-from papo_fast.estimators import annealed, kl_penalty, largest_per_sequence
+from papo_fast.estimators import (
+    above_quantile_per_sequence,
+    annealed,
+    at_update,
+    kl_penalty,
+    largest_per_sequence,
+)
 from papo_fast.objective import mean_metrics
 from papo_fast.presets import get_preset
 from papo_fast.token_batch import TokenBatch
@@ -39,6 +45,29 @@ def test_token_mask_is_not_inflated_by_rounding():
     # In float64, 0.07 × 100 is 7.000000000000001.
     values = torch.arange(100.0)
     assert largest_per_sequence(values, sequences(100), 0.07).sum() == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.3, 0.5, 0.9, 1.0])
+def test_the_authors_token_mask_is_torchs_quantile_of_each_response(share, dtype):
+    """They compare with `torch.nanquantile` of a padded row, whose ties all count."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [*range(1, 31), 100]
+    values = torch.rand(sum(lengths), generator=generator, dtype=dtype)
+    values[::3] = (values[::3] * 4).round() / 4  # ties
+    kept = above_quantile_per_sequence(values, sequences(*lengths), share)
+    for mine, row in zip(kept.split(lengths), values.split(lengths), strict=True):
+        padded = torch.cat([row, torch.full((7,), math.nan, dtype=dtype)])
+        assert torch.equal(mine, row >= padded.nanquantile(1.0 - share)), len(row)
+
+
+def test_the_authors_token_mask_by_hand():
+    def kept(values):
+        return above_quantile_per_sequence(torch.tensor(values), sequences(4), 0.3).tolist()
+
+    # 1 + ⌊0.3 × 3⌋ = 1 of 4, where ⌈0.3 × 4⌉ = 2
+    assert kept([0.4, 0.1, 0.3, 0.2]) == [True, False, False, False]
+    assert kept([0.4, 0.4, 0.1, 0.4]) == [True, True, False, True]  # ties all count
 
 
 def test_kl_estimators_by_hand():
@@ -74,6 +103,16 @@ def test_annealing_ends_at_zero_and_stays_there():
     assert annealed(0.02, 5, 10) == pytest.approx(0.01)
     assert annealed(0.02, 10, 10) == 0 == annealed(0.02, 99, 10)
     assert annealed(0.02, 10**9, 0) == 0.02
+
+
+def test_annealing_takes_both_entropies_along_in_official_parity_alone():
+    fields = dict(kl_prcp_coef=0.4, entropy_coef=0.2, aug_entropy_coef=0.1, kl_prcp_anneal_steps=8)
+    for parity, expected in (("official", (0.1, 0.05, 0.025)), ("ours", (0.1, 0.2, 0.1))):
+        now = at_update(ObjectiveConfig(parity=parity, **fields), 6)
+        found = (now.kl_prcp_coef, now.entropy_coef, now.aug_entropy_coef)
+        assert found == pytest.approx(expected), parity
+    without = dataclasses.replace(ObjectiveConfig(parity="official", **fields), kl_prcp_coef=0.0)
+    assert at_update(without, 6) == without
 
 
 def test_metrics_of_several_updates_are_averaged_by_their_weights():

@@ -5,16 +5,18 @@ import sys
 import pytest
 import torch
 
-from support.family_checkpoints import FAMILIES
+from support.family_checkpoints import FAMILIES, byte_tokenizer
 from support.trl_runs import TERMS, build, loss_and_gradients, write_files  # first: it asks for TRL
 
 # isort: split
+import datasets
 from peft import LoraConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from papo_fast.errors import InputError
-from papo_fast.integrations.trl import PAPOTrainer
+from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer, use_token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,6 +67,7 @@ def test_ligers_layers_leave_the_head_in_place(files):
     ("changes", "message"),
     [
         ({"entropy_coef": 0.1, "entropy_loss_coef": 0.1}, "entropy_coef"),
+        ({"use_adaptive_entropy": True, "entropy_loss_coef": 0.1}, "use_adaptive_entropy"),
         ({"parity": "exact"}, "parity"),
         ({"corruption_ratio": 1.5}, "corruption.ratio"),
     ],
@@ -72,6 +75,36 @@ def test_ligers_layers_leave_the_head_in_place(files):
 def test_settings_that_make_no_sense_are_refused(files, changes, message):
     with pytest.raises(InputError, match=message):
         build(files, "qwen2_5_vl", **changes)
+
+
+@pytest.mark.parametrize("trainer", [GRPOTrainer, PAPOTrainer])
+def test_a_router_loss_is_refused_when_the_trainer_is_made(tmp_path, trainer):
+    tokenizer = byte_tokenizer()
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+
+    def make(**settings):
+        config = GRPOConfig if trainer is GRPOTrainer else PAPOConfig
+        made = trainer(
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.0, **settings),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "1+1="}] * 8),
+            processing_class=tokenizer,
+        )
+        return made if trainer is PAPOTrainer else use_token_stats(made)
+
+    with pytest.raises(InputError, match=r"router_aux_loss_coef = 0\.001: .* no router logits"):
+        make()
+    terms = {} if trainer is GRPOTrainer else dict(kl_prcp_coef=0.0)
+    make(router_aux_loss_coef=0.0, **terms)
+    model.config.output_router_logits = True
+    with pytest.raises(InputError, match="output_router_logits=False"):
+        make(router_aux_loss_coef=0.0, **terms)
 
 
 def test_a_config_of_trls_own_is_refused(files):

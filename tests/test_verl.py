@@ -2,12 +2,13 @@
 
 import inspect
 import json
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from papo_fast.config import ObjectiveConfig
 from papo_fast.errors import InputError
@@ -143,6 +144,111 @@ def test_a_models_forward_gives_both_streams_of_whole_logits(folder, family):
     assert model.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
     # the actor's slice is that of the response
     assert torch.equal(out.log_probs[:, -5 - 1 : -1].double() > -1e9, torch.ones(1, 5).bool())
+
+
+def model_and_inputs(folder, family):
+    path = write_checkpoint(folder / family, family)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    return model, prompt_with_picture(model, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_without_token_types_are_refused_in_every_family(folder, family):
+    """Qwen2.5-VL by itself takes picture tokens for text and says nothing."""
+    model, inputs = model_and_inputs(folder, family)
+    expected = model(**inputs).logits.log_softmax(-1)
+    model.forward = types.MethodType(verl.forward_with_token_stats, model)
+    grid, types_ = inputs["image_grid_thw"], inputs.pop("mm_token_type_ids")
+    with pytest.raises(InputError, match="mm_token_type_ids is missing next to pixel_values"):
+        model(**inputs)
+    text = torch.arange(12)[None]
+    with pytest.raises(InputError, match="mm_token_type_ids"):  # positions of text alone
+        model(**inputs, position_ids=text)
+    # verl and EasyR1 hand over the positions themselves
+    positions, _ = model.model.get_rope_index(
+        inputs["input_ids"], image_grid_thw=grid, mm_token_type_ids=types_
+    )
+    out = model(**inputs, position_ids=positions)
+    successors = inputs["input_ids"].roll(-1, -1)[..., None]
+    assert torch.allclose(out.log_probs, expected.gather(-1, successors)[..., 0], atol=1e-5)
+    assert not torch.equal(positions[0], text)
+    model(input_ids=inputs["input_ids"][:, :2])  # text needs none
+
+
+def test_labels_of_a_sequence_that_ulysses_splits_come_from_the_actor(folder, monkeypatch):
+    model, inputs = model_and_inputs(folder, "qwen2_vl")
+    p = model(**inputs).logits.log_softmax(-1)
+    model.forward = types.MethodType(verl.forward_with_token_stats, model)
+    # a part's own successors are wrong in its last place, whose true one is on the next rank
+    successors = torch.cat([inputs["input_ids"][:, 1:], torch.tensor([[77]])], 1)
+    ulysses = types.SimpleNamespace(get_ulysses_sequence_parallel_world_size=lambda: 2)
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
+    with pytest.raises(InputError, match="shift_labels is missing: 2 ranks"):
+        model(**inputs)
+    with pytest.raises(InputError, match="shift_labels is missing"):
+        model(**inputs, labels=inputs["input_ids"])
+    out = model(**inputs, shift_labels=successors)
+    expected = p.gather(-1, successors[..., None])[..., 0]
+    assert torch.allclose(out.log_probs, expected, atol=1e-5)
+    with pytest.raises(InputError, match=r"labels have shape \(12,\): expected \(1, 12\)"):
+        model(**inputs, shift_labels=successors[0])
+
+
+def test_the_forward_of_an_adapted_model_is_set_on_its_base_model(folder):
+    peft = pytest.importorskip("peft", reason="peft is missing: pip install '.[lora]'")
+    model, inputs = model_and_inputs(folder, "qwen2_5_vl")
+    plain = model(**inputs).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    logits = adapted(**inputs).logits
+    assert (logits - plain).abs().max() > 0.1
+    with pytest.raises(InputError, match=r"peft's wrapper: pass model.get_base_model\(\)"):
+        verl.forward_with_token_stats(adapted, **inputs)
+    base = adapted.get_base_model()
+    base.forward = types.MethodType(verl.forward_with_token_stats, base)
+    out = adapted(**inputs)
+    successors = inputs["input_ids"].roll(-1, -1)[..., None]
+    expected = logits.log_softmax(-1).gather(-1, successors)[..., 0]
+    assert torch.allclose(out.log_probs, expected, atol=1e-5)
+    out.log_probs.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in adapted.parameters())
+
+
+def test_models_with_a_router_loss_are_refused():
+    sizes = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    ids = torch.arange(6)[None]
+    expected = model(input_ids=ids).logits.log_softmax(-1)
+    out = verl.forward_with_token_stats(model, ids)
+    scored = expected.gather(-1, ids.roll(-1, -1)[..., None])[..., 0]
+    assert torch.allclose(out.log_probs, scored, atol=1e-5)
+    with pytest.raises(InputError, match="returns router logits"):
+        verl.forward_with_token_stats(model, ids, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(InputError, match="returns router logits"):
+        verl.forward_with_token_stats(model, ids)
+
+
+def test_metrics_of_a_micro_batch_without_counted_tokens_are_numbers():
+    x = torch.randn(2, 3, requires_grad=True)
+    arguments = [x.detach(), x, x.detach(), torch.zeros(2, 3), "token-mean"]
+    goal = ObjectiveConfig(parity="official", entropy_coef=0.1, aug_entropy_coef=0.1)
+    others = dict(ref_log_prob=x.detach(), aug_log_prob=x.detach(), batch_num_tokens=7)
+    loss, metrics = verl.papo_loss(*arguments, goal, **others, global_batch_size=4)
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any()
+    assert metrics.pop("actor/ratio_max") == metrics.pop("actor/ratio_min") == 1
+    assert set(metrics.values()) == {0.0}
+    # a rank of no responses at all, too; every rank has the same names
+    _, of_none = verl.papo_loss(*(a[:0] for a in arguments[:4]), "token-mean", goal,
+                                **{k: v[:0] for k, v in list(others.items())[:2]})  # fmt: skip
+    assert set(of_none.values()) == {0.0, 1.0} and metrics.keys() < of_none.keys()
 
 
 def test_both_functions_are_whole_logits():

@@ -7,13 +7,17 @@ take those.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from papo_fast.errors import InputError
@@ -23,6 +27,9 @@ IGNORED = -100
 """The label of a token without statistics: exact zeros, no gradient, no cost."""
 
 _LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+_STATS_METHOD = "papo_token_stats"
+"""Name under which an output embedding that FSDP2 shards alone gets `_stats_of_head`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ def two_streams(
     Args:
         model: `...ForConditionalGeneration` or `...ForCausalLM` of transformers, not its wrapper.
         inputs: keyword arguments of its backbone (`input_ids`, `attention_mask`, `pixel_values`,
-            `mm_token_type_ids`, …).
+            `mm_token_type_ids`, …). With pictures a model of multimodal positions needs
+            `mm_token_type_ids`, or `position_ids` of (3, B, S): time, height and width.
         labels: (B, S) int64, the token that follows each position, or -100.
         aug: the corrupted stream; None: the full stream only.
         temperature: divides the logits.
@@ -68,8 +76,13 @@ def two_streams(
         `TokenStats` of (B, S) float32 tensors, zero where the label is -100, and (B, S, D).
 
     Raises:
-        InputError: the model's output embedding cannot be used as it is.
+        InputError: the model or its output embedding cannot be used as it is, or
+            `mm_token_type_ids` is missing.
     """
+    check_model(model)
+    if inputs.get("output_router_logits"):
+        raise _router_loss(model)
+    _check_positions(model, inputs)
     hidden = _hidden_states(model, inputs)
     aug_hidden = None
     if aug is not None and aug.pixel_values is None:
@@ -102,42 +115,117 @@ def stats_of(
 ) -> TokenStats:
     """As `two_streams`, from the (B, S, D) hidden states of one or both streams.
 
+    Where FSDP2 shards the output embedding as a unit of its own, this is a forward of that unit.
+
     Args:
         aug_constant: the corrupted stream is a constant in every gradient.
+
+    Raises:
+        InputError: labels have another shape, or the output embedding cannot be used as it is.
     """
-    weight, bias = _output_embedding(model)
+    if labels.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}: expected {tuple(hidden.shape[:-1])}, one "
+            "for each hidden state"
+        )
+    head = _output_embedding(model)
+    run = functools.partial(_stats_of_head, head)
+    if isinstance(head, FSDPModule) and isinstance(head.weight, DTensor):
+        # FSDP2 shards the head as a unit of its own and gathers it in the head's forward, which is
+        # not called here: this call takes its place. FSDP2 then also reduces the gradient.
+        if not hasattr(head, _STATS_METHOD):
+            setattr(head, _STATS_METHOD, types.MethodType(_stats_of_head, head))
+            register_fsdp_forward_method(head, _STATS_METHOD)
+        run = getattr(head, _STATS_METHOD)
+    stats = run(
+        hidden.flatten(0, -2),
+        None if aug_hidden is None else aug_hidden.flatten(0, -2),
+        labels.to(hidden.device).flatten(),
+        keep_dtype=keep_dtype,
+        temperature=temperature,
+        softcap=_softcap(model),
+        ignore_index=IGNORED,
+        grad_budget=grad_budget,
+        aug_constant=aug_constant,
+    )
+    return TokenStats._make(None if x is None else x.view(labels.shape) for x in stats)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise `InputError` for a model whose statistics or loss would not be its own here."""
+    if hasattr(model, "get_base_model"):
+        raise InputError(
+            f"model is a {type(model).__name__}, peft's wrapper: pass model.get_base_model(), "
+            "which holds the adapters too"
+        )
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise _router_loss(model)
+    _softcap(model)
+
+
+def _router_loss(model: PreTrainedModel) -> InputError:
+    return InputError(
+        f"{type(model).__name__} returns router logits for an auxiliary loss, which is not "
+        "computed here: set output_router_logits=False in its text config"
+    )
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The values of a parameter that is sharded over ranks, on every rank; others as they are.
+
+    Its gradient is averaged over the ranks that hold shards, as FSDP2 averages gradients. (A bare
+    `full_tensor()` takes each rank's gradient for the whole one: all but its own data are lost.)
+    Ranks that see the same tokens (tensor parallel) have equal gradients, and so the same average.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def _stats_of_head(
+    head: nn.Linear,
+    hidden: Tensor,
+    aug_hidden: Tensor | None,
+    targets: Tensor,
+    *,
+    keep_dtype: bool,
+    **options: Any,
+) -> TokenStats:
+    """`token_stats` of (N, D) hidden states with the weights that `head` holds when it runs."""
     operands: dict[str, Any] = {
         "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
+        "weight": whole(head.weight),
+        "bias": None if head.bias is None else whole(head.bias),
         "aug_hidden": aug_hidden,
     }
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and not keep_dtype:
         dtype = torch.get_autocast_dtype(device)
         operands = {k: None if x is None else x.to(dtype) for k, x in operands.items()}
-    flat = {
-        k: x.flatten(0, -2) if k in ("hidden", "aug_hidden") and x is not None else x
-        for k, x in operands.items()
-    }
-    stats = token_stats(
-        targets=labels.to(hidden.device).flatten(),
-        temperature=temperature,
-        softcap=_softcap(model),
-        ignore_index=IGNORED,
-        grad_budget=grad_budget,
-        aug_constant=aug_constant,
-        **flat,
-    )
-    return TokenStats._make(None if x is None else x.view(labels.shape) for x in stats)
+    return token_stats(targets=targets, **operands, **options)
 
 
 def _hidden_states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
-def _output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    head = model.get_output_embeddings()
+def _check_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Without token types some families place picture tokens like text, and say nothing."""
+    if inputs.get("pixel_values") is None or inputs.get("mm_token_type_ids") is not None:
+        return
+    positions = inputs.get("position_ids")
+    # time, height and width, and in transformers perhaps the text's positions before them
+    if positions is not None and positions.ndim == 3 and len(positions) in (3, 4):
+        return
+    if "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters:
+        raise InputError(
+            "mm_token_type_ids is missing next to pixel_values: picture tokens would get the "
+            "positions of text; pass the processor's, with zeros for the response"
+        )
+
+
+def _output_embedding(model: PreTrainedModel) -> nn.Linear:
+    head: Any = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise InputError(
             "lm_head carries an adapter: statistics come from its weight, so the adapter would "
@@ -148,8 +236,7 @@ def _output_embedding(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
             "lm_head.weight is not whole here (DeepSpeed ZeRO-3 and FSDP outside the root's "
             "forward leave it empty); use FSDP2 or ZeRO-2, and call from the model's own forward"
         )
-    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias)]
-    return whole[0], whole[1]
+    return head
 
 
 def _softcap(model: PreTrainedModel) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,8 @@ from papo_fast.config import ObjectiveConfig
 from papo_fast.config_checks import check_objective
 from papo_fast.data.corruption import PatchCorruption, prompt_seed
 from papo_fast.errors import InputError
-from papo_fast.estimators import annealed
-from papo_fast.integrations.streams import AugStream, two_streams
+from papo_fast.estimators import at_update
+from papo_fast.integrations.streams import AugStream, check_model, two_streams
 from papo_fast.objective import TERMS, sum_of_terms
 from papo_fast.token_batch import TokenBatch
 from papo_kernels import TokenStats
@@ -58,7 +58,11 @@ class PAPOConfig(GRPOConfig):
         default=None, metadata={"help": "Upper bound of a token's perception KL."}
     )
     kl_prcp_anneal_steps: int = field(
-        default=0, metadata={"help": "Steps over which γ falls linearly to 0; 0: constant."}
+        default=0,
+        metadata={
+            "help": "Steps over which γ falls linearly to 0, in official parity both entropies' "
+            "weights with it; 0: constant."
+        },
     )
     entropy_loss_coef: float = field(
         default=0.0, metadata={"help": "η₁, weight of the entropy, which is minimised."}
@@ -95,9 +99,13 @@ class PAPOConfig(GRPOConfig):
 
     def objective(self) -> ObjectiveConfig:
         """The same settings for `papo_fast.objective`; raises `InputError` where they clash."""
-        if self.entropy_coef != 0 and self.entropy_loss_coef != 0:
+        # TRL's adaptive control raises entropy_coef by itself, from 0 too
+        rewarded = "use_adaptive_entropy = True" if self.use_adaptive_entropy else ""
+        if self.entropy_coef != 0:
+            rewarded = f"entropy_coef = {self.entropy_coef}"
+        if rewarded and self.entropy_loss_coef != 0:
             raise InputError(
-                f"entropy_coef = {self.entropy_coef} rewards the entropy that entropy_loss_coef = "
+                f"{rewarded} rewards the entropy that entropy_loss_coef = "
                 f"{self.entropy_loss_coef} lowers: set one of them"
             )
         if self.parity not in ("ours", "official", "paper"):
@@ -141,6 +149,7 @@ class StatsHead:
     def __init__(
         self, model: nn.Module, *, temperature: float, grad_budget: float, keep_dtype: bool
     ):
+        check_model(model)
         self.aug: AugStream | None = None
         self.stats: TokenStats | None = None
         inner = model.forward
@@ -152,11 +161,8 @@ class StatsHead:
         ) -> Any:
             if not fused_lm_head:
                 return inner(*args, **kwargs)
-            if args or kwargs.get("output_router_logits") or "labels" not in kwargs:
-                raise InputError(
-                    "use_token_stats expects keywords with labels and no router loss: set "
-                    "router_aux_loss_coef=0 for mixture-of-experts models"
-                )
+            if args or "labels" not in kwargs:
+                raise InputError("fused_lm_head=True needs labels, and keywords alone: pass them")
             # labels stand one position behind the token that predicts them; the last predicts none
             labels = kwargs.pop("labels").roll(-1, 1)
             labels[:, -1] = -100
@@ -185,8 +191,17 @@ def use_token_stats(trainer: GRPOTrainer, *, grad_budget: float = 3e-3) -> Stats
 
     Call it between making the trainer and `train()`. The loss is TRL's own; logits are float32
     (TRL's are of the model's dtype unless `cast_lm_head_to_fp32`), and rows of padding cost
-    nothing. Models that need a router loss, scaled logits or DeepSpeed ZeRO-3 are refused.
+    nothing.
+
+    Raises:
+        InputError: the model has a router loss (mixture of experts) or scales its logits; at the
+            first step, its output embedding is not whole (DeepSpeed ZeRO-3).
     """
+    if trainer.aux_loss_enabled:
+        raise InputError(
+            f"router_aux_loss_coef = {trainer.router_aux_loss_coef}: token_stats returns no router "
+            "logits to compute that loss from, set router_aux_loss_coef=0"
+        )
     options = dict(
         temperature=trainer.temperature,
         grad_budget=grad_budget,
@@ -294,10 +309,7 @@ class PAPOTrainer(GRPOTrainer):
             sequence_ids=ids,
             **vectors,
         )
-        gamma = annealed(
-            self.goal.kl_prcp_coef, self.state.global_step, self.goal.kl_prcp_anneal_steps
-        )
-        goal = replace(self.goal, kl_prcp_coef=gamma)
+        goal = at_update(self.goal, self.state.global_step)
         asked = [t for t in TERMS if t.name in OUR_TERMS and t.coef(self.goal) != 0]
         loss, _ = sum_of_terms(asked, batch, goal, lambda term: weights)
         for term in asked:

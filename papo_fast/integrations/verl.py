@@ -10,6 +10,7 @@ How to put them in place: docs/trainers.md. The interfaces as they were publishe
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from papo_fast.config import Average, ObjectiveConfig
 from papo_fast.errors import InputError
-from papo_fast.integrations.streams import AugStream, two_streams
+from papo_fast.integrations.streams import AugStream, two_streams, whole
 from papo_fast.objective import mean_metrics, objective
 from papo_fast.token_batch import Denominators, TokenBatch
 from papo_kernels import token_stats
@@ -65,13 +66,15 @@ def forward_with_token_stats(
         input_ids: (B, S), or (1, N) of sequences without padding.
         labels: as `input_ids`; None: `input_ids`. Their successors are scored.
         temperature: divides the logits.
-        shift_labels: labels already shifted by one, where the sequence is split over processes.
+        shift_labels: (B, S) of the hidden states: the labels, already shifted by one. Needed where
+            Ulysses splits sequences over ranks: a part's last successor is on the next rank.
         aug_pixel_values: corrupted pictures; the output then has the corrupted stream's fields.
         aug_gradient: let the gradient flow into the corrupted stream.
         kwargs: whatever else the model's backbone takes.
 
     Raises:
-        InputError: there is nothing to score.
+        InputError: there is nothing to score, shift_labels is missing under Ulysses, or one that
+            `papo_fast.integrations.streams.two_streams` raises.
     """
     for name in ("return_dict", "use_cache", "logits_to_keep"):
         kwargs.pop(name, None)
@@ -79,6 +82,13 @@ def forward_with_token_stats(
         labels = input_ids if labels is None else labels
         if labels is None:
             raise InputError("input_ids and labels are missing: one of them says what is scored")
+        ranks = _sequence_parallel_ranks()
+        if ranks > 1:
+            raise InputError(
+                f"shift_labels is missing: {ranks} ranks hold a part of each sequence (Ulysses), "
+                "and the last label of a part is on the next rank; pass the successors of this "
+                "rank's tokens"
+            )
         shift_labels = labels.roll(-1, -1)
     aug = None if aug_pixel_values is None else AugStream(aug_pixel_values, aug_gradient)
     stats, hidden = two_streams(
@@ -86,6 +96,12 @@ def forward_with_token_stats(
     )
     logprobs, entropy, *aug_stats = stats
     return StatsOutput(logprobs, entropy, *aug_stats, hidden_states=hidden)
+
+
+def _sequence_parallel_ranks() -> int:
+    """Over how many ranks verl or EasyR1, whichever is running, splits a sequence."""
+    ulysses = sys.modules.get("verl.utils.ulysses")
+    return 1 if ulysses is None else ulysses.get_ulysses_sequence_parallel_world_size()
 
 
 def linear_cross_entropy(
@@ -99,13 +115,14 @@ def linear_cross_entropy(
     """verl's function of this name: log-probs and entropies from hidden states.
 
     (…, D), (V, D) and (…) int64 → two of (…) float32. With `dist_process_group` the ranks hold row
-    shards of `weight`. Raises `InputError` for a reduction other than "none".
+    shards of `weight`; without, a `DTensor` is gathered, and its gradient averaged over ranks, as
+    FSDP2 does. Raises `InputError` for a reduction other than "none".
     """
     if reduction.lower() != "none":
         raise InputError(f"reduction is {reduction!r}: expected 'none', which is what actors use")
     stats = token_stats(
         hidden.flatten(0, -2),
-        weight,
+        weight if dist_process_group is not None else whole(weight),
         labels.flatten(),
         temperature=float(temperature),
         vocab_group=dist_process_group,
@@ -154,6 +171,9 @@ def papo_loss(
 
     The first seven arguments are those of a policy loss registered with verl. The result is the
     loss to call `backward` on: do not add an entropy or KL loss of the actor's own.
+
+    A response of which no token counts is a response all the same: it counts where responses are
+    counted. Metrics of a micro-batch in which no token counts are 0, and the ratios' extremes 1.
 
     Args:
         old_log_prob, log_prob, advantages: (B, L) floating.
@@ -206,9 +226,9 @@ def papo_loss(
     vectors: dict[str, Any] = {
         name: None if x is None else _wide(x[mask]) for name, x in per_token.items()
     }
-    batch = TokenBatch(**vectors)
+    batch = TokenBatch(**vectors, responses=len(mask))
     tokens = mask.sum() if batch_num_tokens is None else batch_num_tokens
-    sequences = len(mask) if global_batch_size is None else global_batch_size
+    sequences = max(1, len(mask)) if global_batch_size is None else global_batch_size
     right_tokens = None if batch.correct is None else batch.correct.sum()
     loss, metrics = objective(
         batch, goal, Denominators(tokens, sequences, correct_tokens=right_tokens)

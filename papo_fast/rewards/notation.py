@@ -181,7 +181,7 @@ def _unwrapped_once(text: str) -> str:
     if text[start : start + 1] == "{" and _closes_at_end(text, start):
         return text[start + 1 : -1]
     stops = len(text) > 1 and text[-1] in ".;," and not text.endswith(("..", "\\.", "\\,", "\\;"))
-    if stops and not _ABBREVIATED.search(text):
+    if stops and not _ABBREVIATED.search(text, max(0, len(text) - 8)):
         return text[:-1]
     for lead in (_LEAD, _APPROXIMATE):
         if (match := lead.match(text)) and match.end() < len(text):

@@ -1,6 +1,9 @@
 """What the authors' functions returned, and our configuration of each case.
 
 `data/official_papo.json` holds 12 configurations, each with (B, L) inputs in float32.
+`data/official_options.json` holds what their `update_policy` (MikeWangWZHL/PAPO, commit fb63bf4)
+did with options and responses that the first file lacks: the loss of `micro` responses at a time,
+added up over the batch, and its gradient. `discount` is the annealed share of γ.
 """
 
 import json
@@ -11,6 +14,7 @@ from papo_fast.config import ObjectiveConfig
 from support import TESTS
 
 GOLDEN = json.loads((TESTS / "data" / "official_papo.json").read_text())
+OPTIONS = json.loads((TESTS / "data" / "official_options.json").read_text())
 PENALTY = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "abs": "abs"}
 AVERAGE = {"token": "token", "seq": "sequence"}
 TOLERANCE = 1e-5
@@ -30,7 +34,7 @@ def official_config(config: dict) -> ObjectiveConfig:
         kl_prcp_clip=config.get("kl_prcp_clip"),
         entropy_coef=config["ori_entropy_coef"],
         aug_entropy_coef=config["aug_entropy_coef"],
-        aug="trained" if config["aug_grad"] else None,  # None: the parity's own, no gradient
+        aug="trained" if config.get("aug_grad") else None,  # None: the parity's own, no gradient
         average=AVERAGE[config["avg"]],
         sft_coef=config.get("sft_coef", 0.0),
     ).resolved()
