@@ -177,7 +177,7 @@ def truth(case):
         terms.append(up["logprobs"] * (y * rest - others * p))
     if "entropy" in up:
         terms.append(-up["entropy"] * p * (log_p + h))
-        rounding.append(up["entropy"].abs() * p * 8 * EPSILON * (log_p.abs() + h))
+        rounding.append(up["entropy"].abs() * p * 16 * EPSILON * (log_p.abs() + h))
     if case.aug_logits is not None:
         log_q = _capped(case, case.aug_logits).log_softmax(1).clamp_min(-1e30)
         q = log_q.exp()
@@ -188,11 +188,12 @@ def truth(case):
             aug_terms.append(up["aug_logprobs"] * (y * rest - others * q))
         if "aug_entropy" in up:
             aug_terms.append(-up["aug_entropy"] * q * (log_q + h_q))
-            rounding.append(up["aug_entropy"].abs() * q * 8 * EPSILON * (log_q.abs() + h_q))
+            rounding.append(up["aug_entropy"].abs() * q * 16 * EPSILON * (log_q.abs() + h_q))
         gap = torch.where(x.abs() < 0.1, p * torch.expm1(x), q - p)
         # The rounding of logits, and of the KLs, moves log q - log p. It is p x where that is not
         # small, but p eps |z| where it is.
-        shift = 8 * EPSILON * (1 + float(z.abs().clamp_max(1e6).max())) + 8 * EPSILON * x.abs()
+        lse = z.logsumexp(1, keepdim=True)
+        shift = 4 * EPSILON * (1 + z.abs().clamp_max(1e6) + lse.abs() + x.abs())
         kls = [up[name].abs() for name in ("kl_prcp", "kl_reverse") if name in up]
         rounding += [g * torch.maximum(p, q) * shift for g in kls]
         if "kl_prcp" in up:
