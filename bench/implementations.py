@@ -28,7 +28,7 @@ DISTANCES = (0.3, 0.03, 0.003)
 SETTINGS = {
     "official": dict(parity="official"),
     "paper": dict(parity="paper"),
-    "exact": dict(parity="ours"),
+    "exact": dict(parity="ours", aug="trained"),
 }
 TERMS = {
     "perception KL": dict(kl_prcp_coef=1.0),

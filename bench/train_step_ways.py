@@ -25,10 +25,10 @@ from papo_fast.update import Updater
 # papo-g-7b has all the terms: γ = .02, η = .05, β = .01. Averages are over the global batch in the
 # official objective too (the authors' are over micro-batches), so that the loss does not depend on
 # what a way puts into one micro-batch.
-PAPO = get_preset("papo-g-7b").objective
+PAPO = replace(get_preset("papo-g-7b").objective, parity="ours", aug="trained")
 OBJECTIVES = {
     "both": PAPO,
-    "official": replace(PAPO, parity="official", average_over="global"),
+    "official": replace(PAPO, parity="official", aug=None, average_over="global"),
     "grpo": get_preset("grpo").objective,
 }
 

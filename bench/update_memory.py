@@ -142,10 +142,11 @@ def write_checkpoint(case, path):
 def configuration(case, path, model=None, parallel=None) -> Config:
     """One update of two micro-batches and more; a reference model, both streams."""
     preset = get_preset("papo-g-7b")
+    objective = replace(preset.objective, parity="ours", aug="trained")
     room = round(2 * case.together * case.lengths.tree(case.group_size))
     return replace(
         preset,
-        objective=preset.objective.resolved(),
+        objective=objective.resolved(),
         model=replace(
             preset.model,
             path=str(path),

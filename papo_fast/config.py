@@ -227,7 +227,7 @@ class ObjectiveConfig:
         follow = {
             "kl_prcp_estimator": estimator,
             "entropy_estimator": estimator,
-            "aug": "trained" if self.parity != "official" else ("frozen" if exact else "stored"),
+            "aug": self._aug_of_parity(exact),
             "average": "token",
             "average_over": "micro" if self.parity == "official" else "global",
         }
@@ -235,6 +235,13 @@ class ObjectiveConfig:
             follow["average"] = "sequence"  # the paper's PAPO-G; its PAPO-D (β = 0) averages tokens
         missing = {k: v for k, v in follow.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
+
+    def _aug_of_parity(self, exact: bool) -> str:
+        if self.parity == "paper":
+            return "trained"
+        # With gradients into it a policy learns to notice that a picture is corrupted, and answers
+        # badly on purpose (docs/evidence.md).
+        return "frozen" if self.parity == "ours" or exact else "stored"
 
     @property
     def needs_reference(self) -> bool:

@@ -17,9 +17,8 @@ from rich.console import Console
 
 from papo_fast.errors import InputError
 from papo_fast.launch import train
-from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
-from support.small_runs import run, small
+from support.small_runs import every_term, run, small
 
 FORK = multiprocessing.get_context("fork")
 
@@ -34,7 +33,7 @@ def resumable(config, **changes):
 @pytest.fixture
 def config(checkpoints, questions, tmp_path):
     # a reference model, two updates a step, rows that repeat within the run
-    config = small(get_preset("papo-g-7b"), checkpoints["qwen2_5_vl"], questions, tmp_path / "a")
+    config = small(every_term(), checkpoints["qwen2_5_vl"], questions, tmp_path / "a")
     return resumable(config)
 
 

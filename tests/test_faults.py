@@ -23,7 +23,7 @@ from papo_fast.presets import get_preset
 from papo_fast.run.checkpoint import CheckpointStore
 from support import SUPPORT
 from support.family_checkpoints import write_checkpoint
-from support.small_runs import png, run, small
+from support.small_runs import every_term, png, run, small
 
 
 def metrics(folder):
@@ -98,7 +98,7 @@ def test_checkpoints_hold_what_is_trained_and_resume_exactly(
 ):
     if "lora_rank" in frozen:
         pytest.importorskip("peft", reason="pip install -e '.[lora]'")
-    config = small(get_preset("papo-g-7b"), checkpoints["qwen3_vl"], questions, tmp_path / "a")
+    config = small(every_term(), checkpoints["qwen3_vl"], questions, tmp_path / "a")
     config = dataclasses.replace(
         config,
         name="run",

@@ -17,10 +17,10 @@ from papo_fast.model.loading import load_model
 from papo_fast.model.lora import adapted_layers, is_adapter, merged
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, SharedReference
-from papo_fast.presets import get_preset
 from support import SUPPORT, parallel_worker
 from support.family_checkpoints import write_checkpoint
 from support.ranks import DATA, fixed_groups, launch
+from support.small_runs import every_term
 
 pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")
@@ -115,7 +115,7 @@ def test_what_is_saved_loads_without_peft_and_gives_the_same_log_probs(setup, tm
 def test_two_ranks_train_the_adapters_of_one_process(tmp_path):
     path = write_checkpoint(tmp_path / "model", "qwen3_vl")
     encoder = PromptEncoder(path, DATA)
-    preset = get_preset("papo-g-7b")
+    preset = every_term()
     config = dataclasses.replace(
         preset,
         model=dataclasses.replace(preset.model, path=str(path), dtype="float32", lora_rank=4),

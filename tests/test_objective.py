@@ -73,6 +73,8 @@ def everything(**replaced) -> ObjectiveConfig:
         "aug_entropy_coef": 0.05,
         "sft_coef": 0.11,
     }
+    if replaced.get("parity") != "official":
+        values["aug"] = "trained"
     return ObjectiveConfig(**(values | replaced)).resolved()
 
 
@@ -272,7 +274,7 @@ def test_terms_of_coefficient_zero_need_nothing_and_contribute_no_nan():
     bare = dict.fromkeys(
         ("entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "ref_logprobs", "ref_kl")
     )
-    config = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0).resolved()
+    config = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0, aug="trained").resolved()
     loss, metrics = objective(make_batch(**bare, correct=None), config, denominators())
     assert set(metrics).isdisjoint({"kl_prcp", "kl_ref", "aug_entropy", "sft_loss"})
 

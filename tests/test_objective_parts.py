@@ -126,7 +126,8 @@ def test_metrics_of_several_updates_are_averaged_by_their_weights():
 @pytest.mark.parametrize(
     ("fields", "runs"),
     [
-        ({}, "trained"),
+        ({}, "frozen"),
+        ({"aug": "trained"}, "trained"),
         ({"parity": "official"}, "stored"),
         ({"parity": "official", "entropy_estimator": "exact"}, "frozen"),
         ({"parity": "paper"}, "trained"),
@@ -142,7 +143,7 @@ def test_how_the_corrupted_stream_runs_is_decided_once(fields, runs):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"aug": "stored"}, r"objective\.aug is stored"),
+        ({"parity": "ours", "aug": "stored"}, r"objective\.aug is stored"),
         ({"parity": "official", "kl_prcp_direction": "reverse"}, r"kl_prcp_direction is reverse"),
     ],
     ids=str,

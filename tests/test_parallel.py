@@ -20,11 +20,10 @@ from safetensors.torch import load_file
 
 from papo_fast.config import ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
-from papo_fast.presets import get_preset
 from support import SUPPORT
 from support.family_checkpoints import write_checkpoint
 from support.ranks import DATA, fixed_groups, launch
-from support.small_runs import png
+from support.small_runs import every_term, png
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     path = write_checkpoint(folder / "model", "qwen3_vl")
     encoder = PromptEncoder(path, DATA)
-    preset = get_preset("papo-g-7b")
+    preset = every_term()
     config = dataclasses.replace(
         preset,
         model=dataclasses.replace(preset.model, path=str(path), dtype="float32"),

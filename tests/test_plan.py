@@ -50,6 +50,9 @@ PUBLISHED = {
 
 def resolved_preset(name):
     config = get_preset(name)
+    if name.startswith("papo"):  # both streams with gradients: what takes most
+        objective = dataclasses.replace(config.objective, parity="ours", aug="trained")
+        config = dataclasses.replace(config, objective=objective)
     return dataclasses.replace(config, objective=config.objective.resolved())
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.launch import train
+from papo_fast.presets import get_preset
 
 VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
 
@@ -21,6 +22,13 @@ def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels.to(torch.uint8).numpy()).save(out, format="PNG")
     return out.getvalue()
+
+
+def every_term():
+    """All terms of PAPO, exact, with gradients into both streams: what asks most of a run."""
+    preset = get_preset("papo-g-7b")
+    objective = dataclasses.replace(preset.objective, parity="ours", aug="trained")
+    return dataclasses.replace(preset, objective=objective)
 
 
 def small(config, path, data, out, **changes):
