@@ -164,7 +164,10 @@ def test_the_advice_can_be_passed_to_the_command_line(sizes, capsys, monkeypatch
     layout = Layout(8, GPUS["h100"].memory)
     for effect in effects(config, sizes["qwen2_5_vl_7b"], Lengths(), layout):
         flags = effect.option.name.partition(" (")[0].split()
-        argv = arguments("qwen2_5_vl_7b", 8, "--model.no-gradient-checkpointing")
+        argv = arguments(
+            "qwen2_5_vl_7b", 8, "--model.no-gradient-checkpointing",
+            "--objective.parity", "ours", "--objective.aug", "trained",
+        )  # fmt: skip
         assert main([*argv, *flags]) == 0, flags
         sums = [line for line in capsys.readouterr().out.splitlines() if "sum" in line]
         peak = max(float(x) for x in re.findall(r"[0-9]+[.][0-9]", sums[0]))

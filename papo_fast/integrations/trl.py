@@ -74,8 +74,8 @@ class PAPOConfig(GRPOConfig):
     parity: Literal["ours", "official", "paper"] = field(
         default="ours",
         metadata={
-            "help": "`ours`: exact terms, gradients into both streams; `official`: sampled terms, "
-            "no gradient into the corrupted stream; `paper`: sampled terms, both gradients."
+            "help": "`ours`: exact terms; `official`: sampled; both without gradient into the "
+            "corrupted stream; `paper`: sampled terms, both gradients."
         },
     )
     kl_prcp_direction: Literal["forward", "reverse"] = field(
