@@ -24,7 +24,7 @@ from papo_fast.dependency import WeightBatch
 from papo_fast.errors import InputError
 from papo_fast.estimators import largest_per_sequence, mean_per_sequence, minmax_per_sequence
 from papo_fast.token_batch import TokenBatch
-from papo_fast.user_function import load_function
+from papo_fast.weight_settings import load_weight
 
 Weight = Callable[[WeightBatch, ObjectiveConfig], Tensor]
 
@@ -263,13 +263,9 @@ def named_weights(config: ObjectiveConfig) -> dict[str, NamedWeight]:
     for name in config.weight_names:
         if name in WEIGHTS:
             found[name] = WEIGHTS[name]
-            continue
-        function = load_function(name, "objective.token_weights")
-        needs = tuple(getattr(function, "needs", ()))
-        known = {field.name for field in dataclasses.fields(WeightBatch)}
-        if unknown := [x for x in needs if x not in known]:
-            raise InputError(f"token weight {name} needs {unknown[0]!r}: WeightBatch has no such")
-        found[name] = NamedWeight(function, lambda config, needs=needs: needs)
+        else:
+            function, needs = load_weight(name)
+            found[name] = NamedWeight(function, lambda config, needs=needs: needs)
     return found
 
 

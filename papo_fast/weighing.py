@@ -18,9 +18,9 @@ from papo_fast.parallel import gather, rank, world_size
 from papo_fast.samples import Group, Sample, all_samples
 from papo_fast.token_batch import Metrics, TokenBatch
 from papo_fast.token_weights import named_weights, token_weights
+from papo_fast.weight_settings import OVER_VOCABULARY
 from papo_kernels import token_stats
 
-_OVER_VOCABULARY = ("js_divergence", "nucleus_entropy")
 _LOGITS = 2**24
 """Logits of one stream that are held at a time."""
 
@@ -36,7 +36,7 @@ class TokenWeigher:
         self.config, self.goal = config, config.objective
         self.weights = named_weights(self.goal)
         needs = {name for weight in self.weights.values() for name in weight.needs(self.goal)}
-        self.over_vocabulary = [name for name in _OVER_VOCABULARY if name in needs]
+        self.over_vocabulary = [name for name in OVER_VOCABULARY if name in needs]
 
     def measure(self, groups: Sequence[Group], policy: Policy) -> dict[str, float]:
         """Fill in `Sample.seen`, where weights are of the policy that sampled; returns metrics.
@@ -89,13 +89,14 @@ class TokenWeigher:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.over_vocabulary}
         rows = max(1, _LOGITS // len(weight_VD))
         for full, aug in zip(hidden_ND.split(rows), aug_ND.split(rows), strict=True):
-            p = (full.float() @ weight_VD.T + bias) / temperature
+            # in float64 from here: close policies differ in the last digits of float32
+            p = (full.float() @ weight_VD.T + bias).double() / temperature
             if "js_divergence" in parts:
-                q = (aug.float() @ weight_VD.T + bias) / temperature
+                q = (aug.float() @ weight_VD.T + bias).double() / temperature
                 parts["js_divergence"].append(js_divergence(p, q))
             if "nucleus_entropy" in parts:
                 parts["nucleus_entropy"].append(nucleus_entropy(p, self.goal.tor_nucleus))
-        return {name: torch.cat(values) for name, values in parts.items()}
+        return {name: torch.cat(values).float() for name, values in parts.items()}
 
     def weigh(self, groups: Sequence[Group]) -> None:
         """Fill in `Sample.weights` of an update's groups, the same on every rank.

@@ -6,11 +6,33 @@ what each number does and where its default value comes from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from papo_fast.errors import InputError
+from papo_fast.user_function import load_function
 
 WEIGHT_NAMES = ("vppo", "pgpo", "tor", "cgpo", "vepo")
 """Token weights that come with the package; others are `FILE.py:name`."""
+
+OVER_VOCABULARY = ("js_divergence", "nucleus_entropy")
+"""What is measured where a weight asks for it alone, and in the pass after sampling alone."""
+
+
+def load_weight(name: str) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """The user's function `FILE.py:name`, and what its attribute `needs` asks for.
+
+    Raises `InputError` where it cannot be loaded, or needs what is not of `OVER_VOCABULARY`.
+    """
+    function = load_function(name, "objective.token_weights")
+    needs = getattr(function, "needs", ())
+    if not isinstance(needs, tuple) or not set(needs) <= set(OVER_VOCABULARY):
+        raise InputError(
+            f"objective.token_weights: {name} has needs = {needs!r}, expected a tuple of "
+            f"{' and '.join(OVER_VOCABULARY)}"
+        )
+    return function, needs
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def test_no_two_test_files_share_a_name():
 # From the ground up: a room imports from the floors below its own, and from nowhere else.
 FLOORS = (
     {"errors"},
-    {"weight_settings", "user_function"},
+    {"user_function"},
+    {"weight_settings"},
     {"config", "machine", "setting_bounds"},
     {"config_checks", "presets", "parallel", "token_batch"},
     {"rewards", "run", "estimators"},
