@@ -5,8 +5,8 @@ VPPO, arXiv 2510.09285; PGPO, arXiv 2604.01840; ToR, arXiv 2603.25077; CGPO, doi
 10.1145/3767308.3835969; VEPO, arXiv 2606.03937, each as its code computes it where that differs
 from the paper (docs/implementations.md).
 
-`mask` arguments take the place of a selection by rank. Where tokens tie at the threshold the code
-of the methods keeps any of them, and ours the earlier ones.
+An argument `…mask`, (N,) bool, takes the place of a selection by rank. Where tokens tie at the
+threshold the code of the methods keeps any of them, and ours the earlier ones.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def largest(values: Tensor, batch: TokenBatch, share: float, over: str) -> Tenso
 def over_selected(mask: Tensor, batch: TokenBatch, average: str) -> Tensor:
     """(N,): factors that make a mean over all tokens one over those of `mask`, (N,) bool.
 
-    1 on all tokens where none is selected has no meaning, so these are 0 there. With
-    average="sequence" it is the mean of each response.
+    With average="sequence" the mean is that of each response. Where none is selected all are 0.
     """
     chosen = mask.to(batch.logprobs.dtype)
     if average == "sequence":

@@ -6,7 +6,8 @@ import torch
 from papo_fast.config import ObjectiveConfig
 from papo_fast.dependency import js_divergence, nucleus_entropy
 from papo_fast.estimators import mean_per_sequence
-from papo_fast.token_batch import TokenBatch
+from papo_fast.objective import objective
+from papo_fast.token_batch import Denominators, TokenBatch
 from papo_fast.token_weights import (
     cgpo,
     largest,
@@ -351,6 +352,38 @@ def test_papo_and_cfpo(method, setting, case):
     sum(losses).backward()
     errors = {"losses": error(torch.stack(losses), out["losses"])}
     hold(method, case, errors | batch.errors_of_gradients(out, GRADIENTS))
+
+
+def test_cfpo_from_hidden_states_is_k3_of_whole_logits():
+    """Hidden states of an intervened pass as the second stream; nothing but them is CFPO's own."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, other, head = (
+        torch.randn(size, 6, generator=generator, dtype=torch.float64) for size in (5, 5, 11)
+    )
+    targets = torch.tensor([3, 0, 10, 7, 7])
+
+    def logprobs(states):
+        return (states @ head.T).log_softmax(-1)[torch.arange(5), targets]
+
+    by_hand = hidden.clone().requires_grad_()
+    d = logprobs(other) - logprobs(by_hand)
+    expected = -0.02 * (d.exp() - d - 1).mean()
+    expected.backward()
+
+    ours = hidden.clone().requires_grad_()
+    stats = token_stats(ours, head, targets, aug_hidden=other, aug_constant=True)
+    batch = TokenBatch(
+        logprobs=stats.logprobs,
+        old_logprobs=stats.logprobs.detach(),
+        aug_logprobs=stats.aug_logprobs,
+        advantages=torch.zeros_like(stats.logprobs),
+        sequence_ids=torch.tensor([0, 0, 1, 1, 1]),
+    )
+    config = goal(kl_prcp_coef=0.02)
+    loss, _ = objective(batch, config, Denominators(tokens=5, sequences=2))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, by_hand.grad, rtol=1e-4, atol=1e-6)
 
 
 GRADIENTS = {"grad_logp": "logp", "grad_aug": "aug", "grad_H": "H"}

@@ -270,6 +270,27 @@ def test_two_steps_with_weights_by_name(names, fields, rows_of, monkeypatch):
             assert 0.3 < left_out < 0.8 and 0 < weight < 1 - left_out + 0.05
 
 
+def test_the_preset_of_vppo_has_the_papers_numbers_and_runs(
+    checkpoints, questions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "Scorer", Different)
+    preset = get_preset("vppo-7b")
+    goal = preset.objective
+    assert (goal.vppo_top_p, goal.vppo_scaling_min, goal.entropy_coef) == (0.4, 0.9, 0.06)
+    assert (goal.clip_low, goal.clip_high, goal.clip_dual, goal.kl_coef) == (0.2, 0.28, 3.0, 0.0)
+    assert (goal.dependency, goal.weighs_on, goal.kl_prcp_coef) == ("sampled-k3", "rollout", 0.0)
+    assert preset.rollout.group_size == 8 and preset.rollout.dynamic_filter
+    assert preset.corruption.ratio == 0.5
+    config = small(preset, checkpoints["qwen2_5_vl"], questions, tmp_path)
+    rollout = dataclasses.replace(config.rollout, filter_unfilled="top_up", max_filter_rounds=1)
+    _, rows, _ = run(dataclasses.replace(config, rollout=rollout))
+    for row in rows:
+        assert row["pg_loss"] != 0 and 0.3 < row["tokens_left_out"] < 0.6
+        # −log π of sampled tokens, minimised; the policy loss is added as it is
+        assert row["entropy"] == pytest.approx(row["sampled_entropy"])
+        assert row["loss"] == pytest.approx(row["pg_loss"] + 0.06 * row["entropy"], rel=1e-5)
+
+
 # --- at the door ----------------------------------------------------------------------------------
 
 
