@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,9 @@ def dependency(batch: TokenBatch, config: TokenWeightSettings) -> Tensor:
 
 def measured(batch: TokenBatch, config: TokenWeightSettings, **more: Tensor) -> WeightBatch:
     """`batch` as token weights read it: constants, with `dependency` and the vectors in `more`."""
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(TokenBatch)}
+    values: dict[str, Any] = {
+        f.name: getattr(batch, f.name) for f in dataclasses.fields(TokenBatch)
+    }
     values |= {n: x.detach() for n, x in values.items() if isinstance(x, Tensor)}
     return WeightBatch(**values, dependency=dependency(batch, config), **more)
 

@@ -263,9 +263,13 @@ def named_weights(config: ObjectiveConfig) -> dict[str, NamedWeight]:
         if name in WEIGHTS:
             found[name] = WEIGHTS[name]
         else:
-            function, needs = load_weight(name)
-            found[name] = NamedWeight(function, lambda config, needs=needs: needs)
+            found[name] = _of_user(name)
     return found
+
+
+def _of_user(name: str) -> NamedWeight:
+    function, needs = load_weight(name)
+    return NamedWeight(function, lambda config: needs)
 
 
 def token_weights(

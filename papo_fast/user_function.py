@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from papo_fast.errors import InputError
@@ -25,10 +26,11 @@ def load_function(named: str, setting: str) -> Callable[..., Any]:
     if not path.is_file():
         raise InputError(f"{setting}: {file} is not a file (looked for from {Path.cwd()})")
     # a name of its own: a user's file may be called like a module of Python
-    spec = importlib.util.spec_from_file_location(f"papo_fast_user_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    loader = SourceFileLoader(f"papo_fast_user_{path.stem}", str(path))
+    module = ModuleType(loader.name)
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{setting}: {file} cannot be run ({what})") from error

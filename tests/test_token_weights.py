@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from test_policy import picture, plain_logits
 
 from papo_fast import launch
 from papo_fast.config import DataConfig, ModelConfig, ObjectiveConfig
@@ -25,6 +24,7 @@ from papo_fast.weighing import TokenWeigher
 from papo_fast.weight_settings import WEIGHT_NAMES
 from support.groups import group_of
 from support.small_runs import run, small
+from support.whole_logits import picture, plain_logits
 
 LENGTHS = (5, 1, 7)
 
