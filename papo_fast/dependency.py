@@ -56,11 +56,11 @@ def dependency(batch: TokenBatch, config: TokenWeightSettings) -> Tensor:
 
 def measured(batch: TokenBatch, config: TokenWeightSettings, **more: Tensor) -> WeightBatch:
     """`batch` as token weights read it: constants, with `dependency` and the vectors in `more`."""
-    values: dict[str, Any] = {
-        f.name: getattr(batch, f.name) for f in dataclasses.fields(TokenBatch)
-    }
-    values |= {n: x.detach() for n, x in values.items() if isinstance(x, Tensor)}
-    return WeightBatch(**values, dependency=dependency(batch, config), **more)
+    values: dict[str, Any] = {"dependency": dependency(batch, config), **more}
+    for field in dataclasses.fields(TokenBatch):
+        value = getattr(batch, field.name)
+        values[field.name] = value.detach() if isinstance(value, Tensor) else value
+    return WeightBatch(**values)
 
 
 def js_divergence(logits: Tensor, aug_logits: Tensor, eps: float = 0.0) -> Tensor:
