@@ -18,7 +18,7 @@ from papo_fast.integrations.verl import papo_loss
 from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Scorer
-from papo_fast.token_weights import WEIGHTS, named_weights, pgpo, token_weights, vppo
+from papo_fast.token_weights import WEIGHTS, named_weights, pgpo, token_weights, vppo, vppo_scaling
 from papo_fast.view_terms import dvrp_term, evidence_kls, margin_loss
 from papo_fast.weighing import TokenWeigher
 from papo_fast.weight_settings import WEIGHT_NAMES
@@ -149,6 +149,13 @@ def test_vppo_moves_no_advantage_between_responses_on_average():
     assert sum(factors) / 3 == pytest.approx(1, abs=1e-6) and min(factors) == pytest.approx(0.9)
     means = [part.mean().item() for part in batch.dependency.split(LENGTHS)]
     assert means.index(max(means)) == factors.index(max(factors))
+
+
+def test_vppo_leaves_responses_equal_whose_dependencies_hardly_differ():
+    """A range of 5e-7 nats is noise to its code, one of 2e-6 is not."""
+    scores_B = torch.tensor([0.1, 0.1 + 5e-7, 0.1 + 2e-7], dtype=torch.float64)
+    assert vppo_scaling(scores_B, 0.9).tolist() == [1, 1, 1]
+    assert vppo_scaling(0.1 + 4 * (scores_B - 0.1), 0.9).min().item() == pytest.approx(0.9)
 
 
 def test_pgpo_keeps_each_responses_mass_and_its_order():
