@@ -13,6 +13,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from papo_fast.weight_settings import TokenWeightSettings
+
 Estimator = Literal["sampled", "exact"]
 KLPenalty = Literal["k1", "k2", "k3", "abs"]
 Average = Literal["token", "sequence", "constant"]
@@ -164,7 +166,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(TokenWeightSettings):
     parity: Literal["ours", "official", "paper"] = "ours"
     """`ours`: exact terms; `official`: the authors' code; `paper`: the paper's printed equations.
     Sets every field below whose default is None, and nothing else."""
@@ -248,17 +250,21 @@ class ObjectiveConfig:
         return self.kl_coef != 0
 
     @property
-    def needs_aug(self) -> bool:
+    def has_aug_terms(self) -> bool:
         return self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
 
     @property
+    def needs_aug(self) -> bool:
+        return self.has_aug_terms or self.weighs_on != "none"
+
+    @property
     def aug_stream(self) -> AugRun:
-        """How the corrupted stream runs, `none` where no term needs it.
+        """How the corrupted stream runs in an update, `none` where it needs none.
 
         Raises `ValueError` for a configuration that is not resolved: it does not know yet.
         """
-        if not self.needs_aug:
-            return "none"
+        if not self.has_aug_terms:
+            return "frozen" if self.weighs_on == "current" else "none"
         if self.aug is None:
             raise ValueError("the objective is not resolved: pass config.resolved()")
         return self.aug

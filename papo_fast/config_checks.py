@@ -7,6 +7,7 @@ import dataclasses
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.errors import InputError
 from papo_fast.setting_bounds import check_bounds, check_urls
+from papo_fast.weight_settings import WEIGHT_NAMES, load_weight
 
 
 def resolve(config: Config) -> Config:
@@ -90,4 +91,41 @@ def check_objective(objective: ObjectiveConfig) -> None:
         raise InputError(
             "objective.kl_prcp_direction is reverse, which exists as an exact term only: set "
             "objective.kl_prcp_estimator to exact"
+        )
+    if terms.weighs_on != "none":
+        _check_weights(terms)
+
+
+def _check_weights(objective: ObjectiveConfig) -> None:
+    names, current = objective.weight_names, objective.weighs_on == "current"
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"objective.token_weights names {name} twice")
+        if name in WEIGHT_NAMES:
+            continue
+        if ":" not in name:
+            raise InputError(
+                f"objective.token_weights: {name!r} is neither {', '.join(WEIGHT_NAMES)} nor "
+                "FILE.py:name"
+            )
+        _, needs = load_weight(name)
+        if needs and current:
+            raise InputError(
+                f"objective.dependency_of is current, but {needs[0]}, which {name} needs, is "
+                "measured after sampling alone: take rollout"
+            )
+    if "vepo" in names and current and objective.vepo_score != "H":
+        raise InputError(
+            "objective.dependency_of is current, but the divergence that vepo needs is measured "
+            "after sampling alone: take rollout, or objective.vepo_score H"
+        )
+    if "tor" in names and current and objective.tor_nucleus != 1:
+        raise InputError(
+            f"objective.tor_nucleus is {objective.tor_nucleus}, but that entropy is measured after "
+            "sampling alone: with objective.dependency_of current it must be 1"
+        )
+    if current and objective.aug_stream == "stored" and objective.dependency == "exact":
+        raise InputError(
+            "objective.dependency is exact, but objective.aug stored keeps log-probs of the "
+            "sampled tokens alone: take frozen, or objective.dependency_of rollout"
         )

@@ -86,6 +86,23 @@ def at_update(config: ObjectiveConfig, update: int) -> ObjectiveConfig:
     )
 
 
+def mean_per_sequence(values: Tensor, batch: TokenBatch) -> Tensor:
+    """(N,) → (B,): each response's mean, in the order of the batch."""
+    index = batch.sequence_index
+    n = int(index[-1]) + 1 if len(index) else 0
+    lengths = index.bincount(minlength=n)
+    return values.new_zeros(n).index_add(0, index, values) / lengths
+
+
+def minmax_per_sequence(values: Tensor, batch: TokenBatch, least_range: float = 1e-8) -> Tensor:
+    """(N,) → (N,) in [0, 1]: (x − min) / max(max − min, least_range) of each response."""
+    index = batch.sequence_index
+    start = torch.zeros_like(values)
+    low = start.scatter_reduce(0, index, values, "amin", include_self=False)[index]
+    high = start.scatter_reduce(0, index, values, "amax", include_self=False)[index]
+    return (values - low) / (high - low).clamp(min=least_range)
+
+
 def largest_per_sequence(values: Tensor, batch: TokenBatch, share: float) -> Tensor:
     """(N,) bool: each sequence's ⌈share × length⌉ largest `values`; earlier tokens win ties."""
     order, first = _sorted_within_sequences(values, batch, descending=True)

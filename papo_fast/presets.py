@@ -1,7 +1,8 @@
 """Named configurations: the paper's, the baselines, and the built-in task.
 
 PAPO's values are those of arXiv 2507.06448 and its authors' scripts: 384 prompts x 5 responses per
-rollout, 3 updates of 128 prompts, lr 1e-6, 2 epochs of ViRL39K.
+rollout, 3 updates of 128 prompts, lr 1e-6, 2 epochs of ViRL39K. VPPO's are those of arXiv
+2510.09285 and of its authors' script for 7B, with PAPO's batch sizes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from papo_fast.config import (
     Config,
+    CorruptionConfig,
     DataConfig,
     DigitsConfig,
     ModelConfig,
@@ -93,6 +95,23 @@ def _tiny(objective: ObjectiveConfig) -> Config:
     )
 
 
+# Theirs draws a corruption for each response and samples with top-p .99; ours draws one for each
+# prompt and samples from the policy as it is.
+_VPPO = Config(
+    objective=replace(
+        _papo(0.0, 0.0, 0.0, 0.28),
+        token_weights="vppo",
+        dependency="sampled-k3",
+        vppo_top_p=0.4,
+        vppo_scaling_min=0.9,
+        entropy_coef=0.06,
+        entropy_estimator="sampled",
+    ),
+    corruption=CorruptionConfig(ratio=0.5),
+    rollout=replace(_DAPO_ROLLOUT, group_size=8),
+)
+
+
 PRESETS: dict[str, tuple[str, Config]] = {
     name: (help_text, replace(config, preset=name))
     for name, help_text, config in (
@@ -140,6 +159,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
             "dapo",
             "Baseline: DAPO.",
             _preset(_baseline(0.0, 0.28), _DAPO_ROLLOUT),
+        ),
+        (
+            "vppo-7b",
+            "VPPO on DAPO, Qwen2.5-VL-7B: advantages go to tokens that depend on the picture.",
+            _VPPO,
         ),
     )
 }

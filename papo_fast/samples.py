@@ -42,6 +42,10 @@ class Sample:
     """log π_ref."""
     aug: Tensor | None = None
     """log π given the corrupted picture, where that stream is stored and not run by the update."""
+    seen: dict[str, Tensor] | None = None
+    """What token weights read of the policy that sampled: vectors of `TokenBatch` by name."""
+    weights: Tensor | None = None
+    """Factors on the advantage of each token, of token weights that are measured on that policy."""
 
     def __len__(self) -> int:
         return len(self.completion.token_ids)

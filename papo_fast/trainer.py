@@ -71,6 +71,7 @@ class Trainer:
         self.engine.sleep()
         seconds["rollout_seconds"] = clock.lap()
         scored = add_logprobs(groups, self.policy, self.reference, self.config)
+        scored |= self.updater.weigher.measure(groups, self.policy)
         seconds["experience_seconds"] = clock.lap()
         size, updates = self.config.train.update_prompts, []
         total = len(groups) * rollout.group_size

@@ -20,6 +20,7 @@ from papo_fast.objective import mean_metrics, objective
 from papo_fast.parallel import gather, rank, world_size
 from papo_fast.samples import Group, all_samples
 from papo_fast.token_batch import Denominators, Metrics, TokenBatch
+from papo_fast.weighing import TokenWeigher
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Updater:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
         )
+        self.weigher = TokenWeigher(self.config)
         self.updates = 0
         self.bad_updates = 0
         self._bad_in_a_row = 0
@@ -71,6 +73,7 @@ class Updater:
             config.rollout.max_new_tokens,
             torch.tensor([s.is_right for s in samples]),
         )
+        self.weigher.weigh(groups)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
         streams = 2 if config.objective.aug_stream == "trained" else 1
@@ -148,7 +151,9 @@ class Updater:
             correct=right[batch.sequence_ids_N],
             rollout_weights=weights,
         )
-        return tokens, metrics
+        factors = stored([s.weights for s in samples])
+        tokens, of_weights = self.weigher.weighted(tokens, factors)
+        return tokens, metrics | of_weights
 
     def counters(self) -> dict[str, int]:
         """What a checkpoint keeps besides the optimizer."""

@@ -19,9 +19,11 @@ import pytest
 
 import papo_fast
 from papo_fast import cli, estimators, objective
-from papo_fast.config import Config
+from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import resolve
 from papo_fast.presets import PRESETS
+from papo_fast.token_batch import TokenBatch
+from papo_fast.weighing import TokenWeigher
 from support import SUPPORT, TESTS
 
 ROOT = TESTS.parent
@@ -481,7 +483,18 @@ def keys_of_the_code():
     row = json.loads((TESTS / "data" / "metrics_row.json").read_text())
     zeros = torch.zeros(1)
     _, of_weights = estimators.truncated_weights(zeros, zeros, 2.0)
-    return set(row) | {term.name for term in objective.TERMS} | set(of_weights)
+    return set(row) | {term.name for term in objective.TERMS} | set(of_weights) | weigher_keys()
+
+
+def weigher_keys():
+    import torch
+
+    goal = ObjectiveConfig(token_weights="pgpo", dependency_of="current").resolved()
+    weigher = TokenWeigher(dataclasses.replace(PRESETS["grpo"][1], objective=goal))
+    zeros = torch.zeros(1)
+    ids = torch.zeros(1, dtype=torch.int64)
+    batch = TokenBatch(zeros, zeros, zeros, ids, kl_prcp=zeros)
+    return set(weigher.weighted(batch, None)[1])
 
 
 def test_every_key_of_the_metrics_is_documented_once():
@@ -495,10 +508,12 @@ def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
     status, output, folder = done[job_name(chain)]
     assert status == 0, output[-4000:]
     runs = {path.parent.name: path for path in folder.glob("runs/*/metrics.jsonl")}
-    assert set(runs) == {"from-python", "own-reward", "own-corruption", "own-term"}
+    assert set(runs) == {*("from-python", "own-reward", "own-corruption", "own-term", "own-weight")}
     rows = {name: json.loads(path.read_text().splitlines()[0]) for name, path in runs.items()}
     assert set(rows["from-python"]) <= set(documented_keys())
     assert set(rows["own-term"]) - set(documented_keys()) == {"drift"}
+    # of the tokens that VPPO keeps, at least four fifths, the page's weight may drop any
+    assert set(rows["own-weight"]) >= weigher_keys() and rows["own-weight"]["token_weight"] < 1
     # 0.1 / (1 + length / 200) for a response of some length, where the built-in reward gives 0
     assert rows["from-python"]["reward"] == 0 and 0.05 < rows["own-reward"]["reward"] < 0.1
     assert rows["own-corruption"]["kl_prcp"] != rows["own-reward"]["kl_prcp"]

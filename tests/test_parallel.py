@@ -40,9 +40,11 @@ def job(tmp_path_factory):
     )
 
     @functools.cache
-    def run(ranks, name, resume=None, **parallel):
+    def run(ranks, name, resume=None, weights="", **parallel):
+        goal = dataclasses.replace(config.objective, token_weights=weights)
+        layout = ParallelConfig(**parallel)
         job = {
-            "config": dataclasses.replace(config, parallel=ParallelConfig(**parallel)),
+            "config": dataclasses.replace(config, objective=goal, parallel=layout),
             "bans": encoder.banned_token_ids,
             "groups": fixed_groups(encoder),
             "checkpoint": ranks > 1,
@@ -80,6 +82,19 @@ def test_ranks_give_the_parameters_of_one_process(job, ranks, parallel):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_ranks_weigh_tokens_as_one_process_does(job):
+    """Shares and ranges are of an update's tokens over all ranks, not of those of a rank."""
+    _, (unweighted, *_), run = job
+    one, rows_of_one, _ = run(1, "one-weighted", weights="vppo,cgpo")
+    two, rows, _ = run(2, "two-weighted", weights="vppo,cgpo")
+    assert max((one[n] - unweighted[n]).abs().max().item() for n in one) > 1e-5
+    assert max((two[n] - one[n]).abs().max().item() for n in one) < 1e-5
+    for a, b in zip(rows, rows_of_one, strict=True):
+        assert 0 < a["tokens_left_out"] < 1
+        assert a["tokens_left_out"] == pytest.approx(b["tokens_left_out"], abs=1e-9)
+        assert a["token_weight"] == pytest.approx(b["token_weight"], rel=1e-5)
 
 
 def test_one_process_goes_on_where_two_stopped(job):

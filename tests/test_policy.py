@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
 from papo_fast.config import DataConfig, ModelConfig
 from papo_fast.data.encoder import PromptEncoder
@@ -15,6 +14,7 @@ from papo_fast.model.policy import Policy
 from papo_fast.rollout.hf import HFRollout
 from support.family_checkpoints import FAMILIES, write_checkpoint
 from support.groups import group_of
+from support.whole_logits import picture, plain_logits
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
@@ -28,11 +28,6 @@ def loaded(request, tmp_path_factory):
     return path, encoder, policy
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
-
-
 def some_prompts(encoder):
     return [
         encoder.encode("What is it?", [picture(64, 64, 1)]),
@@ -41,20 +36,6 @@ def some_prompts(encoder):
             "Two of them: <image> and <image>", [picture(60, 90, 2), picture(99, 64, 3)]
         ),
     ]
-
-
-def plain_logits(policy, prompt, response, pixel_values):
-    """Float64 log-softmax of one unpadded sequence through the model's own forward."""
-    ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
-    types = torch.cat([prompt.mm_token_type_ids, torch.zeros(len(response), dtype=torch.int64)])
-    inputs = {"input_ids": ids, "mm_token_type_ids": types[None]}
-    if pixel_values is not None:
-        inputs |= {"pixel_values": pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    policy.model.model.rope_deltas = None
-    with torch.no_grad():
-        logits = policy.model(**inputs).logits[0].double() + policy.banned_V.double()
-    start = len(prompt)
-    return logits[start - 1 : start - 1 + len(response)].log_softmax(-1)
 
 
 def test_no_gradient_reaches_the_aug_stream_when_it_must_not(loaded):

@@ -200,6 +200,11 @@ def papo_loss(
                 f"loss_agg_mode is {loss_agg_mode!r}: expected one of {', '.join(AVERAGES)}"
             )
         goal = dataclasses.replace(goal, average=AVERAGES[loss_agg_mode])
+    if goal.weighs_on != "none":
+        raise InputError(
+            f"config.token_weights is {goal.token_weights!r}: papo_loss applies none, multiply "
+            "advantages by those of papo_fast.token_weights"
+        )
     mask = response_mask.bool()
     if correct is not None and correct.ndim == 1:
         correct = correct[:, None].expand_as(mask)

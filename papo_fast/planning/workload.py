@@ -118,6 +118,7 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
         (objective.needs_reference and objective.kl_estimator == "sampled")
         + (config.old_logprobs_from == "pass")
         + (objective.aug_stream == "stored")
+        + 2 * (objective.weighs_on == "rollout")  # both streams
     )
     again = int(model.gradient_checkpointing)
     text_factor = 2 + again + (model.lora_rank == 0)

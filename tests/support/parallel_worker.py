@@ -40,6 +40,7 @@ def main(job_path: str, out: str) -> None:
         groups = job["groups"]
         updater = Updater(config, policy, reference, total_updates=3)
         add_logprobs(groups, policy, reference, config)
+        updater.weigher.measure(groups, policy)
         store = CheckpointStore(Path(job.get("resume") or out) / "checkpoints")
         if job.get("resume"):
             updater.restore(store.load(policy, updater.optimizer)["updater"])
