@@ -226,10 +226,12 @@ class ObjectiveConfig(TokenWeightSettings):
             self.kl_prcp_estimator or estimator,
             self.entropy_estimator or estimator,
         )
+        # With gradients into it a policy learns to spot corrupted pictures (docs/evidence.md).
+        constant = "frozen" if exact or self.parity == "ours" else "stored"
         follow = {
             "kl_prcp_estimator": estimator,
             "entropy_estimator": estimator,
-            "aug": self._aug_of_parity(exact),
+            "aug": "trained" if self.parity == "paper" else constant,
             "average": "token",
             "average_over": "micro" if self.parity == "official" else "global",
         }
@@ -237,13 +239,6 @@ class ObjectiveConfig(TokenWeightSettings):
             follow["average"] = "sequence"  # the paper's PAPO-G; its PAPO-D (β = 0) averages tokens
         missing = {k: v for k, v in follow.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
-
-    def _aug_of_parity(self, exact: bool) -> str:
-        if self.parity == "paper":
-            return "trained"
-        # With gradients into it a policy learns to notice that a picture is corrupted, and answers
-        # badly on purpose (docs/evidence.md).
-        return "frozen" if self.parity == "ours" or exact else "stored"
 
     @property
     def needs_reference(self) -> bool:

@@ -99,7 +99,7 @@ def _tiny(objective: ObjectiveConfig) -> Config:
 # prompt and samples from the policy as it is.
 _VPPO = Config(
     objective=replace(
-        _papo(0.0, 0.0, 0.0, 0.28),
+        _baseline(0.0, 0.28),
         token_weights="vppo",
         dependency="sampled-k3",
         vppo_top_p=0.4,
