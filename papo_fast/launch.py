@@ -13,6 +13,7 @@ from rich.console import Console
 
 from papo_fast.config import Config
 from papo_fast.config_checks import resolve
+from papo_fast.consoles import outlive_readers
 from papo_fast.errors import InputError
 from papo_fast.parallel import (
     gather,
@@ -33,7 +34,7 @@ from papo_fast.run.files import CONFIG
 from papo_fast.run.folder import run_folder, write_json
 from papo_fast.run.progress import Progress
 from papo_fast.run.resume import DATA, check_data, data_marks, finished_steps
-from papo_fast.run.stop import Stopped, StopRequest, outlive_readers, stop_on_signals
+from papo_fast.run.stop import Stopped, StopRequest, stop_on_signals
 from papo_fast.trainer import Trainer
 
 _log = logging.getLogger(__name__)
