@@ -341,7 +341,7 @@ def test_what_cannot_be_planned_is_named(capsys, argv, message):
 def test_a_configuration_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["plan", "--model.path", str(tmp_path)]) == 2
-    assert "of type 'llama'" in " ".join(capsys.readouterr().err.split())
+    assert "is a 'llama' model" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model.path", str(tmp_path)]) == 2
     assert "cannot be read" in " ".join(capsys.readouterr().err.split())

@@ -21,8 +21,9 @@ from transformers.image_utils import SizeDict
 from papo_fast.config import DataConfig
 from papo_fast.data.model_folder import (
     chat_template,
-    check_family,
+    check_config,
     check_files,
+    end_ids,
     first_line,
     load,
     optional_file,
@@ -95,8 +96,9 @@ class PromptEncoder:
                 "expected 0 < min_pixels <= max_pixels"
             )
         check_files(self.model_path)
+        if (file := optional_file(self.model_path, "config.json")) is not None:
+            check_config(Path(file), FAMILIES)
         config = load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
-        check_family(self.model_path, config.model_type, FAMILIES)
         self.tokenizer = load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer.chat_template, self._template_file = chat_template(
             self.model_path, self.tokenizer
@@ -339,8 +341,7 @@ class PromptEncoder:
         pad = self.tokenizer.pad_token_id
         if optional_file(self.model_path, "generation_config.json") is not None:
             generation = load(GenerationConfig, self.model_path)
-            listed = generation.eos_token_id
-            eos.update(listed if isinstance(listed, list) else [listed])
+            eos.update(end_ids(self.model_path, generation.eos_token_id))
             pad = generation.pad_token_id if pad is None else pad
         eos.discard(None)
         if not eos:

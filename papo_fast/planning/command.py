@@ -21,6 +21,8 @@ from papo_fast.planning.seconds import StepTime, estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
 
+MOST_GPUS = 10**6
+
 
 @dataclass(frozen=True)
 class PlanArguments:
@@ -39,8 +41,8 @@ class PlanArguments:
 def print_plan(arguments: PlanArguments, console: Console) -> None:
     """Raises `InputError` for settings that cannot be planned with."""
     config, lengths = arguments.config, arguments.lengths
-    if arguments.gpus < 1:
-        raise InputError(f"gpus is {arguments.gpus}: it must be at least 1")
+    if not 1 <= arguments.gpus <= MOST_GPUS:
+        raise InputError(f"gpus is {arguments.gpus}: it must be between 1 and {MOST_GPUS}")
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"mfu is {arguments.mfu}: expected a share in (0, 1]")
     lengths.check()
