@@ -30,6 +30,7 @@ from papo_fast.data.model_folder import (
 )
 from papo_fast.data.pictures import to_rgb
 from papo_fast.errors import InputError
+from papo_fast.rewards.reading import end_of_prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PLACEHOLDER = "<image>"
@@ -78,6 +79,7 @@ class PromptEncoder:
         patch_size, merge_size, temporal_patch_size: p, patches per merged side, and T.
         eos_token_ids: ids that end a response, sorted.
         pad_token_id: the id for padding; may be one of `eos_token_ids`.
+        prompt_end: how every prompt ends, in text; a chat template may have opened <think> there.
         banned_token_ids: ids that must never be sampled, sorted: the vision ids, ids of the model's
             vocabulary that the tokenizer does not have, and the pad id unless it ends responses.
 
@@ -291,7 +293,9 @@ class PromptEncoder:
                 f"{self.model_path}: with preprocessor_config.json a black picture has pixels that "
                 "are not finite: is its image_std 0?"
             )
-        ids = self.tokenizer(self._chat_text("?", 1), add_special_tokens=False)["input_ids"]
+        text = self._chat_text("?", 1)
+        self.prompt_end = end_of_prompt(text)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (found := ids.count(self.image_token_id)) != 1:
             raise InputError(
                 f"{self.model_path}: the chat template in {self._template_file} wrote {found} "

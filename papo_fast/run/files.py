@@ -142,7 +142,7 @@ def save_examples(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Each row has `when` ("before" or "after"), `image` and `corrupted` (PIL images or None, written
     as RGB; the file gets their paths relative to `run_dir`), and `problem`, `kind`, `answer`,
-    `reading`, `response`, `reward`, `accuracy`, which are written as they are. Examples of the
+    `reading`, `prompt_end`, `response`, `reward`, `accuracy`, which are written as they are. Examples of the
     other `when` that the file holds are kept, those of the same `when` are replaced.
     """
     run_dir = Path(run_dir)
