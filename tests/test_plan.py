@@ -33,6 +33,7 @@ from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, micro_batch, step_work
 from papo_fast.presets import get_preset
+from papo_fast.rewards import answer_check
 from papo_fast.rollout.engines import engine_class
 from papo_fast.rollout.hf import HFRollout
 
@@ -318,6 +319,24 @@ def test_the_command_prints_a_plan(capsys, monkeypatch):
     assert "reference" not in said  # papo-d has none
     assert main(arguments("qwen3_vl_2b", 8)) == 0
     assert "fits" in capsys.readouterr().out
+
+
+def test_the_memory_that_reward_workers_may_take_is_planned(sizes, capsys, monkeypatch):
+    config, model = resolved_preset("papo-g-7b"), sizes["qwen2_5_vl_7b"]
+    reward = dataclasses.replace(config.reward, workers=3)
+    parallel = dataclasses.replace(config.parallel, offload=True)
+    config = dataclasses.replace(config, reward=reward, parallel=parallel)
+    plan = plan_memory(config, model, Lengths(), Layout(8, GPUS["h100"].memory))
+    assert plan.scoring == 3 * answer_check.MEMORY_LIMIT == 6 * 2**30
+    # weights, reference, gradients and two moments in float32: those are of all eight together
+    state = 5 * 4 * model.parameters
+    assert plan.host_peak(8) == pytest.approx(state + 8 * 6 * 2**30, rel=1e-3)
+    monkeypatch.setenv("COLUMNS", "140")
+    argv = arguments("qwen2_5_vl_7b", 8, "--reward.workers", "3", "--parallel.offload")
+    assert main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "up to 6.0 GiB in the 3 reward worker(s) of each process" in said
+    assert f"up to {plan.host_peak(8) / 2**30:.1f} GiB." in said
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,10 @@ def _print_about(arguments: PlanArguments, plan: MemoryPlan, console: Console) -
         f"Reserve: {RESERVE_BYTES / GIB:.1f} GiB and {RESERVE_SHARE:.0%} of the GPU, assumed for "
         "CUDA, NCCL and fragments.",
         f"CPU memory: {_gib(plan.loading)} GiB in the main process while the model is loaded"
-        + (f", {_gib(plan.host)} GiB in each while it trains (offload)." if plan.host else "."),
+        + (f", {_gib(plan.host)} GiB in each while it trains (offload)" if plan.host else "")
+        + f", and up to {_gib(plan.scoring)} GiB in the {config.reward.workers} reward worker(s) "
+        f"of each process (--reward.workers). All {arguments.gpus} process(es) on one machine: up "
+        f"to {_gib(plan.host_peak(arguments.gpus))} GiB.",
     ]
     if config.rollout.engine == "vllm_server" and not config.rollout.server_urls:
         lines.append(

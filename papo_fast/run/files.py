@@ -142,8 +142,9 @@ def save_examples(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Each row has `when` ("before" or "after"), `image` and `corrupted` (PIL images or None, written
     as RGB; the file gets their paths relative to `run_dir`), and `problem`, `kind`, `answer`,
-    `reading`, `prompt_end`, `response`, `reward`, `accuracy`, which are written as they are. Examples of the
-    other `when` that the file holds are kept, those of the same `when` are replaced.
+    `reading`, `prompt_end`, `response`, `reward`, `accuracy`, which are written as they are.
+    Examples of the other `when` that the file holds are kept, those of the same `when` are
+    replaced.
     """
     run_dir = Path(run_dir)
     for row in rows:
