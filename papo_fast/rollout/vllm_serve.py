@@ -25,12 +25,12 @@ from urllib.parse import urlsplit
 from transformers import AutoConfig
 
 from papo_fast.config import Config
-from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
 from papo_fast.rollout import vllm_guard
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import set_environment
+from papo_fast.setting_bounds import check_urls
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ _log = logging.getLogger(__name__)
 def server_command(config: Config, url: str, token: str) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of vLLM's OpenAI-compatible server at `url`."""
     address, path = urlsplit(url), config.model.path
-    if address.scheme != "http" or not address.hostname or not address.port:
-        raise InputError(f"rollout.server_urls: {url!r} is not of the form http://HOST:PORT")
+    check_urls((url,))
     on_cpu = pick_device(config.device).type == "cpu"
     options = engine_options(config) | {
         "model": path,
