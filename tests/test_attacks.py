@@ -7,7 +7,10 @@ stderr and leaves no run behind; no attack ends in a traceback.
 from __future__ import annotations
 
 import base64
+import datetime
+import gzip
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -146,6 +149,13 @@ SETTINGS = [
     ("train papo-g-3b", "objective.aug", "stored"),
     ("train papo-g-3b --objective.kl-prcp-estimator sampled", "objective.kl-prcp-direction",
      "reverse"),
+    ("train grpo --rollout.dynamic-filter", "rollout.max-filter-rounds", "1"),
+    ("train grpo", "device", "tpu"),
+    ("train grpo", "out", "/proc/runs"),
+    ("train grpo", "out", "/dev/null"),
+    ("train grpo --resume", "out", "/proc/runs"),
+    ("train tiny", "digits.cache", "/proc/cache"),
+    ("train tiny", "digits.cache", "/dev/null"),
     # other commands
     ("plan", "gpus", "0"),
     ("plan", "gpus", "100000000000000000000000000000000"),
@@ -172,13 +182,43 @@ def test_a_wrong_setting_is_one_line_that_names_it(place, tmp_path, capfd, comma
         given = ["--model.path", place / "model", "--data.train", place / "good.parquet"]
         argv = [*words[:2], *given, "--out", tmp_path / "runs", *argv[2:]]
     elif words == ["train", "tiny"]:
-        argv += ["--out", tmp_path / "runs", "--digits.cache", tmp_path / "cache"]
+        cache = [] if name == "digits.cache" else ["--digits.cache", tmp_path / "cache"]
+        argv += ["--out", tmp_path / "runs", *cache]
     elif words[0] == "plan":
         argv += ["--model.path", CONFIG]
     elif words[0] == "eval":
         argv += ["--model", place / "model", "--data", place / "good.parquet"]
     refused(capfd, argv, name)
-    assert list(tmp_path.iterdir()) == []
+    if name == "digits.cache":  # the run's folder is locked before the cache is filled
+        assert_no_run(tmp_path)
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+# options → what the line names; these are refused when something is loaded
+LATER = {
+    "--parallel.replicas 3": "parallel.replicas",
+    "--data.problem-key question": "'question'",
+    "--data.train nowhere.jsonl": "nowhere.jsonl",
+    "--data.test nowhere.jsonl": "nowhere.jsonl",
+    "--data.train nobody/nothing": "nobody/nothing",
+    "--model.path nowhere/at/all": "nowhere/at/all",
+    "--model.path nobody/nothing": "nobody/nothing",
+    "--model.lora-rank 4 --model.lora-targets no_such_layer": "model.lora_targets",
+    "--rollout.engine vllm_server --rollout.server-urls http://127.0.0.1:9 "
+    "--rollout.server-token-file /nowhere/TOKEN": "rollout.server_token_file",
+    "--rollout.engine vllm_server --rollout.server-urls http://127.0.0.1:9": "rollout.server_urls",
+    "--model.liger on": "liger",
+    "--rollout.prompts 4": "rollout.prompts",
+    "--train.steps 0 --train.epochs 0": "train.steps",
+}
+
+
+@pytest.mark.parametrize("options", LATER)
+def test_a_setting_that_what_is_loaded_refutes_is_one_line(place, tmp_path, capfd, options):
+    argv = [*train_on(place, tmp_path, place / "good.parquet"), *options.split()]
+    refused(capfd, argv, LATER[options])
+    assert_no_run(tmp_path)
 
 
 # --- data files -----------------------------------------------------------------------------------
@@ -194,8 +234,11 @@ def text_rows(**changes):
 
 
 def parquet(*rows, **columns):
+    return parquet_of(pa.Table.from_pylist(rows) if rows else pa.table(columns))
+
+
+def parquet_of(table):
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows) if rows else pa.table(columns)
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
@@ -229,6 +272,12 @@ FILES = {
     "latin.jsonl": text_rows().replace(b"What", b"Wh\xe4t"),
     "deep.jsonl": b"[" * 100_000 + b"\n",
     "utf16.jsonl": text_rows().decode().encode("utf-16"),
+    "gzip.jsonl": gzip.compress(text_rows()),
+    "nul.jsonl": b"\0" * 1000,
+    "number.jsonl": b"1e999999999\n",
+    "twice.parquet": parquet_of(
+        pa.Table.from_arrays([pa.array(["a", "b"])] * 3, ["problem", "problem", "answer"])
+    ),
     "few.jsonl": jsonl({"problem": "What?", "answer": "1"}),
 }
 # rows of this kind; a refusal names file and row
@@ -247,6 +296,14 @@ ROWS = {
     "answer-nan": text_rows(answer=float("nan")),
     "answer-list": text_rows(answer=["1"]),
     "answer-object": text_rows(answer={"value": 1}),
+    "answer-date": parquet(problem=["a", "b"], answer=[datetime.date(2020, 1, 1)] * 2),
+    "answer-dollars": text_rows(answer="$ $"),
+    "answer-digits": parquet(problem=["a", "b"], answer=[b"1", b"2"]),
+    "problem-bytes": parquet(problem=[b"a", b"b"], answer=["1", "2"]),
+    "image-map": text_rows(images={"a": "b"}),
+    "image-lists": text_rows(images=[["a.png"]]),
+    "image-svg": parquet(*[row(i, images=[b"<svg/>"]) for i in (0, 1)]),
+    "image-eps": parquet(*[row(i, images=[b"%!PS-Adobe-3.0 EPSF-3.0\n"]) for i in (0, 1)]),
     "answer-huge": text_rows(answer="1" * 20_000),
     "reading-list": text_rows(reading=["3+4"]),
     "image-missing": text_rows(images=["nowhere.png"]),
@@ -274,11 +331,20 @@ def train_on(place, tmp_path, data):
     ]
 
 
-@pytest.mark.parametrize("name", ["absent.parquet", "folder.parquet", *FILES])
+MAKE = {
+    "absent.parquet": lambda path: None,
+    "folder.parquet": Path.mkdir,
+    "pipe.jsonl": os.mkfifo,
+    "loop.jsonl": lambda path: path.symlink_to(path),
+    "nowhere.jsonl": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", [*MAKE, *FILES])
 def test_a_wrong_data_file_is_one_line_that_names_it(place, tmp_path, capfd, name):
-    if name == "folder.parquet":
-        (tmp_path / name).mkdir()
-    elif name != "absent.parquet":
+    if name in MAKE:
+        MAKE[name](tmp_path / name)
+    else:
         (tmp_path / name).write_bytes(FILES[name])
     refused(capfd, train_on(place, tmp_path, tmp_path / name), name)
     assert_no_run(tmp_path)
@@ -300,6 +366,40 @@ def assert_no_run(tmp_path):
     """Nothing but the lock that a run's folder has from its first moment."""
     left = {p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     assert left <= {".lock"}, left
+
+
+# --- folders of runs ------------------------------------------------------------------------------
+
+STEP = {"step": 1, "seconds": 3.0, "reward": 0.5, "accuracy": 0.5}
+EXAMPLE = {"when": "after", "problem": "What?", "answer": "1", "response": "1", "accuracy": 1.0}
+# name → (file, its content, what the line names besides the file)
+RUNS = {
+    "step-list": ("metrics.jsonl", jsonl([1], [2]), "line 1"),
+    "step-noise": ("metrics.jsonl", b"\0\1\n", "line 1"),
+    "step-text": ("metrics.jsonl", jsonl(STEP | {"step": "one"}), "step"),
+    "reward-text": ("metrics.jsonl", jsonl(STEP, STEP | {"reward": "much"}), "row 2: reward"),
+    "alarms-number": ("metrics.jsonl", jsonl(STEP | {"alarms": 3}), "alarms"),
+    "settings-list": ("config.json", b"[]", "list"),
+    "summary-text": ("summary.json", b'"done"', "str"),
+    "accuracy-number": ("summary.json", b'{"accuracy_after": 3}', "accuracy_after"),
+    "accuracy-text": ("summary.json", b'{"accuracy_after": {"a": "b"}}', "accuracy_after"),
+    "steps-text": ("summary.json", b'{"steps": "many"}', "steps"),
+    "right-text": ("examples.jsonl", jsonl(EXAMPLE | {"accuracy": "yes"}), "accuracy"),
+    "earned-text": ("examples.jsonl", jsonl(EXAMPLE | {"reward": "much"}), "reward"),
+    "image-number": ("examples.jsonl", jsonl(EXAMPLE | {"image": 7}), "image"),
+    "picture-folder": ("report.png", None, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_damaged_run_is_one_line_that_names_file_and_key(tmp_path, capfd, name):
+    file, content, what = RUNS[name]
+    (tmp_path / "metrics.jsonl").write_bytes(jsonl(STEP))
+    if content is None:
+        (tmp_path / file).mkdir()
+    else:
+        (tmp_path / file).write_bytes(content)
+    refused(capfd, ["report", tmp_path], file, what)
 
 
 # --- model folders --------------------------------------------------------------------------------
