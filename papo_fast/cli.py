@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import functools
 import io
 import logging
 import os
@@ -173,11 +174,11 @@ def _parse(
     """
     import tyro
 
-    given = {} if default is None else {"default": default}
+    call = functools.partial(tyro.cli, kind, args=argv, prog=prog, description=about)
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed = tyro.cli(kind, args=argv, prog=prog, description=about, **given)
+            parsed: T = call() if default is None else call(default=default)
     except BrokenPipeError:  # nobody reads the help to its end
         silence(sys.stdout)
         return None
