@@ -15,7 +15,7 @@ from pathlib import Path
 
 from papo_fast.config import DataConfig, RewardConfig
 from papo_fast.integrations.conversations import conversations
-from papo_fast.integrations.processor import load_processor
+from papo_fast.integrations.processor import load_processor, prompt_end
 from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Scorer
@@ -28,7 +28,11 @@ def main() -> None:
     args = parser.parse_args()
     preset = get_preset("tiny")
     rollout, goal, data = preset.rollout, preset.objective, preset.data
+    processor = load_processor(
+        args.folder / "model", min_pixels=data.min_pixels, max_pixels=data.max_pixels
+    )
     scorer = Scorer(RewardConfig())
+    scorer.prompt_end = prompt_end(processor)
 
     def reward(completions, answer, **_):
         return [s.reward for s in scorer.score([c[0]["content"] for c in completions], answer)]
@@ -63,9 +67,7 @@ def main() -> None:
             reward,
             config,
             train_dataset=questions.select(range(args.questions)),
-            processing_class=load_processor(
-                args.folder / "model", min_pixels=data.min_pixels, max_pixels=data.max_pixels
-            ),
+            processing_class=processor,
         )
         start = time.perf_counter()
         trainer.train()

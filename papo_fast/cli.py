@@ -5,18 +5,23 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import difflib
+import functools
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from papo_fast.config import Config
+from papo_fast.consoles import make_console, open_missing_streams, silence
 from papo_fast.errors import InputError
 
 USAGE = """\
@@ -30,6 +35,8 @@ USAGE = """\
   papo-fast doctor                what is installed, what will run, what is missing
 
 Every command explains its options with --help."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -85,7 +92,8 @@ def leave(status: int) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    console = Console(highlight=False)
+    open_missing_streams()
+    console = make_console()
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",
@@ -111,12 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)}")
         return commands[argv[0]](argv[1:], console)
     except InputError as error:
-        Console(stderr=True, highlight=False).print(
-            f"[red]error:[/red] {_plain(str(error))}", soft_wrap=True
-        )
+        make_console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what is written stays in the run's folder")
+        make_console(stderr=True).print("interrupted; what is written stays in the run's folder")
         return 130
 
 
@@ -140,8 +146,6 @@ def _serve(argv: list[str], console: Console) -> int:
 
 def _parse_config(command: str, argv: list[str], console: Console) -> Config | None:
     """The preset that is named first, changed by the options; None where help was asked for."""
-    import tyro
-
     from papo_fast.presets import PRESETS
 
     if not argv:
@@ -157,19 +161,59 @@ def _parse_config(command: str, argv: list[str], console: Console) -> Config | N
         console.print(f"\noptions of one: papo-fast {command} PRESET --help")
         return None
     help_text, default = PRESETS[name]
-    return tyro.cli(
-        type(default),
-        args=argv[1:],
-        default=default,
-        prog=f"papo-fast {command} {name}",
-        description=help_text,
-    )
+    prog = f"papo-fast {command} {name}"
+    return _parse(type(default), argv[1:], prog, default=default, about=help_text)
+
+
+def _parse(
+    kind: type[T], argv: list[str], prog: str, *, default: T | None = None, about: str | None = None
+) -> T | None:
+    """What the options say, changing `default`; None where help was asked for, which is printed.
+
+    Raises `InputError`, one line, for options that tyro would refuse by a box of many.
+    """
+    import tyro
+
+    call = functools.partial(tyro.cli, kind, args=argv, prog=prog, description=about)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parsed: T = call() if default is None else call(default=default)
+    except BrokenPipeError:  # nobody reads the help to its end
+        silence(sys.stdout)
+        return None
+    except SystemExit as end:
+        if end.code:
+            raise InputError(_one_line(said.getvalue()) or f"see {prog} --help") from end
+        _flush()
+        return None
+    sys.stderr.write(said.getvalue())  # warnings
+    return parsed
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+def _one_line(box: str) -> str:
+    """What a box of tyro's says, which begins with a title; frame and colours are left out."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    parts = [""]
+    for line in [line.strip("│╰╯ ") for line in lines][1:]:
+        if line.strip("─-"):
+            parts[-1] += f" {line}"
+        else:  # a rule, which parts what is wrong from the help
+            parts.append("")
+    return "; ".join(part for p in parts if (part := " ".join(p.split()).rstrip(".")))
 
 
 def _eval(argv: list[str], console: Console) -> int:
-    import tyro
-
-    arguments = tyro.cli(EvalArguments, args=argv, prog="papo-fast eval")
+    arguments = _parse(EvalArguments, argv, "papo-fast eval")
+    if arguments is None:
+        return 0
     from papo_fast.evaluate import evaluate_checkpoint
     from papo_fast.presets import PRESETS
 
@@ -196,12 +240,12 @@ def _eval(argv: list[str], console: Console) -> int:
 
 
 def _report(argv: list[str], console: Console) -> int:
-    import tyro
-
     # the run is the one thing this command is about: take it without a flag
     if argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]
-    arguments = tyro.cli(ReportArguments, args=argv, prog="papo-fast report")
+    arguments = _parse(ReportArguments, argv, "papo-fast report")
+    if arguments is None:
+        return 0
     from papo_fast.report import print_run
 
     print_run(Path(arguments.run), console, [Path(other) for other in arguments.beside])
@@ -209,8 +253,6 @@ def _report(argv: list[str], console: Console) -> int:
 
 
 def _plan(argv: list[str], console: Console) -> int:
-    import tyro
-
     from papo_fast.planning.command import PlanArguments, print_plan
     from papo_fast.presets import PRESETS
 
@@ -226,7 +268,9 @@ def _plan(argv: list[str], console: Console) -> int:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}{_suggest(name, PRESETS)}")
     default = PlanArguments(PRESETS[name][1])
-    arguments = tyro.cli(PlanArguments, args=rest, default=default, prog="papo-fast plan")
+    arguments = _parse(PlanArguments, rest, "papo-fast plan", default=default)
+    if arguments is None:
+        return 0
     print_plan(arguments, console)
     return 0
 

@@ -127,7 +127,7 @@ class RolloutConfig:
     """GPUs that share the model of one vLLM server."""
     server_urls: tuple[str, ...] = ()
     """vLLM servers, e.g. http://127.0.0.1:8000, each started by `papo-fast serve` with the options
-    of this run; processes take them in turn. None: the run starts one of its own, on loopback."""
+    of this run; processes take them in turn. None: the run starts its own, without a port."""
     server_timeout: float = 600.0
     """Seconds after which a request to a vLLM server, or the start of one, counts as failed."""
     server_weights: str = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
+import shlex
 import sys
 import tomllib
 import typing
@@ -183,20 +183,7 @@ def _machine(gpus: list[str]) -> list[Row]:
     cores = len(os.sched_getaffinity(0))
     ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     rows.append(Row("machine", "CPU", f"{cores} cores for this process, {ram:.1f} GiB RAM", "info"))
-    compiler = next(
-        (c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), ""
-    )
-    rows.append(
-        Row("machine", "C++ compiler", shutil.which(compiler) or "", "ok")
-        if compiler
-        else Row(
-            "machine",
-            "C++ compiler",
-            "none: token_stats on the CPU runs at less than half its speed",
-            "info",
-            "install g++ with the system's package manager",
-        )
-    )
+    rows.append(_compiler())
     if installed_version("torch") is None:
         return rows
     try:
@@ -230,6 +217,19 @@ def _machine(gpus: list[str]) -> list[Row]:
     return rows
 
 
+def _compiler() -> Row:
+    """What the kernels compile their C++ with: they say so themselves."""
+    try:
+        from papo_kernels.cpu import build
+    except ImportError as error:
+        return Row("machine", "C++ compiler", f"not looked for: {error}", "info")
+    try:
+        return Row("machine", "C++ compiler", shlex.join(build.compiler()), "ok")
+    except build.Unavailable as reason:
+        advice = "install g++ with the system's package manager, or set CXX"
+        return Row("machine", "C++ compiler", str(reason), "info", advice)
+
+
 def _cpu_flags() -> set[str]:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
@@ -247,7 +247,7 @@ def _paths() -> list[Row]:
     workers = RewardConfig().workers
     return [
         Row("paths", "device", str(device), "info", "--device"),
-        Row("paths", "token_stats", f"{backend} backend", "info"),
+        _token_stats(backend),
         Row("paths", "attention", _attention(device.type), "info", "--model.dtype"),
         Row(
             "paths",
@@ -258,6 +258,20 @@ def _paths() -> list[Row]:
         ),
         Row("paths", "rewards", f"{workers} processes", "info", "--reward.workers"),
     ]
+
+
+def _token_stats(backend: str) -> Row:
+    """Its C++ is compiled here if it was not yet, which takes some seconds, and loaded."""
+    from papo_kernels.cpu import build, library
+
+    if backend != "torch":
+        return Row("paths", "token_stats", f"{backend} backend", "info")
+    try:
+        build.library(library.SOURCES, library.FLAGS)
+    except build.Unavailable as reason:
+        found = f"torch backend by torch's operators, at less than half the speed: {reason}"
+        return Row("paths", "token_stats", found, "info")
+    return Row("paths", "token_stats", "torch backend with its own C++", "info")
 
 
 def _attention(device: str) -> str:

@@ -90,7 +90,7 @@ def evaluate(
     by_kind: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         by_kind[group.prompt.kind or "all"] += [s.score.accuracy for s in group.samples]
-    perception, reasoning = error_shares(groups)
+    perception, reasoning = error_shares(groups, sampler.encoder.prompt_end)
     return Evaluation(
         accuracy={kind: sum(v) / len(v) for kind, v in by_kind.items()},
         perception_errors=perception,
@@ -104,8 +104,14 @@ def main_kind(kind: str) -> str:
     return kind.partition(",")[0]
 
 
-def error_shares(groups: Sequence[Group]) -> tuple[float | None, float | None]:
-    """Shares of vision-dependent samples that are perception errors and reasoning errors."""
+def error_shares(
+    groups: Sequence[Group], prompt_end: str = ""
+) -> tuple[float | None, float | None]:
+    """Shares of vision-dependent samples that are perception errors and reasoning errors.
+
+    Args:
+        prompt_end: how the prompts end (`PromptEncoder.prompt_end`), which may have opened <think>.
+    """
     judged = [
         (sample, group.prompt.reading)
         for group in groups
@@ -115,7 +121,7 @@ def error_shares(groups: Sequence[Group]) -> tuple[float | None, float | None]:
     if not judged:
         return None, None
     wrong = [(sample, truth) for sample, truth in judged if not sample.is_right]
-    misread = sum(reading(sample.text) != truth for sample, truth in wrong)
+    misread = sum(reading(sample.text, prompt_end) != truth for sample, truth in wrong)
     return misread / len(judged), (len(wrong) - misread) / len(judged)
 
 
@@ -162,6 +168,7 @@ class Evaluator:
                 "kind": prompt.kind,
                 "answer": prompt.answer,
                 "reading": prompt.reading,
+                "prompt_end": self.sampler.encoder.prompt_end,
                 "response": sample.text,
                 "reward": sample.score.reward,
                 "accuracy": sample.score.accuracy,

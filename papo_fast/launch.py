@@ -13,6 +13,7 @@ from rich.console import Console
 
 from papo_fast.config import Config
 from papo_fast.config_checks import resolve
+from papo_fast.consoles import outlive_readers
 from papo_fast.errors import InputError
 from papo_fast.parallel import (
     gather,
@@ -32,8 +33,9 @@ from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG
 from papo_fast.run.folder import run_folder, write_json
 from papo_fast.run.progress import Progress
-from papo_fast.run.resume import DATA, check_data, data_marks, finished_steps
-from papo_fast.run.stop import Stopped, StopRequest, outlive_readers, stop_on_signals
+from papo_fast.run.resume import finished_steps
+from papo_fast.run.same_data import DATA, marks_of_data
+from papo_fast.run.stop import Stopped, StopRequest, stop_on_signals
 from papo_fast.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -72,15 +74,13 @@ def _train_in(folder: Path, config: Config, console: Console) -> Path:
 
         with main_first():  # the others then find what it made
             config = prepare(config, progress)
-    if is_main():
-        marks = data_marks(config)
-        if config.resume:
-            check_data(config, marks, folder)
-    with Scorer(config.reward) as scorer:
+    with ExitStack() as held:
+        marks = held.enter_context(marks_of_data(config, folder)) if is_main() else None
+        scorer = held.enter_context(Scorer(config.reward))
         trainer = Trainer(config, folder, scorer, progress, clock)
         # not before everything is loaded: a folder with a config counts as a run
-        if is_main():
-            write_json(folder / DATA, marks)
+        if marks is not None:
+            write_json(folder / DATA, marks.result())
             write_json(folder / CONFIG, asdict(config))
         with closing(trainer.engine), stop_on_signals() as stop:
             trainer.journal.watch(trainer.updater.optimizer, stop)

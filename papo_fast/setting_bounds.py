@@ -27,6 +27,9 @@ MAX_THREADS = max(256, os.cpu_count() or 1)
 # 1000 it is drawn. Below a hundredth, vLLM samples at another temperature than it is asked for.
 _TEMPERATURE = (0.01, 10.0)
 
+URL_FORM = "http://HOST:PORT"
+"""What a vLLM server's URL looks like."""
+
 BOUNDS: dict[str, tuple[float, float]] = {
     # numpy takes no more, nor less
     "seed": (0, 2**32 - 1),
@@ -173,7 +176,7 @@ def _expected(low: float, high: float) -> str:
 
 
 def check_urls(urls: Any) -> None:
-    """Raise `InputError` for a server's URL that is not http://HOST:PORT."""
+    """Raise `InputError` for a server's URL that is not of `URL_FORM`."""
     for url in urls:
         try:
             parts = urlsplit(url)
@@ -190,6 +193,6 @@ def check_urls(urls: Any) -> None:
             fits = False
         if not fits:
             raise InputError(
-                f"rollout.server_urls: {url!r} is not of the form http://HOST:PORT, such as "
+                f"rollout.server_urls: {url!r} is not of the form {URL_FORM}, such as "
                 "http://127.0.0.1:8000"
             )

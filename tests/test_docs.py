@@ -21,7 +21,11 @@ import papo_fast
 from papo_fast import cli, estimators, objective
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import resolve
+from papo_fast.data import pictures
 from papo_fast.presets import PRESETS
+from papo_fast.rewards import answer_check
+from papo_fast.run.same_data import DATA
+from papo_fast.setting_bounds import BOUNDS, URL_FORM
 from papo_fast.token_batch import TokenBatch
 from papo_fast.weighing import TokenWeigher
 from support import SUPPORT, TESTS
@@ -423,7 +427,8 @@ def test_every_setting_exists(page):
         for name in re.findall(pattern, code):
             section, field = name.split(".")
             field = field.removeprefix("no-").replace("-", "_")
-            if not hasattr(getattr(Config(), section), field):
+            # a file of every run is called like a setting
+            if name != DATA and not hasattr(getattr(Config(), section), field):
                 unknown.append(name)
     assert unknown == []
 
@@ -588,3 +593,24 @@ def test_the_citation_has_the_version():
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (\S+)$", text, re.M)[1].strip('"') == papo_fast.__version__
     assert "2507.06448" in text
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+LOW, HIGH = BOUNDS["rollout.temperature"]
+LIMITS = {
+    "the formats of pictures": f"of one of these formats: {', '.join(pictures.FORMATS)}.",
+    "the pixels of a picture": f"at most {pictures.MAX_PIXELS:,} pixels.",
+    "the temperatures": f"`rollout.temperature` and `eval.temperature` lie between {LOW:g} and "
+    f"{HIGH:g}.",
+    "the form of a server's URL": f"A server's URL has the form `{URL_FORM}`:",
+    "the memory of a reward worker": f"each of which may take {answer_check.MEMORY_LIMIT >> 30} "
+    "GiB at most (`--reward.workers`",
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_a_limit_is_said_once_and_as_the_code_has_it(what):
+    words = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
+    assert words.count(LIMITS[what]) == 1
+    assert BOUNDS["eval.temperature"] == (LOW, HIGH)

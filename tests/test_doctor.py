@@ -1,4 +1,5 @@
 import io
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from papo_fast import doctor
 from papo_fast.model import attention
 from papo_fast.parallel import pick_device
+from papo_kernels.cpu import build, library
 
 
 @pytest.fixture
@@ -108,10 +110,51 @@ def test_an_old_python_fails(installed, monkeypatch):
     assert status == 1 and "3.10.4, wanted >=3.11" in text
 
 
-def test_a_missing_compiler_is_named(installed, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """A folder that is all of PATH, and an empty cache of compiled files."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+def tool(folder, name, text="exit 3"):
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+    return folder / name
+
+
+def test_a_missing_compiler_is_named(installed, tools):
+    tool(tools, "clang++")  # which the kernels never use
     status, text = report()
-    assert status == 0 and "less than half its speed" in text
+    assert status == 0 and "no C++ compiler found: 'g++' is none" in line(text, "C++ compiler")
+    assert "less than half the speed" in text and "own C++" not in line(text, "token_stats")
+
+
+def test_the_compiler_it_names_is_the_one_that_the_kernels_use(installed, tools, monkeypatch):
+    monkeypatch.setenv("CXX", "ccache 'my g++' -m64")  # three words
+    ccache = tool(tools, "ccache")
+    status, text = report()
+    assert status == 0
+    expected = [str(ccache), "my g++", "-m64"]
+    assert build.compiler() == expected
+    assert shlex.join(expected) in line(text, "C++ compiler")
+    # it is there and fails, so that the kernels go without
+    assert "failed with status 3" in text and "by torch's operators" in line(text, "token_stats")
+    monkeypatch.setenv("CXX", "g++ 'open")
+    assert "which is no command" in line(report()[1], "C++ compiler")
+
+
+def test_it_says_that_the_kernels_own_code_runs_where_it_does():
+    text = report()[1]
+    try:
+        build.library(library.SOURCES, library.FLAGS)
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert "torch backend with its own C++" in line(text, "token_stats")
 
 
 def test_the_attention_it_names_is_the_one_that_runs(monkeypatch):

@@ -63,7 +63,7 @@ FLOORS = (
     {"errors"},
     {"user_function"},
     {"weight_settings"},
-    {"config", "machine", "setting_bounds"},
+    {"config", "consoles", "machine", "setting_bounds"},
     {"config_checks", "presets", "parallel", "token_batch"},
     {"rewards", "run", "estimators"},
     {"data", "dependency", "view_terms"},

@@ -33,6 +33,7 @@ from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, micro_batch, step_work
 from papo_fast.presets import get_preset
+from papo_fast.rewards import answer_check
 from papo_fast.rollout.engines import engine_class
 from papo_fast.rollout.hf import HFRollout
 
@@ -326,6 +327,24 @@ def test_the_command_prints_a_plan(capsys, monkeypatch):
     assert "fits" in capsys.readouterr().out
 
 
+def test_the_memory_that_reward_workers_may_take_is_planned(sizes, capsys, monkeypatch):
+    config, model = resolved_preset("papo-g-7b"), sizes["qwen2_5_vl_7b"]
+    reward = dataclasses.replace(config.reward, workers=3)
+    parallel = dataclasses.replace(config.parallel, offload=True)
+    config = dataclasses.replace(config, reward=reward, parallel=parallel)
+    plan = plan_memory(config, model, Lengths(), Layout(8, GPUS["h100"].memory))
+    assert plan.scoring == 3 * answer_check.MEMORY_LIMIT == 6 * 2**30
+    # weights, reference, gradients and two moments in float32: those are of all eight together
+    state = 5 * 4 * model.parameters
+    assert plan.host_peak(8) == pytest.approx(state + 8 * 6 * 2**30, rel=1e-3)
+    monkeypatch.setenv("COLUMNS", "140")
+    argv = arguments("qwen2_5_vl_7b", 8, "--reward.workers", "3", "--parallel.offload")
+    assert main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "up to 6.0 GiB in the 3 reward worker(s) of each process" in said
+    assert f"up to {plan.host_peak(8) / 2**30:.1f} GiB." in said
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -347,7 +366,7 @@ def test_what_cannot_be_planned_is_named(capsys, argv, message):
 def test_a_configuration_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["plan", "--model.path", str(tmp_path)]) == 2
-    assert "of type 'llama'" in " ".join(capsys.readouterr().err.split())
+    assert "is a 'llama' model" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model.path", str(tmp_path)]) == 2
     assert "cannot be read" in " ".join(capsys.readouterr().err.split())

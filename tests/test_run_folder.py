@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import multiprocessing
@@ -27,10 +28,12 @@ from papo_fast.digits import warmstart
 from papo_fast.errors import InputError
 from papo_fast.launch import train
 from papo_fast.presets import get_preset
+from papo_fast.run import same_data
 from papo_fast.run.checkpoint import CheckpointStore
 from papo_fast.run.folder import git_commit, run_folder, write_json
 from papo_fast.run.lock import LOCK, Locked, locked
 from papo_fast.run.progress import Progress
+from papo_fast.run.same_data import sha256
 from papo_fast.update import Updater
 from support.small_runs import png, run, small
 
@@ -532,3 +535,40 @@ def test_steps_before_the_first_checkpoint_are_done_again_aloud(config, monkeypa
     train(config, Console(file=said, width=500))
     assert "warning: no checkpoint yet: the first 2 steps are done again" in said.getvalue()
     assert steps_of(folder) == [1, 2, 3] and len(whole) == 3
+
+
+def test_data_that_nobody_touched_is_not_read_again_and_any_other_is_noticed(
+    config, questions, monkeypatch
+):
+    read = []
+    monkeypatch.setattr(same_data, "sha256", lambda path: read.append(path) or sha256(path))
+    one = with_train(config, steps=1, checkpoint_every=1)
+    folder, _, _ = run(one)
+    assert read == [questions]
+    mark = json.loads((folder / "data.json").read_text())["train"]
+    assert mark["sha256"] == hashlib.sha256(questions.read_bytes()).hexdigest()
+    run(with_train(config, steps=2, checkpoint_every=1))
+    assert len(read) == 1
+    # copied, as from another disk: the content counts, and the copy is known from then on
+    content, times = questions.read_bytes(), os.stat(questions)
+    questions.unlink()
+    questions.write_bytes(content)
+    run(with_train(config, steps=3, checkpoint_every=1))
+    run(with_train(config, steps=4, checkpoint_every=1))
+    assert len(read) == 2
+    # one byte of as many, and the time of the last write set back
+    same = os.stat(questions)
+    questions.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    os.utime(questions, ns=(same.st_atime_ns, same.st_mtime_ns))
+    assert os.stat(questions).st_size == times.st_size
+    with pytest.raises(InputError, match=r"data.train .* is not the file with which"):
+        train(with_train(config, steps=5), SILENT)
+
+
+def test_data_of_a_run_of_an_earlier_version_is_compared(config, questions):
+    folder, _, _ = run(with_train(config, steps=1, checkpoint_every=1))
+    write_json(folder / "data.json", {"train": sha256(questions)})
+    run(with_train(config, steps=2, checkpoint_every=1))
+    write_json(folder / "data.json", {"train": "0" * 64})
+    with pytest.raises(InputError, match=r"data.train .* is not the file with which"):
+        train(with_train(config, steps=3), SILENT)

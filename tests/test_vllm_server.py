@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import random
+import stat
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from papo_fast.presets import get_preset
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_guard import HOST, MIDDLEWARE, TOKEN, Guard, read_or_make_token
 from papo_fast.rollout.vllm_requests import RequestFormat
-from papo_fast.rollout.vllm_serve import server_command
+from papo_fast.rollout.vllm_serve import _folder_for_a_socket, server_command
 from papo_fast.rollout.vllm_server import Server, VLLMServerRollout
 from support.small_runs import VOLATILE, png
 from support.vllm_checks import (
@@ -64,6 +66,32 @@ def test_banned_tokens_are_never_sampled(served):
 
 
 @needs_vllm
+def test_an_own_server_has_no_port_and_a_folder_that_nobody_else_can_enter(served):
+    own = served[0].own
+    scheme, _, path = own.url.partition(":")
+    assert scheme == "unix" and stat.S_ISSOCK(os.stat(path).st_mode)
+    assert stat.S_IMODE(os.stat(own.folder).st_mode) == 0o700
+    sockets = {os.readlink(fd) for fd in Path(f"/proc/{own.process.pid}/fd").iterdir()}
+    tables = [Path(f"/proc/{own.process.pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    listening = {
+        f"socket:[{line.split()[9]}]"
+        for table in tables
+        for line in table.splitlines()[1:]
+        if line.split()[3] == "0A"
+    }
+    assert not sockets & listening
+
+
+def test_the_folder_of_a_socket_has_a_short_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    folder = _folder_for_a_socket()
+    try:
+        assert len(str(folder / "vllm")) < 107 and folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        folder.rmdir()
+
+
+@needs_vllm
 def test_vllm_itself_obeys_nobody_without_the_token(served):
     url = served[0].own.url
     stranger, wrong = Server(url, 5.0), Server(url, 5.0, "0" * 64)
@@ -81,7 +109,7 @@ def test_vllm_itself_obeys_nobody_without_the_token(served):
 def test_a_server_killed_during_generation_is_named_and_waited_for_no_longer(served):
     engine, _, encoder = served
     process, url = engine.own.process, engine.own.url
-    killed = []
+    folder, killed = engine.own.folder, []
     threading.Timer(1.5, lambda: (killed.append(time.monotonic()), process.kill())).start()
 
     def sample_on():
@@ -92,6 +120,8 @@ def test_a_server_killed_during_generation_is_named_and_waited_for_no_longer(ser
         sample_on()
     assert time.monotonic() - killed[0] < 60 < engine.servers[0].timeout
     assert not engine.servers[0].is_ready()
+    engine.close()
+    assert not folder.exists()
 
 
 # --- faults, with a stand-in that speaks vLLM's protocol ------------------------------------------

@@ -21,14 +21,16 @@ from transformers.image_utils import SizeDict
 from papo_fast.config import DataConfig
 from papo_fast.data.model_folder import (
     chat_template,
-    check_family,
+    check_config,
     check_files,
+    end_ids,
     first_line,
     load,
     optional_file,
 )
 from papo_fast.data.pictures import to_rgb
 from papo_fast.errors import InputError
+from papo_fast.rewards.reading import end_of_prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PLACEHOLDER = "<image>"
@@ -77,6 +79,7 @@ class PromptEncoder:
         patch_size, merge_size, temporal_patch_size: p, patches per merged side, and T.
         eos_token_ids: ids that end a response, sorted.
         pad_token_id: the id for padding; may be one of `eos_token_ids`.
+        prompt_end: how every prompt ends, in text; a chat template may have opened <think> there.
         banned_token_ids: ids that must never be sampled, sorted: the vision ids, ids of the model's
             vocabulary that the tokenizer does not have, and the pad id unless it ends responses.
 
@@ -95,8 +98,9 @@ class PromptEncoder:
                 "expected 0 < min_pixels <= max_pixels"
             )
         check_files(self.model_path)
+        if (file := optional_file(self.model_path, "config.json")) is not None:
+            check_config(Path(file), FAMILIES)
         config = load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
-        check_family(self.model_path, config.model_type, FAMILIES)
         self.tokenizer = load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer.chat_template, self._template_file = chat_template(
             self.model_path, self.tokenizer
@@ -289,7 +293,9 @@ class PromptEncoder:
                 f"{self.model_path}: with preprocessor_config.json a black picture has pixels that "
                 "are not finite: is its image_std 0?"
             )
-        ids = self.tokenizer(self._chat_text("?", 1), add_special_tokens=False)["input_ids"]
+        text = self._chat_text("?", 1)
+        self.prompt_end = end_of_prompt(text)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if (found := ids.count(self.image_token_id)) != 1:
             raise InputError(
                 f"{self.model_path}: the chat template in {self._template_file} wrote {found} "
@@ -339,8 +345,7 @@ class PromptEncoder:
         pad = self.tokenizer.pad_token_id
         if optional_file(self.model_path, "generation_config.json") is not None:
             generation = load(GenerationConfig, self.model_path)
-            listed = generation.eos_token_id
-            eos.update(listed if isinstance(listed, list) else [listed])
+            eos.update(end_ids(self.model_path, generation.eos_token_id))
             pad = generation.pad_token_id if pad is None else pad
         eos.discard(None)
         if not eos:

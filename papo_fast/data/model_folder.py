@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
+from papo_fast.data.model_numbers import check_sizes
 from papo_fast.errors import InputError
 
 _JSON_FILES = (
@@ -104,17 +106,32 @@ def chat_template(path: str, tokenizer: Any) -> tuple[str, str]:
     return tokenizer.chat_template, "tokenizer_config.json" if new is None else Path(new).name
 
 
-def check_family(path: str, family: str, known: Sequence[str]) -> None:
-    """Raise for a model that is not one of `known`, or has no vision tower in config.json."""
-    if family not in known:
-        raise InputError(f"{path} is a {family!r} model; supported are " + ", ".join(known))
-    file = optional_file(path, "config.json")
-    # transformers would fill in the sizes of some other model
-    if file is not None and not isinstance(read_object(Path(file)).get("vision_config"), dict):
+def check_config(file: Path, known: Sequence[str]) -> None:
+    """Raise `InputError`, which names file and key, for a config.json of no model that is known.
+
+    Args:
+        known: the values of `model_type` that are taken.
+    """
+    settings = read_object(file)
+    family = settings.get("model_type")
+    if not isinstance(family, str):
         raise InputError(
-            f"{file} has no vision_config: copy config.json of the original checkpoint, which "
-            "describes its vision tower"
+            f"{file}: model_type is {reprlib.repr(family)}; expected one of {', '.join(known)}"
         )
+    if family not in known:
+        raise InputError(f"{file} is a {family!r} model; supported are {', '.join(known)}")
+    check_sizes(file, settings)
+
+
+def end_ids(path: str, listed: Any) -> list[int | None]:
+    """`eos_token_id` of generation_config.json, one id or a list of them, as a list."""
+    ids = listed if isinstance(listed, list) else [listed]
+    if any(isinstance(i, bool) or not isinstance(i, int | None) for i in ids):
+        raise InputError(
+            f"{path}: generation_config.json says eos_token_id = {reprlib.repr(listed)}; expected "
+            "an integer or a list of them"
+        )
+    return ids
 
 
 def optional_file(path: str, name: str) -> str | None:

@@ -31,6 +31,9 @@ class BadSample(Exception):
         super().__init__(message)
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.cause, str(self))  # processes hand it on
+
 
 class ListRows(list):
     """Rows of a .jsonl file, in memory; a line that holds no row is the `BadSample` it raises."""

@@ -78,14 +78,19 @@ def _alone_in(folder: Path, made: Path, progress: Progress) -> Iterator[None]:
     """Hold the cache folder; wait where another process of this machine is filling it.
 
     Raises `Locked` where one of another machine is: from here nobody can tell whether it lives.
+    Raises `InputError` where the folder cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     said = False
     with ExitStack() as held:
         while not made.exists():
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(folder))
                 break
+            except OSError as error:
+                raise InputError(
+                    f"digits.cache: {folder} cannot be made or written to: {error}"
+                ) from error
             except Locked as error:
                 if not is_here(error.holder) or error.holder["pid"] == os.getpid():
                     raise

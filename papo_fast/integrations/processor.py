@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from papo_fast.config import DataConfig
 from papo_fast.data.encoder import PromptEncoder
+from papo_fast.rewards.reading import end_of_prompt
 
 _CLASSES = {
     "qwen2_vl": "Qwen2VLProcessor",
@@ -41,6 +42,17 @@ def load_processor(
         image_processor=encoder.image_processor,
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
+    )
+
+
+def prompt_end(processor: ProcessorMixin) -> str:
+    """How prompts end that `processor` renders, in text; for the `prompt_end` of a `Scorer`.
+
+    Trainers give rewards the response alone, and a chat template may have opened <think> before it.
+    """
+    message = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+    return end_of_prompt(
+        processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     )
 
 

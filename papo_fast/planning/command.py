@@ -21,6 +21,8 @@ from papo_fast.planning.seconds import StepTime, estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
 
+MOST_GPUS = 10**6
+
 
 @dataclass(frozen=True)
 class PlanArguments:
@@ -39,8 +41,8 @@ class PlanArguments:
 def print_plan(arguments: PlanArguments, console: Console) -> None:
     """Raises `InputError` for settings that cannot be planned with."""
     config, lengths = arguments.config, arguments.lengths
-    if arguments.gpus < 1:
-        raise InputError(f"gpus is {arguments.gpus}: it must be at least 1")
+    if not 1 <= arguments.gpus <= MOST_GPUS:
+        raise InputError(f"gpus is {arguments.gpus}: it must be between 1 and {MOST_GPUS}")
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"mfu is {arguments.mfu}: expected a share in (0, 1]")
     lengths.check()
@@ -90,7 +92,10 @@ def _print_about(arguments: PlanArguments, plan: MemoryPlan, console: Console) -
         f"Reserve: {RESERVE_BYTES / GIB:.1f} GiB and {RESERVE_SHARE:.0%} of the GPU, assumed for "
         "CUDA, NCCL and fragments.",
         f"CPU memory: {_gib(plan.loading)} GiB in the main process while the model is loaded"
-        + (f", {_gib(plan.host)} GiB in each while it trains (offload)." if plan.host else "."),
+        + (f", {_gib(plan.host)} GiB in each while it trains (offload)" if plan.host else "")
+        + f", and up to {_gib(plan.scoring)} GiB in the {config.reward.workers} reward worker(s) "
+        f"of each process (--reward.workers). All {arguments.gpus} process(es) on one machine: up "
+        f"to {_gib(plan.host_peak(arguments.gpus))} GiB.",
     ]
     if config.rollout.engine == "vllm_server" and not config.rollout.server_urls:
         lines.append(

@@ -14,6 +14,7 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.planning.sizes import ModelSizes, Part
 from papo_fast.planning.workload import Lengths, MicroBatch, micro_batch, update_streams
+from papo_fast.rewards import answer_check
 from papo_kernels.rows import CHUNK_ELEMENTS
 
 FULL = 4  # bytes of master weights, gradients and moments
@@ -38,6 +39,7 @@ class MemoryPlan:
     Attributes:
         update: by category, at the worst moment of an update; `rollout` while sampling.
         host: bytes of CPU memory that offload takes, per process.
+        scoring: bytes that a process's reward workers may take at most, who compare answers.
         loading: bytes of CPU memory that the main process takes while it loads.
         logits: what two streams' whole logits and their gradients would have taken on top.
         batch: the micro-batch it is for.
@@ -47,6 +49,7 @@ class MemoryPlan:
     update: Bytes
     rollout: Bytes
     host: float
+    scoring: float
     loading: float
     logits: float
     batch: MicroBatch
@@ -55,6 +58,10 @@ class MemoryPlan:
     @property
     def peak(self) -> float:
         return max(sum(self.update.values()), sum(self.rollout.values()))
+
+    def host_peak(self, ranks: int) -> float:
+        """CPU memory of `ranks` processes on one machine; no worker starts before all is loaded."""
+        return max(self.loading, ranks * (self.host + self.scoring))
 
     def fits(self, gpu_memory: int) -> bool:
         return self.peak <= gpu_memory and not self.problem
@@ -289,6 +296,7 @@ def plan_memory(
         update=update,
         rollout=rollout,
         host=host,
+        scoring=config.reward.workers * answer_check.MEMORY_LIMIT,
         loading=FULL * sizes.parameters,
         logits=2 * FULL * scored * sizes.vocab,
         batch=batch,

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import FAMILIES
+from papo_fast.data.model_folder import check_config, load
 from papo_fast.errors import InputError
 from papo_fast.model.family import Decoder, Vision
 from papo_fast.model.flops import ModelShape
@@ -112,16 +113,8 @@ def _settings(config: ModelConfig) -> Any:
             f"model.path = {config.path!r}: there is no file {file}; expected a local checkpoint "
             "folder or its config.json"
         )
-    try:
-        settings = AutoConfig.from_pretrained(file, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as a model's configuration: {error}") from error
-    if settings.model_type not in FAMILIES:
-        raise InputError(
-            f"{file} is of a model of type {settings.model_type!r}: expected one of "
-            + ", ".join(FAMILIES)
-        )
-    return settings
+    check_config(file, FAMILIES)
+    return load(AutoConfig, str(file), trust_remote_code=config.trust_remote_code)
 
 
 def _part(modules: Iterable[nn.Module]) -> Part:

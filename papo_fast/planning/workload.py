@@ -11,6 +11,7 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.model.flops import ModelShape
 from papo_fast.rollout.engines import engine_class
+from papo_fast.setting_bounds import BOUNDS
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Lengths:
         return self.prompt + responses * self.response
 
     def check(self) -> None:
+        """Raise `InputError` for a length that no prompt or response has."""
+        most = BOUNDS["rollout.max_new_tokens"][1]
         for name, least in (("image", 0), ("text", 1), ("response", 1)):
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) <= most:
                 raise InputError(
-                    f"lengths.{name} is {getattr(self, name)}: it must be at least {least}"
+                    f"lengths.{name} is {getattr(self, name)}: it must be between {least} and "
+                    f"{most}"
                 )
 
 

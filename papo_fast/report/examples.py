@@ -106,7 +106,10 @@ def _same(row: Row) -> str:
 def is_lucky(row: Row) -> bool:
     """Whether the answer is right although the picture was read wrong."""
     truth = row.get("reading")
-    return truth is not None and is_right(row) and reading(str(row.get("response"))) != truth
+    if truth is None or not is_right(row):
+        return False
+    # runs of earlier versions do not say how their prompts ended
+    return reading(str(row.get("response")), str(row.get("prompt_end") or "")) != truth
 
 
 def is_right(row: Row) -> bool:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
+from papo_fast.errors import InputError
 from papo_fast.report.curves import (
     ALARM,
     alarm_steps,
@@ -61,15 +62,19 @@ def write_report(run_dir: Path, beside: Sequence[Path] = ()) -> Path:
         beside: other runs, whose curves and accuracies stand beside its own.
 
     What is missing is left out and named in a note at the bottom. Raises `InputError` as
-    `read_run` and `name_runs` do.
+    `read_run` and `name_runs` do, and where the picture cannot be written.
     """
     run = read_run(run_dir)
     others = [read_run(other) for other in beside]
     path = run.path / REPORT
     partial = run.path / (REPORT + ".partial")
     with style.context("default", after_reset=True):  # a user's usetex or dark theme stays out
-        draw(run, others).savefig(partial, format="png", dpi=DPI, facecolor="white")
-    partial.replace(path)
+        picture = draw(run, others)
+        try:
+            picture.savefig(partial, format="png", dpi=DPI, facecolor="white")
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error}") from error
     return path
 
 

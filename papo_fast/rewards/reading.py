@@ -12,6 +12,11 @@ def tight(text: str) -> str:
     return _BESIDE_A_TAG.sub("", text)
 
 
+def end_of_prompt(text: str) -> str:
+    """As much of a prompt's end, in text, as tells whether it has opened <think>."""
+    return text.rstrip()[-40:]
+
+
 def reading(response: str, prompt: str = "") -> str | None:
     """What stands between <think> and </think>, or None where there is no such pair.
 

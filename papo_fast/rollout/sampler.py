@@ -19,6 +19,7 @@ class Sampler:
         self.engine = engine
         self.encoder = encoder
         self.scorer = scorer
+        scorer.prompt_end = encoder.prompt_end
 
     def sample(
         self,

@@ -24,6 +24,8 @@ from papo_fast.errors import InputError
 
 TOKEN, HOST = "PAPO_FAST_SERVER_TOKEN", "PAPO_FAST_SERVER_HOST"
 """Environment variables of the server's process; a command line would be everybody's to read."""
+SOCKET = "unix"
+"""The scheme of a URL that names a socket by its path."""
 MIDDLEWARE = "papo_fast.rollout.vllm_guard.Guard"
 
 Scope = MutableMapping[str, Any]
@@ -102,7 +104,10 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(url: str) -> bool:
+    """Whether nobody outside of this machine can ask the server at `url`."""
     host = urlsplit(url).hostname or ""
+    if urlsplit(url).scheme == SOCKET:
+        return True
     return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 

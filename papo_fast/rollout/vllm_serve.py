@@ -1,9 +1,10 @@
 """The vLLM server whose options are those that a run needs.
 
 `papo-fast serve PRESET ...` becomes the server (`papo_fast.launch`); a run without
-`rollout.server_urls` starts one for itself on loopback and ends it. Whoever the server obeys can
-change its weights and more (vLLM calls this development mode), so it obeys those who know its token
-(`vllm_guard`). Nothing is encrypted: it belongs on loopback or in a network of one's own.
+`rollout.server_urls` starts one for itself, on a socket in a folder that only its user can enter,
+and ends it. Whoever the server obeys can change its weights and more (vLLM calls this development
+mode), so it obeys those who know its token (`vllm_guard`). Nothing is encrypted: one with a port
+belongs on loopback or in a network of one's own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,26 +27,31 @@ from urllib.parse import urlsplit
 from transformers import AutoConfig
 
 from papo_fast.config import Config
-from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
 from papo_fast.rollout import vllm_guard
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_requests import cpu_options, engine_options, require_vllm
 from papo_fast.rollout.vllm_setup import set_environment
+from papo_fast.setting_bounds import check_urls
 
 _log = logging.getLogger(__name__)
 
 
 def server_command(config: Config, url: str, token: str) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of vLLM's OpenAI-compatible server at `url`."""
+    """Arguments and environment of vLLM's OpenAI-compatible server at `url`.
+
+    `url` is of the form http://HOST:PORT, or unix:PATH for a socket in a folder that is there.
+    """
     address, path = urlsplit(url), config.model.path
-    if address.scheme != "http" or not address.hostname or not address.port:
-        raise InputError(f"rollout.server_urls: {url!r} is not of the form http://HOST:PORT")
+    if address.scheme == vllm_guard.SOCKET:
+        host, place = "localhost", {"uds": address.path}
+    else:
+        check_urls((url,))
+        host, place = address.hostname or "", {"host": address.hostname, "port": address.port}
     on_cpu = pick_device(config.device).type == "cpu"
     options = engine_options(config) | {
         "model": path,
-        "host": address.hostname,
-        "port": address.port,
+        **place,
         "middleware": vllm_guard.MIDDLEWARE,
         "tensor_parallel_size": config.rollout.tensor_parallel,
         "seed": 0,
@@ -66,7 +73,7 @@ def server_command(config: Config, url: str, token: str) -> tuple[list[str], dic
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
-    environment[vllm_guard.TOKEN], environment[vllm_guard.HOST] = token, address.hostname
+    environment[vllm_guard.TOKEN], environment[vllm_guard.HOST] = token, host
     root = str(Path(__file__).parents[2])  # from where the server imports the guard
     if "site-packages" not in root and root not in environment.get("PYTHONPATH", ""):
         paths = (environment.get("PYTHONPATH"), root)
@@ -87,9 +94,13 @@ def warn_of_open_address(url: str) -> None:
 
 
 class OwnServer:
-    """A server of this run alone, on loopback; ends with it, however it ends.
+    """A server of this run alone, on a socket; ends with it, however it ends.
+
+    A port of loopback would be open to every user of the machine, and another program could take
+    it between being found free and being used.
 
     Attributes:
+        url: unix:PATH of the socket, whose folder has mode 700.
         token: what every request has to carry; random.
 
     Raises:
@@ -98,7 +109,8 @@ class OwnServer:
 
     def __init__(self, config: Config, log: Path, answers: Callable[[str], bool]):
         require_vllm()
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.folder = _folder_for_a_socket()
+        self.url = f"{vllm_guard.SOCKET}:{self.folder / 'vllm'}"
         self.token = vllm_guard.new_token()
         command, environment = server_command(config, self.url, self.token)
         # torchrun's variables are of the run's processes
@@ -136,12 +148,13 @@ class OwnServer:
             self.process.wait()
         with suppress(ProcessLookupError):  # what it started, where it could not end that itself
             os.killpg(self.process.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _folder_for_a_socket() -> Path:
+    """A new folder of mode 700, whose path is short: a socket's may have 107 bytes."""
+    short = len(os.fsencode(tempfile.gettempdir())) <= 80
+    return Path(tempfile.mkdtemp(prefix="papo-fast-", dir=None if short else "/tmp"))
 
 
 def _end_with_parent() -> None:

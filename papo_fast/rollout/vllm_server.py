@@ -16,6 +16,7 @@ import io
 import json
 import math
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,7 +35,7 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
 from papo_fast.rollout.protocol import RolloutError
-from papo_fast.rollout.vllm_guard import read_token
+from papo_fast.rollout.vllm_guard import SOCKET, read_token
 from papo_fast.rollout.vllm_requests import RequestFormat, prompt_passes, prompt_seeds
 from papo_fast.rollout.vllm_serve import OwnServer, warn_of_open_address
 from papo_fast.run.private import private_folder
@@ -59,15 +60,15 @@ class Server:
 
     def call(self, method: str, path: str, body: dict | None = None) -> Any:
         """The JSON answer, or None where the server answers nothing."""
-        address = urlsplit(self.url)
-        connection = HTTPConnection(address.hostname, address.port, timeout=self.timeout)
+        connection = _connection(self.url, self.timeout)
         try:
             connection.connect()
         except OSError as error:
             raise RolloutError(f"{self} cannot be reached: {error}. {START}; {AGAIN}") from error
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, self.headers)
+            with suppress(BrokenPipeError):  # refused before all was read: the answer says why
+                connection.request(method, path, text, self.headers)
             response = connection.getresponse()
             status, content = response.status, response.read()
         except TimeoutError as error:
@@ -138,6 +139,26 @@ class Server:
             raise self.nonsense(path, f"{done}, so it kept keys and values of the old weights")
         self.call("POST", "/reset_mm_cache")
         self.call("POST", "/reset_encoder_cache")
+
+
+class _SocketConnection(HTTPConnection):
+    """HTTP over a socket that a path names."""
+
+    def __init__(self, path: str, timeout: float):
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def _connection(url: str, timeout: float) -> HTTPConnection:
+    address = urlsplit(url)
+    if address.scheme == SOCKET:
+        return _SocketConnection(address.path, timeout)
+    return HTTPConnection(address.hostname or "", address.port, timeout=timeout)
 
 
 class VLLMServerRollout:

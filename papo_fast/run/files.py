@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_run(run_dir: Path) -> Run:
 
     Raises `InputError` if it is not a run (the message lists what is there and the runs beside
     it), if it has neither metrics nor examples yet, or if one of its files is damaged other than
-    by a last line that was cut short.
+    by a last line that was cut short, or holds values of other kinds than a run writes.
     """
     run_dir = Path(run_dir)
     if not is_run(run_dir):
@@ -76,15 +77,18 @@ def read_run(run_dir: Path) -> Run:
     if (run_dir / METRICS).is_file():
         rows, torn = read_metrics(run_dir / METRICS)
         notes += [torn] if torn else []
+        _check(run_dir / METRICS, rows, _METRICS, other=_NUMBER)
     if (run_dir / EXAMPLES).is_file():
         examples, torn = read_json_lines(run_dir / EXAMPLES)
         notes += [torn] if torn else []
+        _check(run_dir / EXAMPLES, examples, _EXAMPLES)
     if not rows and not examples:
         raise InputError(
             f"{run_dir} has no metrics yet: {_what_is_there(run_dir)}. "
             f"Wait for its first step. {_runs_near(run_dir)}"
         )
     summary = _read_object(run_dir / SUMMARY)
+    _check(run_dir / SUMMARY, [summary], _SUMMARY)
     if not rows:
         notes.append("no training step yet")
     if not examples:
@@ -92,6 +96,50 @@ def read_run(run_dir: Path) -> Run:
     if not summary:
         notes.append(f"no {SUMMARY}: the run is not finished")
     return Run(run_dir, _read_object(run_dir / CONFIG), rows, examples, summary, notes)
+
+
+_NUMBER = "a number"
+_METRICS = {"alarms": "a list of texts"}
+_EXAMPLES = {
+    **dict.fromkeys(("reward", "accuracy"), _NUMBER),
+    **dict.fromkeys(("image", "corrupted", "prompt_end"), "a text"),
+}
+_SUMMARY = {
+    **dict.fromkeys(("steps", "seconds", "samples_per_question", "bad_updates"), _NUMBER),
+    **{
+        f"{what}_{when}": kind
+        for when in ("before", "after", "before_corrupted", "after_corrupted")
+        for what, kind in (
+            ("accuracy", "an object with a number for each kind of question"),
+            ("perception_errors", _NUMBER),
+            ("reasoning_errors", _NUMBER),
+            ("honesty", _NUMBER),
+        )
+    },
+}
+"""Key → what the report needs it to be, where it is there and not null."""
+
+
+def _check(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], other: str = "") -> None:
+    """Raise `InputError`, which names file, row and key, for a value that is of another kind."""
+    for number, row in enumerate(rows, start=1):
+        for key, value in row.items():
+            kind = kinds.get(key, other)
+            if value is not None and kind and not _is_of(kind, value):
+                where = f"{path}, row {number}" if len(rows) > 1 else str(path)
+                raise InputError(
+                    f"{where}: {key} is {reprlib.repr(value)}; expected {kind}. Repair or delete it"
+                )
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    if kind == _NUMBER:
+        return isinstance(value, int | float)
+    if kind == "a text":
+        return isinstance(value, str)
+    if kind == "a list of texts":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return isinstance(value, dict) and all(v is None or _is_of(_NUMBER, v) for v in value.values())
 
 
 def is_run(path: Path) -> bool:
@@ -142,8 +190,9 @@ def save_examples(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Each row has `when` ("before" or "after"), `image` and `corrupted` (PIL images or None, written
     as RGB; the file gets their paths relative to `run_dir`), and `problem`, `kind`, `answer`,
-    `reading`, `response`, `reward`, `accuracy`, which are written as they are. Examples of the
-    other `when` that the file holds are kept, those of the same `when` are replaced.
+    `reading`, `prompt_end`, `response`, `reward`, `accuracy`, which are written as they are.
+    Examples of the other `when` that the file holds are kept, those of the same `when` are
+    replaced.
     """
     run_dir = Path(run_dir)
     for row in rows:

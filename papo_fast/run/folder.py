@@ -25,11 +25,19 @@ _OF_NO_STEP = {LOCK, "vllm_server.log", "server_weights"}
 def run_folder(config: Config) -> Iterator[Path]:
     """The folder of this run, which nobody else writes to while the block lasts.
 
-    Raises `InputError` where it is in use, holds another run, or cannot be continued.
+    Raises `InputError` where it is in use, holds another run, cannot be continued, or cannot be
+    made or written to.
     """
     _check_name(config.run_name)
     with ExitStack() as held:
-        yield _to_continue(config, held) if config.resume else _new(config, held)
+        try:
+            path = _to_continue(config, held) if config.resume else _new(config, held)
+        except OSError as error:
+            raise InputError(
+                f"out is {config.out!r}, and the folder of this run cannot be made or written to "
+                f"in it: {error}"
+            ) from error
+        yield path
 
 
 def _check_name(name: str) -> None:

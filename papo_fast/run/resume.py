@@ -1,8 +1,7 @@
-"""What must be as it was for a run to go on: its settings, its data, its metrics."""
+"""What must be as it was for a run to go on: its settings and its metrics."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,6 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.run.files import CONFIG, METRICS, SUMMARY
 from papo_fast.run.metrics import Row, json_line
-
-DATA = "data.json"
 
 # Settings that may differ between a run and its continuation: none of them changes a step.
 _FREE = ("resume", "overwrite", "out", "name", "device", "preset")
@@ -95,46 +92,6 @@ def finished_steps(config: Config, folder: Path) -> int | None:
         return steps if config.train.steps <= steps else None
     same = not before.get("steps") and before.get("epochs") == config.train.epochs
     return steps if same else None
-
-
-def data_marks(config: Config) -> dict[str, str]:
-    """SHA-256 of the files that are trained and evaluated on; data of the hub has none here."""
-    marks: dict[str, str] = {}
-    for name, source in (("train", config.data.train), ("test", config.data.test)):
-        if config.digits.enabled or not Path(source).is_file():
-            continue  # those of the digits task follow from the settings
-        if name == "test" and source == config.data.train and "train" in marks:
-            marks[name] = marks["train"]
-        else:
-            marks[name] = sha256(Path(source))
-    return marks
-
-
-def check_data(config: Config, marks: dict[str, str], folder: Path) -> None:
-    """Raise `InputError` where a file of data is another than the run in `folder` began with.
-
-    Args:
-        marks: of the files as they are now (`data_marks`).
-    """
-    try:
-        before = json.loads((folder / DATA).read_text())
-    except (OSError, ValueError):
-        return  # a new run, or one of an older version
-    for name, mark in marks.items():
-        if before.get(name, mark) != mark:
-            raise InputError(
-                f"data.{name} {getattr(config.data, name)} is not the file with which {folder} was "
-                f"started: the rows that are still to come would be others. Delete {folder / DATA} "
-                "to go on with it all the same"
-            )
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def rows_until(rows: list[Row], done: int, path: Path) -> list[Row]:

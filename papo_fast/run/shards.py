@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from papo_fast.errors import InputError
-from papo_fast.run.resume import sha256
+from papo_fast.run.same_data import sha256
 
 MANIFEST = "manifest.json"
 

@@ -1,17 +1,13 @@
-"""What ends a run early: a signal, a reader of its output that has gone."""
+"""What ends a run early: a signal."""
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
-
-from rich.console import Console
 
 from papo_fast.parallel import gather
 
@@ -64,16 +60,3 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def outlive_readers(console: Console) -> None:
-    """Go on in silence once nobody reads the output any more, as after `| head`."""
-
-    def go_on() -> None:
-        console.quiet = True
-        with suppress(OSError, ValueError):  # what is left in the buffer must not fail at the exit
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(devnull, sys.stdout.fileno())
-            os.close(devnull)
-
-    console.on_broken_pipe = go_on  # type: ignore[method-assign]

@@ -1,0 +1,44 @@
+"""Consoles that outlive their readers: after `| head`, a command goes on in silence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import IO, Any
+
+from rich.console import Console
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console of stdout or stderr that goes on once nobody reads it any more."""
+    console = Console(stderr=stderr, highlight=False)
+    outlive_readers(console)
+    return console
+
+
+def outlive_readers(console: Console) -> None:
+    """Go on in silence once nobody reads the output any more, as after `| head`."""
+
+    def go_on() -> None:
+        console.quiet = True
+        silence(console.file)
+
+    console.on_broken_pipe = go_on  # type: ignore[method-assign]
+
+
+def silence(stream: IO[Any]) -> None:
+    """Have what is still written to `stream` go nowhere, its buffer at the exit included."""
+    with suppress(OSError, ValueError):  # no file: nothing is left to fail
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
+
+
+def open_missing_streams() -> None:
+    """Open what the shell closed (`>&-`), since Python has None there and printing would fail."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # in this order each gets the number that is its own
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

@@ -1,0 +1,77 @@
+"""Nobody has to read what a command says, and whatever is wrong with its options is one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from papo_fast.cli import main
+
+COMMANDS = ["", "train --help", "train tiny --help", "plan --help", "eval --help", "doctor"]
+
+
+def call(words, **streams):
+    """Exit status of the command where the home folder cannot be written to; stderr."""
+    environment = {**os.environ, "HOME": "/proc"}
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "papo_fast", *words.split()]
+    streams = {"stderr": subprocess.PIPE, **streams}
+    done = subprocess.run(command, env=environment, text=True, **streams)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_reader_that_has_gone_is_no_error_even_where_home_is_not_writable(words):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        status, errors = call(words, stdout=theirs)
+    finally:
+        os.close(theirs)
+    assert status == 0, errors
+    assert "BrokenPipe" not in errors and "Traceback" not in errors
+
+
+def test_a_stdout_that_the_shell_closed_is_no_error():
+    status, errors = call("train tiny --help", preexec_fn=lambda: os.close(1))
+    assert status == 0 and not errors
+
+
+def test_an_error_that_nobody_reads_keeps_its_status():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    try:
+        assert call("train nothing", stdout=theirs, stderr=theirs)[0] == 2
+    finally:
+        os.close(theirs)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (
+            "--train.lr=1e-6x",
+            "error: Error parsing --train.lr: could not convert string to float: '1e-6x'; "
+            "Argument helptext: --train.lr FLOAT Learning rate of AdamW. (default: 1e-06); "
+            "For full helptext, see papo-fast train grpo --help",
+        ),
+        (
+            "--nonsense=3",
+            "error: Unrecognized options: --nonsense=3; For full helptext, run papo-fast train "
+            "grpo --help",
+        ),
+    ],
+)
+def test_a_refused_option_is_one_line_and_no_box(capsys, option, expected):
+    assert main(["train", "grpo", option]) == 2
+    assert capsys.readouterr().err == f"{expected}\n"
+
+
+def test_help_is_printed_whole(capsys):
+    assert main(["train", "grpo", "--help"]) == 0
+    said = capsys.readouterr()
+    assert "--train.lr FLOAT" in said.out and not said.err
