@@ -146,7 +146,7 @@ SETTINGS = [
     ("train grpo --data.min-pixels 900", "data.max-pixels", "800"),
     ("train grpo --resume", "overwrite", ""),
     ("train grpo", "rollout.filter-range", "0.5 0.5"),
-    ("train papo-g-3b", "objective.aug", "stored"),
+    ("train papo-g-3b --objective.parity ours", "objective.aug", "stored"),
     ("train papo-g-3b --objective.kl-prcp-estimator sampled", "objective.kl-prcp-direction",
      "reverse"),
     ("train grpo --rollout.dynamic-filter", "rollout.max-filter-rounds", "1"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from kernel_oracle import (
     BACKENDS,
     FAST,
@@ -72,9 +73,9 @@ def test_compilers_are_told_the_strides_of_gradients(layout, dtype, keep_levels)
 @torch_alone
 @pytest.mark.slow
 @pytest.mark.skipif(library._library() is None, reason="Inductor needs a C++ compiler")
-def test_inductor_gives_the_gradients_of_a_transposed_weight(monkeypatch):
-    # Its cache knows operators by name: a graph that another version of them made might be found.
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+# Its cache knows operators by name: a graph that another version of them made might be found.
+@torch._inductor.config.patch(force_disable_caches=True)
+def test_inductor_gives_the_gradients_of_a_transposed_weight():
     case = make_case(20, 16, 303, bias=True, seed=4)
 
     def loss(hidden, aug_hidden, weight_T, bias):
@@ -142,7 +143,8 @@ def test_the_only_word_that_is_not_banned_is_certain(backend, ban, softcap, temp
     )  # fmt: skip
     assert stats.logprobs.tolist() == stats.aug_logprobs.tolist() == [0.0, -math.inf]
     for x in (stats.entropy, stats.aug_entropy, stats.kl_prcp, stats.kl_reverse):
-        assert x.tolist() == [0.0, 0.0]
+        # a KL's terms of second order round to this where Triton has no target to start from
+        assert x.tolist() == pytest.approx([0.0, 0.0], abs=1e-8)
 
 
 def without(case, banned):

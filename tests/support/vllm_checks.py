@@ -46,6 +46,8 @@ def at_hand(folder, **rollout):
         model=replace(preset.model, path=str(folder)),
         data=replace(preset.data, max_prompt_length=300),
         rollout=replace(preset.rollout, batch_size=32, **rollout),
+        # weighs the rollout, which official parity does not
+        objective=replace(preset.objective, parity="ours", aug="trained"),
         digits=replace(preset.digits, enabled=False),
     )
     encoder = PromptEncoder(folder, config.data)
