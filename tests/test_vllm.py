@@ -252,6 +252,7 @@ def test_two_sharded_ranks_sample_with_an_engine_each_and_no_copy_of_the_model(t
         "train.update-prompts": 2,
         "train.steps": 3,
         "train.lr": 1e-3,
+        "objective.parity": "ours",  # the authors' weighs no rollout
         "eval.samples": 1,
         "reward.workers": 1,
         "device": "cpu",
