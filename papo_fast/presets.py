@@ -26,9 +26,7 @@ _DAPO_ROLLOUT = RolloutConfig(dynamic_filter=True)
 
 
 def _baseline(beta: float = 0.01, clip_high: float = 0.3) -> ObjectiveConfig:
-    return ObjectiveConfig(
-        kl_prcp_coef=0.0, entropy_coef=0.0, aug_entropy_coef=0.0, kl_coef=beta, clip_high=clip_high
-    )
+    return ObjectiveConfig(kl_prcp_coef=0.0, kl_coef=beta, clip_high=clip_high)
 
 
 def _preset(objective: ObjectiveConfig, rollout: RolloutConfig) -> Config:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from support.family_checkpoints import write_checkpoint
+from support.small_runs import both_streams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -51,9 +52,8 @@ PUBLISHED = {
 
 def resolved_preset(name):
     config = get_preset(name)
-    if name.startswith("papo"):  # both streams with gradients: what takes most
-        objective = dataclasses.replace(config.objective, parity="ours", aug="trained")
-        config = dataclasses.replace(config, objective=objective)
+    if name.startswith("papo"):
+        config = both_streams(config)
     return dataclasses.replace(config, objective=config.objective.resolved())
 
 

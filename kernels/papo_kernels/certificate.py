@@ -305,7 +305,7 @@ def _log_ratio_outside(ratio, sums, logit_gap, logit_sums, s, mass):
 
 def _prob_gap_outside(sums, s, mass, aug_mass, beyond):
     """(R, 1) bound on sum |q - p|; it is <= p + q, and <= max(p, q) |log q - log p|."""
-    both = mass if aug_mass is None else _least(mass + aug_mass, beyond.mass)
+    both = _least(mass + aug_mass, beyond.mass)
     if s.prob_gap is not None:
         return _least(_left(s.prob_gap, sums.prob_gap), both)
     gap = _left(s.logit_gap, sums.logit_gap) + _left(s.aug_logit_gap, sums.aug_logit_gap)

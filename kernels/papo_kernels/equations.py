@@ -68,13 +68,13 @@ def d_logits(log_p, p, log_q, q, s, g, wanted, target):
     gap = q_minus_p(p, q, log_ratio) if wanted.kl_reverse or (wanted.kl and wanted.aug) else None
     dz = dz_aug = None
     if wanted.full:
-        dz = _own(log_p, p, s.full.entropy, g.full, target)
+        dz = own_part(log_p, p, s.full.entropy, g.full, target)
         if wanted.kl:
             dz = _plus(dz, -g.kl_prcp * p * (log_ratio + s.kl_prcp))
         if wanted.kl_reverse:
             dz = _plus(dz, -g.kl_reverse * gap)
     if wanted.aug:
-        dz_aug = _own(log_q, q, s.aug.entropy, g.aug, target)
+        dz_aug = own_part(log_q, q, s.aug.entropy, g.aug, target)
         if wanted.kl:
             dz_aug = _plus(dz_aug, g.kl_prcp * gap)
         if wanted.kl_reverse:
@@ -82,7 +82,8 @@ def d_logits(log_p, p, log_q, q, s, g, wanted, target):
     return dz, dz_aug
 
 
-def _own(log_p, p, entropy, g, target):
+def own_part(log_p, p, entropy, g, target):
+    """(R, V) gradients of one stream's logits but for the KLs' part; None without an upstream."""
     dz = None
     if g.logprobs is not None:
         dz = -g.logprobs * p

@@ -1,8 +1,11 @@
 """What the share that a sparse backward drops is a share of."""
 
+import functools
+
 import torch
 
-from papo_kernels.certificate import normaliser_gap
+from papo_kernels.certificate import certified, normaliser_gap
+from papo_kernels.equations import TargetPlace, d_logits, own_part, slope
 from papo_kernels.reference import LOG_ZERO
 from papo_kernels.rows import each
 
@@ -22,27 +25,27 @@ class Wholes:
         """run: a `chunked_backward.Backward` or its twin of Triton; count: rows that count."""
         call, wanted = run.call, run.wanted
         stats, upstream = (each(torch.Tensor.double, x) for x in (run.stats, run.upstream))
-        self._least = least_sizes(stats, upstream, call.head)
+        self._least = least_sizes(stats, upstream, wanted, call.head)
         self._count = count
         self._of_token = call.options.budget_of == "token"
-        # whose gradient sees dz itself, and not only dz times the states
-        self._plain = wanted.bias or wanted.hidden, wanted.bias or wanted.aug_hidden, wanted.bias
-        self._norms = (None, None, None)
-        if wanted.weight:
-            norms = [
-                _norms(x) if asked else None
-                for x, asked in ((call.hidden, wanted.full), (call.aug_hidden, wanted.aug))
-            ]
-            self._norms = (*norms, norms[0])
-        self._squares = [
-            (x.square().sum(), None if n is None else (x * n).square().sum())
-            for x, n in zip(self._least, self._norms, strict=True)
-        ]
+        ones = torch.ones_like(stats.full.peak)
+        # The gradients of states and bias see dz itself.
+        plain = wanted.bias or wanted.hidden, wanted.bias or wanted.aug_hidden, wanted.bias
+        states = call.hidden, call.aug_hidden, call.hidden
+        # (N,) factors of sum |dz|: each gives a root mean square, and the smallest counts.
+        self._scales = {
+            i: [ones] * (plain[i] or not wanted.weight) + [_norms(states[i])] * wanted.weight
+            for i in certified(wanted)
+        }
+        self._squares = {
+            i: [(self._least[i] * scale).square().sum() for scale in scales]
+            for i, scales in self._scales.items()
+        }
 
     def of_rows(self, at, sizes):
         """Of rows `at`, whose sums |dz| over candidates are `sizes`, what shares are relative to.
 
-        sizes, and what is returned: three tensors of the shape of `at`, or None.
+        sizes, and what is returned: three tensors of the shape of `at`, None where not certified.
         """
         return tuple(
             None if x is None else x.clamp_min(self._typical(i, at).to(x.dtype))
@@ -52,16 +55,11 @@ class Wholes:
     def _typical(self, i, at):
         if self._of_token:
             return torch.zeros_like(self._least[i][at])
-        plain, weighted = ((x / self._count).sqrt() for x in self._both_squares(i))
-        norms = self._norms[i]
-        if norms is None:
-            return plain.expand(at.shape)
-        weighted = weighted / norms[at].clamp_min(1e-300)
-        return torch.minimum(plain, weighted) if self._plain[i] else weighted
-
-    def _both_squares(self, i):
-        plain, weighted = self._squares[i]
-        return plain, plain if weighted is None else weighted
+        means = [
+            (squares / self._count).sqrt() / scale[at].clamp_min(1e-300)
+            for squares, scale in zip(self._squares[i], self._scales[i], strict=True)
+        ]
+        return functools.reduce(torch.minimum, means)
 
     def learn(self, at, sizes):
         """Takes into the root mean square that rows `at` have at least `sizes`, as `of_rows`."""
@@ -72,11 +70,10 @@ class Wholes:
             after = torch.maximum(before, x.double().nan_to_num(0, 0, 0))
             self._least[i][at] = after
             more = after.square() - before.square()
-            plain, weighted = self._squares[i]
-            plain = plain + more.sum()
-            if weighted is not None:
-                weighted = weighted + (more * self._norms[i][at].square()).sum()
-            self._squares[i] = plain, weighted
+            self._squares[i] = [
+                squares + (more * scale[at].square()).sum()
+                for squares, scale in zip(self._squares[i], self._scales[i], strict=True)
+            ]
 
 
 def _norms(states):
@@ -84,7 +81,7 @@ def _norms(states):
     return torch.linalg.vector_norm(states, dim=1, dtype=torch.float64).nan_to_num(0, 0, 0)
 
 
-def least_sizes(s, g, head):
+def least_sizes(s, g, wanted, head):
     """What sum |dz| is at least, of both streams and of their sum, by the statistics alone.
 
     dz is at states @ weight.T + bias. Without a soft cap its terms add up to 0, so sum |dz| is
@@ -93,78 +90,63 @@ def least_sizes(s, g, head):
 
     Args:
         s, g: RowStats and Upstream of all rows, (N,) each.
+        wanted: rows.Wanted.
         head: rows.Head.
 
     Returns:
         Three (N,) tensors, finite and >= 0.
     """
-    p, q = s.full, s.aug
-    y, y_aug = _at_target(s, g)
-    net = torch.zeros_like(p.peak) if q is None else y + y_aug
-    sizes = [2 * y.abs(), 2 * y_aug.abs(), 2 * net.abs()]
-    if head.softcap is not None:
-        slopes = [_slope_of_target(x, head) for x in (p, p if q is None else q)]
-        sizes = [y.abs() * slopes[0], y_aug.abs() * slopes[1]]
-        sizes.append((y * slopes[0] + (0 if q is None else y_aug * slopes[1])).abs())
-    else:
-        low, high = _own_bounds(p, g.full)
-        if q is not None:
-            low_aug, high_aug = _own_bounds(q, g.aug)
-            kl, kl_aug = _kl_bounds(s, g)
-            for i, (own_low, own_high, (kl_low, kl_high)) in enumerate(
-                ((low, high, kl), (low_aug, high_aug, kl_aug))
-            ):
-                sizes[i] = torch.maximum(sizes[i], own_low - kl_high)
-                sizes[i] = torch.maximum(sizes[i], kl_low - own_high)
-            both = sum(
-                2 * up.abs() * of.abs()
-                for up, of in ((g.kl_prcp, s.kl_prcp), (g.kl_reverse, s.kl_reverse))
-                if up is not None
-            )
-            sizes[2] = torch.maximum(sizes[2], low - high_aug - both)
-        else:
-            sizes[0] = torch.maximum(sizes[0], low)
-    return tuple((x / head.temperature).nan_to_num(0, 0, 0).clamp_min(0) for x in sizes)
+    y, y_aug = _at_target(s, g, wanted, head)
+    sizes = [y.abs(), y_aug.abs(), (y + y_aug).abs()]
+    if head.softcap is None:
+        by_parts = [x / head.temperature for x in _by_parts(s, g)]
+        sizes = [torch.maximum(2 * x, part) for x, part in zip(sizes, by_parts, strict=True)]
+    return tuple(x.nan_to_num(0, 0, 0).clamp_min(0) for x in sizes)
 
 
-def _at_target(s, g):
-    """(N,) dz and dz_aug of the targets."""
-    p, q = s.full, s.aug
-    y = _own_at(p.logprobs, p, g.full)
-    if q is None:
-        return y, torch.zeros_like(y)
-    y_aug = _own_at(q.logprobs, q, g.aug)
-    log_p, log_q = (x.logprobs.clamp_min(LOG_ZERO) for x in (p, q))
-    ratio, gap = log_q - log_p, log_q.exp() - log_p.exp()
-    if g.kl_prcp is not None:
-        y = y - g.kl_prcp * log_p.exp() * (ratio + s.kl_prcp)
-        y_aug = y_aug + g.kl_prcp * gap
-    if g.kl_reverse is not None:
-        y = y - g.kl_reverse * gap
-        y_aug = y_aug + g.kl_reverse * log_q.exp() * (ratio - s.kl_reverse)
-    return y, y_aug
+def _at_target(s, g, wanted, head):
+    """(N,) gradients of both streams' products at the targets; 0 where not wanted."""
+    s, g = (each(lambda x: x[:, None], value) for value in (s, g))
+    streams = [x for x in (s.full, s.aug) if x is not None]
+    log_p = [x.logprobs.clamp_min(LOG_ZERO) for x in streams]
+    given = [x for log in log_p for x in (log, log.exp())]
+    given += [None] * (4 - len(given))
+    target = _the_word(log_p[0], is_target=True)
+    found = [torch.zeros_like(log_p[0])] * 2
+    for i, dz in enumerate(d_logits(*given, s, g, wanted, target)):
+        if dz is not None:
+            z = log_p[i] + (streams[i].log_sum + streams[i].peak)
+            found[i] = dz * slope(z, head)
+    return [x.squeeze(1) for x in found]
 
 
-def _own_at(log_p, s, g, of_target=True):
-    """(N,) dz without the KLs' part of one word with log-prob `log_p`."""
-    dz, log_p = torch.zeros_like(log_p), log_p.clamp_min(LOG_ZERO)
-    if g.logprobs is not None:
-        dz = dz - g.logprobs * (torch.expm1(log_p) if of_target else log_p.exp())
-    if g.entropy is not None:
-        dz = dz - g.entropy * log_p.exp() * (log_p + s.entropy)
-    return dz
+def _by_parts(s, g):
+    """(N,) least that sum |dz| is, of both streams and of their sum, as one part outweighs another.
 
-
-def _slope_of_target(s, head):
-    z = s.logprobs.clamp_min(LOG_ZERO) + (s.log_sum + s.peak)
-    return (1 - (z * head.temperature / head.softcap).square()).clamp(0, 1)
+    At the logits, where the terms of each part add up to 0.
+    """
+    low, high = _own_bounds(s.full, g.full)
+    if s.aug is None:
+        return low, torch.zeros_like(low), torch.zeros_like(low)
+    low_aug, high_aug = _own_bounds(s.aug, g.aug)
+    sizes = [
+        torch.maximum(own_low - kl_high, kl_low - own_high)
+        for own_low, own_high, (kl_low, kl_high) in zip(
+            (low, low_aug), (high, high_aug), _kl_bounds(s, g), strict=True
+        )
+    ]
+    net = low - high_aug
+    for up, kl in ((g.kl_prcp, s.kl_prcp), (g.kl_reverse, s.kl_reverse)):
+        if up is not None:
+            net = net - 2 * up.abs() * kl.abs()
+    return *sizes, net
 
 
 def _own_bounds(s, g):
     """(N,) least and most that sum |dz| of one stream is without the KLs' part."""
-    least = 2 * _own_at(s.logprobs, s, g).abs()
+    least = _own_of_word(s.logprobs.clamp_min(LOG_ZERO), s, g, is_target=True)
     # Where the target is not the peak, the peak is another word, with the log-prob -log_sum.
-    peak = 2 * _own_at(-s.log_sum, s, g, of_target=False).abs()
+    peak = _own_of_word(-s.log_sum, s, g, is_target=False)
     least = torch.where(s.logprobs < -s.log_sum, torch.maximum(least, peak), least)
     most = torch.zeros_like(least)
     if g.logprobs is not None:
@@ -172,6 +154,22 @@ def _own_bounds(s, g):
     if g.entropy is not None:
         most = most + 2 * g.entropy.abs() * s.entropy
     return least, most
+
+
+def _own_of_word(log_p, s, g, is_target):
+    """(N,) twice |dz|, without the KLs' part, of a word with log-prob `log_p`."""
+    if not g.given:
+        return torch.zeros_like(log_p)
+    g = each(lambda x: x[:, None], g)
+    log_p, entropy = log_p[:, None], s.entropy[:, None]
+    word = _the_word(log_p, is_target)
+    return 2 * own_part(log_p, log_p.exp(), entropy, g, word).abs().squeeze(1)
+
+
+def _the_word(log_p, is_target):
+    """TargetPlace in (N, 1) `log_p` of one word a row, which is the target or another."""
+    place = torch.zeros_like(log_p, dtype=torch.int64)
+    return TargetPlace(torch.full_like(place, is_target, dtype=torch.bool), place)
 
 
 def _kl_bounds(s, g):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from papo_kernels import chunked_forward, token_stats
+from papo_kernels import token_stats
 from papo_kernels.cpu import library
 
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
@@ -34,7 +34,7 @@ class Case:
     upstream: dict
     options: dict
     default_dtype: torch.dtype
-    wants: tuple  # of hidden, aug_hidden, weight, bias
+    weight_too: bool  # the weight wants a gradient, beside the states
 
 
 def random_case(seed):
@@ -117,11 +117,11 @@ def random_case(seed):
         "budget_of": pick("call", "call", "token"),
         "aug_constant": two and pick(True, False, False),
     }
-    wants = (True, two and not options["aug_constant"], pick(True, False), False)
+    weight_too = pick(True, False)
     case = Case(
         logits.to(dtypes[0]), None if aug is None else aug.to(dtypes[1]),
         None if bias is None else bias.float(), targets, upstream, options,
-        pick(torch.float32, torch.float32, torch.bfloat16, torch.float64), wants,
+        pick(torch.float32, torch.float32, torch.bfloat16, torch.float64), weight_too,
     )  # fmt: skip
     if pick(True, False, False) and "logprobs" in upstream and "entropy" in upstream:
         _cancel(case)
@@ -232,7 +232,7 @@ def run(case, backend="torch"):
     aug = None
     if case.aug_logits is not None:
         aug = case.aug_logits.clone().requires_grad_()
-    weight = torch.eye(v, dtype=torch.float32).requires_grad_(case.wants[2])
+    weight = torch.eye(v, dtype=torch.float32).requires_grad_(case.weight_too)
     torch.set_default_dtype(case.default_dtype)
     try:
         stats = token_stats(
@@ -258,7 +258,7 @@ def wholes(case, sizes, states):
         return sizes
     count = max(1, int((case.targets != -100).sum()))
     typical = (sizes.square().sum() / count).sqrt().expand_as(sizes)
-    if case.wants[2]:
+    if case.weight_too:
         norms = states.double().norm(dim=1)
         weighted = ((sizes * norms).square().sum() / count).sqrt() / norms.clamp_min(1e-300)
         typical = torch.minimum(typical, weighted)
@@ -271,7 +271,7 @@ def check(case, found, tell=None):
     budget = case.options["grad_budget"]
     streams = [(case.logits, found[0]), (case.aug_logits, found[1])]
     expected = truth(case)
-    weight_error, weight_allowed = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    weight_allowed = torch.zeros((), dtype=torch.float64)
     d_weight = torch.zeros(case.logits.shape[1], case.logits.shape[1], dtype=torch.float64)
     for (states, got), (dz, noise) in zip(streams, expected, strict=False):
         if got is None:
@@ -308,12 +308,12 @@ def check(case, found, tell=None):
 @contextlib.contextmanager
 def small_calls_in_cpp(on):
     """The C++ also for calls that are too small to be worth it."""
-    before = library.LEAST_LOGITS, chunked_forward.TILE_ROWS
+    before = library.LEAST_LOGITS
     library.LEAST_LOGITS = 0 if on else 1 << 62
     try:
         yield
     finally:
-        library.LEAST_LOGITS, chunked_forward.TILE_ROWS = before
+        library.LEAST_LOGITS = before
 
 
 def fuzz(seeds, backend="torch", tell=print):

@@ -15,14 +15,14 @@ def test_random_calls_are_right_and_drop_no_more_than_they_may():
     assert kernel_fuzz.fuzz(range(100)) == []
 
 
-def attack(logits, upstream, aug=None, targets=None, softcap=None, weight_too=False):
+def attack(logits, upstream, aug=None, softcap=None):
     """The fuzz's case of float64 logits; the weight is the identity, so all rows show their dz."""
     return kernel_fuzz.Case(
         logits.float(), None if aug is None else aug.float(), None,
-        torch.zeros(len(logits), dtype=torch.long) if targets is None else targets, upstream,
+        torch.zeros(len(logits), dtype=torch.long), upstream,
         {"temperature": 1.0, "softcap": softcap, "grad_budget": 3e-3, "budget_of": "call",
          "aug_constant": False},
-        torch.float32, (True, aug is not None, weight_too, False),
+        torch.float32, weight_too=False,
     )  # fmt: skip
 
 

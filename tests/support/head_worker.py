@@ -24,8 +24,6 @@ from papo_fast.cli import leave
 from papo_fast.integrations.streams import AugStream, two_streams
 from papo_fast.integrations.verl import linear_cross_entropy
 from papo_fast.parallel import gather, process_group, rank, world_size
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.family_checkpoints import byte_tokenizer, family_config
 
 WEIGHTS = (1.0, 0.3, 0.2, 0.1, -0.5)

@@ -14,6 +14,7 @@ from papo_fast.config import DataConfig
 from papo_fast.data.prompts import Prompt
 from papo_fast.rewards.scorer import Score
 from papo_fast.samples import Completion, Group, Sample, all_samples
+from support import TESTS
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
@@ -31,6 +32,8 @@ def launch(ranks: int, command: list[str]) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
+        # for what workers share with the tests: they run as scripts, which pytest gives no path
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     }
     processes = [
         subprocess.Popen(

@@ -24,11 +24,15 @@ def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
     return out.getvalue()
 
 
+def both_streams(config):
+    """`config` with exact terms and gradients into both streams: what asks most of a run."""
+    objective = dataclasses.replace(config.objective, parity="ours", aug="trained")
+    return dataclasses.replace(config, objective=objective)
+
+
 def every_term():
-    """All terms of PAPO, exact, with gradients into both streams: what asks most of a run."""
-    preset = get_preset("papo-g-7b")
-    objective = dataclasses.replace(preset.objective, parity="ours", aug="trained")
-    return dataclasses.replace(preset, objective=objective)
+    """All terms of PAPO, of both streams."""
+    return both_streams(get_preset("papo-g-7b"))
 
 
 def small(config, path, data, out, **changes):

@@ -17,6 +17,7 @@ from papo_fast.model.policy import Policy, inference
 from papo_fast.presets import get_preset
 from papo_fast.samples import Group, Sample
 from support.groups import as_prompt
+from support.small_runs import both_streams
 
 CPU = torch.device("cpu")
 
@@ -39,15 +40,13 @@ def untrained(folder, **rollout):
 
 def at_hand(folder, **rollout):
     """Configuration, encoder and policy of the checkpoint in `folder`."""
-    preset = get_preset("tiny")
+    preset = both_streams(get_preset("tiny"))  # it weighs the rollout, which official does not
     config = replace(
         preset,
         device="cpu",
         model=replace(preset.model, path=str(folder)),
         data=replace(preset.data, max_prompt_length=300),
         rollout=replace(preset.rollout, batch_size=32, **rollout),
-        # weighs the rollout, which official parity does not
-        objective=replace(preset.objective, parity="ours", aug="trained"),
         digits=replace(preset.digits, enabled=False),
     )
     encoder = PromptEncoder(folder, config.data)
