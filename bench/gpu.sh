@@ -1,22 +1,35 @@
 #!/usr/bin/env bash
 # The Triton kernels on this machine's GPU: correctness, then times, memory and block sizes.
-#   bash bench/gpu.sh OUT_DIR [--quick]      under 9 minutes; --quick under 2
-# Needs torch >= 2.11 and triton >= 3.6, nothing else and no network. What was measured so far is in
-# OUT_DIR/gpu.json at any time; commit OUT_DIR's content as bench/results/<gpu>/.
+#   bash bench/gpu.sh OUT_DIR [--seconds N] [--quick] [--only SECTION,SECTION] [--device cpu]
+# Needs torch >= 2.11 and triton >= 3.6, nothing else and no network. It uses what lies in the
+# repository's root: carried/states.pt, from bench/carry_states.py, and the peers in wheels/*.whl.
+# What was measured so far is in OUT_DIR/gpu.json at any time; commit OUT_DIR's content as
+# bench/results/<gpu>/.
 set -euo pipefail
 if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-  echo 'usage: bash bench/gpu.sh OUT_DIR [--quick] [--device cpu]' >&2
+  echo 'usage: bash bench/gpu.sh OUT_DIR [--seconds N] [--quick] [--only SECTION] [--device cpu]' >&2
   exit 2
 fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
-limit=530
-for argument in "$@"; do
-  if [ "$argument" = --quick ]; then limit=115; fi
-done
 root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+peers=()
+# Nothing else of what lies there: a second transformers would have to fit this Python's packages.
+wheels=$(compgen -G "$root/wheels/*.whl" | grep -E '/(liger_kernel|cut_cross_entropy|trl)-' || true)
+if [ -n "$wheels" ]; then
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  if xargs -d '\n' "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps \
+    --no-compile --target "$folder" <<<"$wheels"; then
+    peers=(--peers "$folder")
+  else
+    echo 'wheels/ could not be installed, so peers are only those that this Python has' >&2
+  fi
+else
+  echo 'There are no wheels of peers in wheels/, so peers are only those that this Python has.'
+fi
 export PYTHONPATH="$root/kernels:$root/bench:$root/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-# The program keeps to its own budgets; this is for a GPU that hangs.
-exec timeout --signal=INT --kill-after=10 "$limit" "${PYTHON:-python3}" "$root/bench/gpu.py" "$out" "$@"
+"$python" "$root/bench/gpu.py" "$out" "${peers[@]}" "$@"

@@ -2,14 +2,15 @@
 
 from dataclasses import astuple, replace
 
+import gpu_check
 import torch
 from gpu_check import CASES, TINY, errors_of
+from gpu_times import VARIANTS, time_states
 from states import synthetic
-from ways import Case
+from ways import OURS, Case
 
-from papo_kernels import token_stats
 from papo_kernels.triton import launch as triton_launch
-from papo_kernels.triton.launch import Blocks, Launch
+from papo_kernels.triton.launch import Blocks
 
 # Which time a kernel's blocks are judged by.
 JUDGED_BY = {"forward": "forward", "dz": "sparse", "d_hidden": "sparse", "d_weight": "sparse"}
@@ -34,41 +35,50 @@ CANDIDATES = {
 TILES = (32, 128)
 
 
-def sweep(run, seconds_of):
-    """Tries candidates one kernel after the other, each on top of the winners so far."""
+def sweep(run):
+    """The section: candidates one kernel after the other, each on top of the winners so far."""
     shapes = [(torch.bfloat16, 3584), (torch.bfloat16, 2048), (torch.float32, 3584)]
     rows, vocab = 4096, 152_064
-    if run.quick:
-        shapes = shapes[:1]
-    if run.tiny:
+    if run.interpreted:
         shapes, rows, vocab = [(torch.float32, 64)], 64, 1024
     for dtype, width in shapes:
-        if run.over():
-            run.leave_out(f"sweep: {dtype}, D = {width}")
+        shown = f"sweep: {gpu_check.shown(dtype)}, D = {width}"
+        if run.left <= 0:
+            run.leave_out(shown, "out of time")
             continue
-        states = synthetic(rows, vocab, width, 0.6, run.device).map(lambda x, t=dtype: x.to(t))
-        _one_shape(run, Case(states), seconds_of)
+        states = run.attempt(
+            f"{shown}: states",
+            lambda t=dtype, d=width: synthetic(rows, vocab, d, 0.6, run.device).map(
+                lambda x: x.to(t)
+            ),
+        )
+        if states is not None:
+            _one_shape(run, Case(states))
+    with_winners(run)
 
 
-def _one_shape(run, case, seconds_of):
+def _one_shape(run, case):
     device, size = case.weight.device, case.weight.element_size()
     width = case.weight.shape[1]
     key = (triton_launch.architecture(device), size, width >= triton_launch.WIDE)
-    shown = f"{key[0]}, {str(case.weight.dtype).removeprefix('torch.')}, D = {width}"
+    shown = f"{key[0]}, {gpu_check.shown(case.weight.dtype)}, D = {width}"
     best = triton_launch.launch_of(device, size, width)
     for kernel, what in JUDGED_BY.items():
+        candidates = CANDIDATES[kernel]
         # The interpreter knows one size of block; two show that the program works.
-        candidates = CANDIDATES[kernel][: 3 if run.quick else None]
-        if run.tiny:
+        if run.interpreted:
             candidates = [Blocks(1024, 64, 4, 1)] if kernel in ("forward", "dz") else []
-        found = [(getattr(best, kernel), *_try(key, best, case, what, seconds_of))]
-        for blocks in candidates:
-            if run.over():
-                run.leave_out(f"sweep: {shown}, {kernel} {astuple(blocks)}")
-                continue
+        found = []
+        for blocks in (getattr(best, kernel), *candidates):
             launch = _with(best, kernel, blocks)
-            found.append((blocks, *_try(key, launch, case, what, seconds_of)))
-        for blocks, seconds, failure in found:
+            tried = run.attempt(
+                f"sweep: {shown}, {kernel} {astuple(blocks)}",
+                lambda at=launch, w=what: _try(run, key, at, case, w),
+            )
+            if tried is None:
+                continue
+            seconds, failure = tried
+            found.append((blocks, seconds))
             print(
                 f"  {shown}: {kernel:9s} v {blocks.v:4d} d {blocks.d:4d} warps {blocks.warps} "
                 f"stages {blocks.stages}: {failure or f'{1e3 * seconds:9.2f} ms'}"
@@ -78,9 +88,13 @@ def _one_shape(run, case, seconds_of):
                 {"key": list(key), "kernel": kernel, "blocks": astuple(blocks),
                  "seconds": None if failure else seconds, "failure": failure},
             )  # fmt: skip
-        best = _with(best, kernel, min(found, key=lambda f: f[1])[0])
-    _tiles(run, key, best, case, shown, seconds_of)
-    _keep_if_right(run, key, best, shown, case.weight.dtype, device)
+        if found:
+            best = _with(best, kernel, min(found, key=lambda f: f[1])[0])
+    _tiles(run, key, best, case, shown)
+    run.attempt(
+        f"winners of {shown}",
+        lambda: _keep_if_right(run, key, best, shown, case.weight.dtype, device),
+    )
 
 
 def _with(launch, kernel, blocks):
@@ -89,12 +103,12 @@ def _with(launch, kernel, blocks):
     return replace(launch, d_weight=replace(launch.d_weight, v=launch.dz.v))
 
 
-def _try(key, launch, case, what, seconds_of):
+def _try(run, key, launch, case, what):
     """(seconds, why it failed): of the forward, or of the sparse backward."""
     before = triton_launch.LAUNCHES.get(key)
     triton_launch.LAUNCHES[key] = launch
     try:
-        return _seconds(case, what, seconds_of), ""
+        return _seconds(run, case, what), ""
     except Exception as error:
         # A block that does not fit is a result; the types differ from one triton to the next.
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -106,43 +120,40 @@ def _try(key, launch, case, what, seconds_of):
             triton_launch.LAUNCHES[key] = before
 
 
-def _seconds(case, what, seconds_of):
-    def forward():
-        return token_stats(
-            case.hidden, case.weight, case.targets, aug_hidden=case.aug_hidden, backend="triton"
-        )
-
+def _seconds(run, case, what):
+    variant = VARIANTS[OURS]
     if what == "forward":
-        return seconds_of(forward, case.weight.device, least=0.1, most=5)
-    upstream = case.upstream("papo")
-    stats = forward()._asdict()
-    outputs = [stats[o] for o in upstream]
-
-    def backward():
-        torch.autograd.grad(outputs, case.leaves, list(upstream.values()), retain_graph=True)
-
-    return seconds_of(backward, case.weight.device, least=0.1, most=5)
+        return run.seconds_of(lambda: variant.forward(case), least=0.1, most=5)["seconds"]
+    graph = variant.graph(case)
+    return run.seconds_of(lambda: variant.backward(graph), least=0.1, most=5)["seconds"]
 
 
-def _tiles(run, key, best, case, shown, seconds_of):
+def _tiles(run, key, best, case, shown):
     """What other heights of a tile would give: one number for all lines of the table."""
     usual = triton_launch.TILE
     for tile in (usual, *TILES):
-        if run.over() or (run.tiny and tile != usual):
-            run.leave_out(f"sweep: {shown}, TILE = {tile}", "out of time or interpreted")
+        if run.interpreted and tile != usual:
+            run.leave_out(f"sweep: {shown}, TILE = {tile}", "interpreted")
             continue
-        triton_launch.TILE = tile
-        try:
-            parts = [_try(key, best, case, what, seconds_of) for what in ("forward", "sparse")]
-        finally:
-            triton_launch.TILE = usual
-        failure = parts[0][1] or parts[1][1]
-        times = None if failure else [s for s, _ in parts]
-        run.add("sweep", {"key": list(key), "tile": tile, "seconds": times, "failure": failure})
-        said = failure or "forward {:.2f} ms, sparse backward {:.2f} ms".format(
-            *(1e3 * s for s in times)
+        run.attempt(
+            f"sweep: {shown}, TILE = {tile}",
+            lambda at=tile: _tile(run, key, best, case, shown, at, usual),
         )
-        print(f"  {shown}: TILE = {tile}: {said}")
+
+
+def _tile(run, key, best, case, shown, tile, usual):
+    triton_launch.TILE = tile
+    try:
+        parts = [_try(run, key, best, case, what) for what in ("forward", "sparse")]
+    finally:
+        triton_launch.TILE = usual
+    failure = parts[0][1] or parts[1][1]
+    times = None if failure else [s for s, _ in parts]
+    run.add("sweep", {"key": list(key), "tile": tile, "seconds": times, "failure": failure})
+    said = failure or "forward {:.2f} ms, sparse backward {:.2f} ms".format(
+        *(1e3 * s for s in times)
+    )
+    print(f"  {shown}: TILE = {tile}: {said}")
 
 
 def _keep_if_right(run, key, best, shown, dtype, device):
@@ -150,7 +161,7 @@ def _keep_if_right(run, key, best, shown, dtype, device):
     before = triton_launch.LAUNCHES.get(key)
     triton_launch.LAUNCHES[key] = best
     wide = {"d": 3592} if key[2] else {}
-    case = (TINY if run.tiny else CASES["odd sizes, ignored rows"])(dtype=dtype, **wide)
+    case = (TINY if run.interpreted else CASES["odd sizes, ignored rows"])(dtype=dtype, **wide)
     errors = errors_of(case, device)
     bad = {n: e for n, (e, bound) in errors.items() if not e <= bound}
     if bad:
@@ -163,30 +174,16 @@ def _keep_if_right(run, key, best, shown, dtype, device):
     run.add("winners", {"key": list(key), "blocks": blocks})
 
 
-def with_winners(run, time_case):
+def with_winners(run):
     """The main shape again, with the winners in the table."""
     if not run.content["winners"]:
         run.leave_out("times with the winners", "the sweep has none")
         return
-    if run.over():
-        run.leave_out("times with the winners")
-        return
-    width, vocab, rows = (64, 1000, 64) if run.tiny else (3584, 152_064, 16_384)
-    states = synthetic(rows, vocab, width, 0.6, run.device).map(lambda x: x.to(torch.bfloat16))
-    states.name += " with the winners"
-    time_case(run, states, main=False)
-
-
-def lines(content):
-    """The winners, to paste into LAUNCHES of papo_kernels/triton/launch.py."""
-    if not content["winners"]:
-        return "No winners: the sweep did not run to an end."
-    found = ["Winners, for LAUNCHES in kernels/papo_kernels/triton/launch.py:"]
-    for winner in content["winners"]:
-        architecture, size, wide = winner["key"]
-        launch = Launch(*(Blocks(*b) for b in winner["blocks"]))
-        blocks = ", ".join(
-            "Blocks({}, {}, {}, {})".format(*astuple(getattr(launch, k))) for k in JUDGED_BY
-        )
-        found.append(f'    ("{architecture}", {size}, {wide}): Launch(\n        {blocks}\n    ),')
-    return "\n".join(found)
+    width, vocab, rows = (64, 1000, 64) if run.interpreted else (3584, 152_064, 16_384)
+    states = run.attempt(
+        "states: with the winners",
+        lambda: synthetic(rows, vocab, width, 0.6, run.device).map(lambda x: x.bfloat16()),
+    )
+    if states is not None:
+        states.name += " with the winners"
+        time_states(run, states)

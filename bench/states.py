@@ -83,7 +83,7 @@ def widen(states, width):
     if width in (None, have):
         return states
     g = torch.Generator().manual_seed(1)
-    turn = torch.linalg.qr(torch.randn(width, have, generator=g))[0]
+    turn = torch.linalg.qr(torch.randn(width, have, generator=g))[0].to(states.weight)
     return states.map(lambda x: x @ turn.T)
 
 

@@ -1,10 +1,11 @@
-"""bench/gpu.sh without a GPU: its checks, its budgets, its launch table, and a run of it all."""
+"""bench/gpu.sh without a GPU: its checks, its guards, its launch table, and a run of it all."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,18 +19,22 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests" / "kernels")]
 
 pytest.importorskip("triton")
 
+import carry_states  # noqa: E402
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_run  # noqa: E402
 import gpu_sweep  # noqa: E402
+import gpu_table  # noqa: E402
+import gpu_tools  # noqa: E402
+import states  # noqa: E402
+import ways  # noqa: E402
 
 from papo_kernels.triton import launch as triton_launch  # noqa: E402
 
 
 @pytest.fixture
 def run(tmp_path):
-    made = gpu.Run(SimpleNamespace(out=tmp_path, device="cpu", quick=True, seconds=1e-6))
-    made.section("correctness")
-    return made
+    return gpu_run.Run(tmp_path, "first", 1000, "cpu")
 
 
 def by_torch(scale):
@@ -43,29 +48,110 @@ def by_torch(scale):
     return call
 
 
-def test_right_kernels_pass_the_check(run, monkeypatch):
+def test_right_kernels_pass_every_check(run, monkeypatch):
     monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
-    assert gpu_check.check_kernels(run) == 0
-    assert [c["failed"] for c in run.content["correctness"]] == [[]] * 3
+    gpu_check.first(run)
+    gpu_check.others(run)
+    assert gpu_table.failed(run.content) == []
+    assert len(run.content["checks"]) == 3 * len(gpu_check.CASES) + 3
 
 
-def test_wrong_kernels_fail_it(run, monkeypatch):
+def test_wrong_kernels_fail_and_the_next_checks_run(run, monkeypatch):
     monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.01))
-    assert gpu_check.check_kernels(run) >= 3
-    assert all("entropy" in c["failed"] for c in run.content["correctness"])
+    gpu_check.first(run)
+    saved = json.loads((run.path).read_text())
+    wrong = [c for c in saved["checks"] if "entropy" in c["failed"]]
+    assert len(wrong) == 6 and len(saved["checks"]) == 9
+    assert "**odd sizes, ignored rows, float32: entropy" in gpu_table.table(saved)
 
 
-def test_what_the_time_does_not_suffice_for_is_said_and_kept(run, monkeypatch):
-    monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
-    small = dict.fromkeys(("first", "second"), gpu_check.TINY)
-    monkeypatch.setattr(gpu_check, "CASES", small)
-    run.tiny = False
-    gpu_check.check_kernels(run)
-    saved = json.loads((run.out / "gpu.json").read_text())
-    dtypes = {c["case"].split(", ")[-1] for c in saved["correctness"]}
-    assert dtypes == {"float32", "bfloat16", "float16"}, "every dtype is checked, however slow"
-    assert {x["reason"] for x in saved["left_out"]} == {"out of time"}
-    assert len(saved["left_out"]) == 3
+def test_an_exception_is_a_failure_and_the_next_item_runs(run):
+    def out_of_resources():
+        raise RuntimeError("out of resource: shared memory")
+
+    assert run.attempt("first", out_of_resources) is None
+    assert run.attempt("second", lambda: 2) == 2
+    assert run.attempt("a peer", out_of_resources, optional=True) is None
+    saved = json.loads(run.path.read_text())
+    assert [(f["what"], f["error"]) for f in saved["failures"]] == [
+        ("first", "RuntimeError: out of resource: shared memory")
+    ]
+    assert [x["what"] for x in saved["left_out"]] == ["a peer"]
+
+
+def test_what_the_time_does_not_suffice_for_is_said_and_kept(run):
+    run.ends = 0
+    run.check("late", lambda: {"error": (1, 0)})
+    saved = json.loads(run.path.read_text())
+    assert [(x["what"], x["reason"]) for x in saved["left_out"]] == [("late", "out of time")]
+    assert saved["checks"] == []
+
+
+def test_nan_is_an_error(run):
+    run.judge("some", {"entropy": (float("nan"), 1e-5), "kl_prcp": (1e-6, 1e-5)})
+    assert json.loads(run.path.read_text())["checks"][0]["failed"] == ["entropy"]
+
+
+DYING = """
+import os, signal, time
+import gpu_run
+
+def section(run):
+    gpu_run.ITEM_SECONDS = {"cpu": 1.0}
+    run.attempt("before", lambda: None)
+    run.attempt("breaks", lambda: os._exit(gpu_run.BROKEN))
+    run.attempt("crashes", lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    run.attempt("hangs", lambda: time.sleep(300))
+    run.judge("after", {"error": (0, 0)})
+
+def overruns(run):
+    run.judge("in time", {"error": (0, 0)})
+    time.sleep(300)
+
+def ordinary(run):
+    run.judge("the next section", {"error": (0, 0)})
+"""
+
+
+def test_what_ends_a_process_costs_one_item(tmp_path, monkeypatch, capfd):
+    (tmp_path / "dying.py").write_text(DYING)
+    path = f"{tmp_path}:{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    sections = {
+        "dying": (0.5, "dying:section"),
+        "late": (0.5, "dying:overruns"),
+        "next": (0.1, "dying:ordinary"),
+    }
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    args = SimpleNamespace(out=str(tmp_path), device="cpu", carried="", peers="")
+    gpu.Results(tmp_path, fresh=True).write()
+    # Far more than the first section needs, so that a busy machine does not decide.
+    monkeypatch.setattr(gpu, "ends_of", lambda began, chosen, total: dict(
+        zip(chosen, (began + 600, 0, began + 600), strict=True)
+    ))  # fmt: skip
+    assert gpu.run_all(args, list(sections), 0) == 1
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert [c["what"] for c in saved["checks"]] == ["after", "in time", "the next section"]
+    whats = [f["what"] for f in saved["failures"]]
+    assert whats == ["breaks", "crashes", "hangs", "the section"]
+    assert [s["name"] for s in saved["sections"]] == list(sections)
+    assert "**hangs: its process: exit status 71**" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tool", "said", "count"),
+    [
+        ("memcheck", "========= ERROR SUMMARY: 0 errors", 0),
+        ("memcheck", "========= Invalid write\n========= ERROR SUMMARY: 3 errors", 3),
+        ("racecheck", "========= RACECHECK SUMMARY: 2 hazards displayed (1 error)", 2),
+        ("memcheck", "========= Error: Target application terminated", None),
+    ],
+)
+def test_faults_that_a_tool_found_are_counted(tool, said, count):
+    summary = gpu_tools.TOOLS[f"compute-sanitizer {tool}"][1]
+    assert gpu_tools.faults(said, summary) == count
 
 
 def test_a_line_of_the_launch_table_serves_its_architecture_and_width_alone(monkeypatch):
@@ -82,14 +168,14 @@ def test_a_line_of_the_launch_table_serves_its_architecture_and_width_alone(monk
     assert triton_launch.launch_of(device, 2, 3584) is usual
 
 
-def test_a_candidate_that_does_not_fit_is_a_result(monkeypatch):
+def test_a_candidate_that_does_not_fit_is_a_result(run, monkeypatch):
     def too_large(*_):
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
     monkeypatch.setattr(gpu_sweep, "_seconds", too_large)
     key = ("sm_90", 2, True)
     launch = triton_launch.LAUNCHES["any", 2, None]
-    seconds, failure = gpu_sweep._try(key, launch, None, "forward", None)
+    seconds, failure = gpu_sweep._try(run, key, launch, None, "forward")
     assert seconds == float("inf") and failure == "RuntimeError: out of resource: shared memory"
     assert key not in triton_launch.LAUNCHES
 
@@ -107,22 +193,76 @@ def test_the_folder_must_be_given():
     assert done.returncode == 2 and "usage:" in done.stderr
 
 
+def test_an_unknown_section_is_refused(tmp_path):
+    done = start(tmp_path, "--only", "main,sweeep")
+    assert done.returncode == 2
+    assert "--only sweeep: expected some of first,main,real" in done.stderr
+
+
 @pytest.mark.slow
-def test_all_of_it_runs_interpreted_and_its_winners_can_be_pasted(tmp_path):
-    done = start(tmp_path, "--device", "cpu", TRITON_INTERPRET="1")
+def test_all_of_it_runs_interpreted_and_its_winners_can_be_pasted(tmp_path, small_carried):
+    done = start(tmp_path, "--device", "cpu", "--seconds", "1500", "--carried", str(small_carried))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(saved["correctness"]) == 3 and not any(c["failed"] for c in saved["correctness"])
-    ways = {r["way"] for r in saved["times"]}
-    assert {"two bare matmuls", "forward, 2 streams", "forward, 1 stream", gpu.OURS} <= ways
-    ours = next(r for r in saved["times"] if r["way"] == gpu.OURS)
-    assert ours["errors"]["dW"] < 1e-2 and ours["seconds"] > 0
+    assert [(s["name"], s["ended"]) for s in saved["sections"]] == [
+        (name, "done") for name in gpu.SECTIONS
+    ]
+    checked = {c["what"] for c in saved["checks"]}
+    assert {f"{case}, float16" for case in gpu_check.CASES} <= checked
+    assert "out of time" not in {x["reason"] for x in saved["left_out"]}
+    names = ("synthetic-0.6", "smollm2-0.6", "smollm2-0.6-wide", "smollm2-1.1")
+    timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
+    assert timed >= {(s, w) for s in names for w in (ways.OURS, ways.FLOOR, "backward alone")}
+    ours = [r for r in saved["times"] if r["way"] == ways.OURS]
+    assert all(0 < r["kept"] <= 1 and r["rows"] == r["N"] for r in ours)
+    profiled = {p["what"].split(", ")[0] + p["what"].split(":")[-1] for p in saved["profiles"]}
+    assert profiled == {f"{s} {way}" for s in names[:3] for way in ("forward", "backward")}
     assert {s["kernel"] for s in saved["sweep"] if "kernel" in s} == set(gpu_sweep.JUDGED_BY)
-    assert "| / six matmuls |" in (tmp_path / "table.md").read_text()
-    pasted = gpu_sweep.lines(saved).split("\n", 1)[1]
+    written = (tmp_path / "table.md").read_text()
+    assert "| / six matmuls |" in written and written in done.stdout
+    pasted = written.split("```python\n")[1].split("```")[0]
     table = ast.parse("{" + pasted + "}", mode="eval").body
     assert [ast.literal_eval(k) for k in table.keys] == [tuple(saved["winners"][0]["key"])]
-    assert pasted in done.stdout
+
+
+@pytest.fixture
+def small_carried(tmp_path):
+    """A file of the form that real states are carried in, with few words."""
+    made = states.synthetic(64, 700, 24, 0.6)
+    path = tmp_path / "carried.pt"
+    carry_states.save(path, [replace(made, name=n) for n in carry_states.NAMES])
+    return path
+
+
+def test_carried_states_are_the_states_but_for_int8_and_bfloat16(small_carried):
+    made = states.synthetic(64, 700, 24, 0.6)
+    found = carry_states.load(small_carried, "smollm2-1.1")
+    assert found.name == "smollm2-1.1" and torch.equal(found.targets, made.targets)
+    largest = made.weight.abs().amax(1, keepdim=True)
+    assert ((found.weight - made.weight).abs() <= largest / 254 * 1.001).all()
+    torch.testing.assert_close(found.hidden, made.hidden, atol=0, rtol=2**-8)
+    torch.testing.assert_close(found.aug_hidden, made.aug_hidden, atol=0, rtol=2**-8)
+
+
+def test_repeated_rows_differ_and_keep_their_order_and_entropy(small_carried):
+    few = carry_states.carried(small_carried, "smollm2-0.6", 64, 96, "cpu")
+    many = carry_states.carried(small_carried, "smollm2-0.6", 200, 96, "cpu")
+    assert many.hidden.shape == (200, 96) and many.weight.shape == (700, 96)
+    assert torch.equal(many.targets, few.targets[torch.arange(200) % 64])
+    assert len(many.hidden.unique(dim=0)) == 200
+    near = (many.hidden[64:128] - many.hidden[:64]).float().norm() / many.hidden[:64].float().norm()
+    assert 0 < near < 0.1
+    assert many.entropy == pytest.approx(few.entropy, rel=0.1)
+
+
+def test_the_appended_tail_has_the_mass_that_is_said_and_leaves_the_words_as_they_were():
+    made = states.synthetic(64, 700, 24, 0.6)
+    wide = carry_states.extend(made, 2000)
+    assert wide.name == "synthetic-0.6-wide" and wide.weight.shape == (2000, 25)
+    logits = wide.hidden @ wide.weight.T
+    torch.testing.assert_close(logits[:, :700], made.hidden @ made.weight.T, atol=1e-4, rtol=1e-4)
+    mass = logits.softmax(-1)[:, 700:].sum(1).mean()
+    assert mass.item() == pytest.approx(carry_states.TAIL_MASS, rel=0.02)
 
 
 def start(out, *arguments, **variables):
