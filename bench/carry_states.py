@@ -113,15 +113,19 @@ def extend(states, vocab, seed=0):
 
 
 @torch.no_grad()
-def carried(path, name, rows, width, device, vocab=None, words=None):
+def carried(path, name, rows, width, device, vocab=None, cut=None):
     """States of `rows` rows and `width` features in bfloat16 on `device`, entropies measured.
 
-    vocab: with so many words, by `extend`. words: only that many of the file's words.
+    vocab: with so many words, by `extend`. cut: only the file's first (words, features), for an
+    interpreter; that leaves nothing real.
     """
     states = load(path, name, device)
-    if words is not None:
-        cut = states.weight[:words]
-        states = replace(states, weight=cut, targets=states.targets % len(cut))
+    if cut is not None:
+        words, features = cut
+        states = states.map(lambda x: x[:, :features])
+        states = replace(
+            states, weight=states.weight[:words], targets=states.targets % words
+        )  # fmt: skip
     if vocab is not None:
         states = extend(states, vocab)
     states = widen(tile(states, rows), width).map(lambda x: x.bfloat16().contiguous())

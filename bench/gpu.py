@@ -24,19 +24,21 @@ HERE = Path(__file__).parent
 # time is the next ones'.
 SECTIONS = {
     "first": (0.10, "gpu_check:first"),
-    "main": (0.24, "gpu_times:main_shape"),
+    "main": (0.22, "gpu_times:main_shape"),
     "real": (0.22, "gpu_times:real_states"),
-    "checks": (0.16, "gpu_robust:checks"),
+    "checks": (0.14, "gpu_robust:checks"),
     "peers": (0.06, "gpu_times:peers"),
     "shapes": (0.10, "gpu_times:other_shapes"),
-    "tools": (0.06, "gpu_tools:tools"),
-    "sweep": (0.06, "gpu_sweep:sweep"),
+    "tools": (0.12, "gpu_tools:tools"),
+    "sweep": (0.04, "gpu_sweep:sweep"),
 }
 SECONDS, QUICK_SECONDS = 500, 100
 # A process that is this much over its section's time is killed.
 GRACE = 10
 # Less is not worth a process.
 LEAST_SECONDS = 3
+# Processes that compile ahead; each has a context of its own on the GPU.
+MOST_COMPILERS = 12
 # cuBLAS wants it for deterministic algorithms, which the robustness checks switch on.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
@@ -54,6 +56,20 @@ def start(args, name):
          args.device, args.carried],
         env=environment, stdin=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def warm(args, chosen):
+    """Processes that compile for the sections while the first one runs; none without a GPU."""
+    if args.device == "cpu" or chosen[0] != "first":
+        return []
+    jobs = max(1, min(MOST_COMPILERS, (os.cpu_count() or 1) - 2))
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "gpu_warm.py"), str(job), str(jobs)],
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )
+        for job in range(jobs)
+    ]  # fmt: skip
 
 
 def kill(process):
@@ -126,6 +142,7 @@ def run_all(args, chosen, total):
     began = time.monotonic()
     ends = ends_of(began, chosen, total)
     waiting = start(args, chosen[0])
+    compilers = warm(args, chosen)
     try:
         for i, name in enumerate(chosen):
             process, waiting = waiting, None
@@ -136,6 +153,8 @@ def run_all(args, chosen, total):
                 status = run_section(args, name, process, ends[name])
             finally:
                 kill(process)
+                while compilers:
+                    kill(compilers.pop())
             if status == NO_GPU:
                 print(
                     "error: torch sees no GPU here; --device cpu shows that the program works",

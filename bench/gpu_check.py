@@ -74,7 +74,7 @@ CASES = {
     "frozen weight": _drawn(n=66, d=72, v=2003, peak=6),
     "transposed weight": transposed_weight,
     "soft cap 30": _drawn(n=66, d=72, v=1003, peak=20, scale=8.0, softcap=30.0),
-    "soft cap 100": _drawn(n=66, d=72, v=1003, peak=60, scale=20.0, softcap=100.0),
+    "soft cap 100": _drawn(n=66, d=72, v=1003, peak=20, scale=8.0, softcap=100.0),
 }
 # The gradients that a case asks for, where not all.
 WANTED = {"flat": (), "frozen weight": ("hidden", "aug_hidden")}

@@ -22,6 +22,7 @@ from gpu_results import BROKEN, HUNG, Results
 ITEM_SECONDS = {"cuda": 45, "cpu": 600}
 # Repetitions that took so long together are enough, however few.
 LONG_SECONDS = 2.0
+ROOT = Path(__file__).parents[1]
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,pstate"
 
 
@@ -74,7 +75,8 @@ class Run(Results):
             self.write()
 
     def _failed(self, what, error, optional):
-        said = f"{type(error).__name__}: {error}".strip()[:600]
+        # Results are shown to others, whom this machine's folders do not concern.
+        said = f"{type(error).__name__}: {error}".replace(str(ROOT), ".").strip()[:600]
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(f"  FAILED: {what}: {said.splitlines()[0][:200]}")
         record = {"section": self.section, "what": what, "error": said}
@@ -127,9 +129,10 @@ class Run(Results):
             print(f"  clocks {when}: {said}")
             self.add("clocks", {"when": when, "section": self.section, "said": said})
 
-    def seconds_of(self, function, least=0.3, most=8):
-        """{"seconds": the median of repetitions after one to warm up, "fastest", "slowest"}."""
-        function()
+    def seconds_of(self, function, least=0.3, most=8, warm=True):
+        """{"seconds": median of repetitions, "fastest", "slowest"}; `warm`: after another one."""
+        if warm:
+            function()
         times = []
         while len(times) < most and (len(times) < 3 or sum(times) < least):
             if sum(times) > LONG_SECONDS:

@@ -1,6 +1,7 @@
 """Times, memory, kept words and profiles of the Triton kernels; and of the peers."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import gpu_check
 import kernel_oracle
@@ -101,21 +102,28 @@ def main_shape(run):
 def real_states(run):
     """The same on the carried states: SmolLM2's own words, and a tail of rare ones as well."""
     rows, width, vocab = _main(run)
-    words = TINY_VOCAB // 2 if run.interpreted else None
+    cut = (TINY_VOCAB // 2, TINY_WIDTH // 2) if run.interpreted else None
+    if not Path(run.carried).exists():
+        run.leave_out("real states", "no such file; bench/carry_states.py makes it")
+        return
     named = {
         "smollm2-0.6": ("smollm2-0.6", None),
         "smollm2-0.6-wide": ("smollm2-0.6", vocab),
         "smollm2-1.1": ("smollm2-1.1", None),
     }
+    found = []
     for name, (source, extended) in named.items():
         states = run.attempt(
             f"states: {name}",
             lambda s=source, e=extended: carried(
-                run.carried, s, rows, width, run.device, vocab=e, words=words
+                run.carried, s, rows, width, run.device, vocab=e, cut=cut
             ),
         )
         if states is not None:
-            time_states(run, states, profiled=name != "smollm2-1.1")
+            found.append(Timed(run, states))
+            found[-1].essentials(profiled=extended is not None or source == "smollm2-0.6")
+    for timed in found:
+        timed.rest()
 
 
 def other_shapes(run):
@@ -142,7 +150,8 @@ def peers(run):
             settings={"impl": "cce"},
         )
     }  # fmt: skip
-    for name in ("Liger GRPO", "TRL chunked, five", "torch linear_cross_entropy", WHOLE):
+    # Those that torch.compile takes long for come last.
+    for name in (WHOLE, "TRL chunked, five", "torch linear_cross_entropy", "Liger GRPO"):
         found[name] = WAYS[name]
     # A peer that is not there must not cost the time of the states.
     for name, way in list(found.items()):
@@ -212,61 +221,84 @@ def two_matmuls(case, rows=CHUNK_ROWS):
             torch.mm(x, w.T, out=z[: len(x)])
 
 
+class Timed:
+    """The items of one set of states: those that say most, and the rest."""
+
+    def __init__(self, run, states):
+        self.run, self.states, self.case = run, states, Case(states)
+        n, d = states.hidden.shape
+        v = len(states.weight)
+        self.shown = f"{states.name}, N = {n}, D = {d}, V = {v}"
+        print(f"  {states.describe()}", flush=True)
+        means = {k: getattr(states, k) for k in ("entropy", "aug_entropy", "kl_prcp")}
+        run.add("states", {"name": states.name, "N": n, "D": d, "V": v} | means)
+
+    def essentials(self, profiled=False):
+        case, ours = self.case, VARIANTS[OURS]
+        self.alone("two bare matmuls", 2, lambda: two_matmuls(case))
+        self.alone("forward, no_grad", 2, lambda: _no_grad(ours, case))
+        self.alone("forward, with levels", 2, lambda: ours.forward(case))
+        self.alone(FLOOR, 6, lambda: six_matmuls(case, CHUNK_ROWS))
+        self.whole(OURS)
+        self.item("backward alone", self._backward)
+        if profiled:
+            self.item("profile of the forward", self._profile_forward)
+            self.item("profile of the backward", self._profile_backward)
+
+    def rest(self):
+        for name in list(VARIANTS)[1:]:
+            self.whole(name)
+        one = Variant(streams=1)
+        self.alone("forward, one stream, no_grad", 1, lambda: _no_grad(one, self.case))
+
+    def item(self, name, function):
+        self.run.attempt(f"{self.shown}: {name}", function)
+
+    def note(self, name, products, timed, **more):
+        note(self.run, self.states, name, timed, products, **more)
+
+    def alone(self, name, products, function):
+        self.item(name, lambda: self.note(name, products, self.run.seconds_of(function)))
+
+    def whole(self, name):
+        self.item(name, lambda: self._whole(name, VARIANTS[name]))
+
+    def _whole(self, name, variant):
+        """Forward and backward: time, memory, and what the backward kept."""
+        with record_certificates() as seen:
+            variant(self.case)
+        timed = self.run.seconds_of(lambda: variant(self.case), warm=False)
+        found = {"kept": float(seen.kept), "rows": int(seen.rows)}
+        found |= {"dense_rows": int(seen.dense_rows), "dropped": float(seen.largest_share)}
+        extra = _extra(self.run, self.case, variant)
+        self.note(name, variant.products, timed, extra_bytes=extra, **found)
+
+    def _backward(self):
+        variant = VARIANTS[OURS]
+        graph = variant.graph(self.case)
+        self.note("backward alone", 4, self.run.seconds_of(lambda: variant.backward(graph)))
+
+    def _profile_forward(self):
+        profile(
+            self.run, f"{self.shown}: forward", lambda: VARIANTS[OURS].forward(self.case)
+        )  # fmt: skip
+
+    def _profile_backward(self):
+        variant = VARIANTS[OURS]
+        graph = variant.graph(self.case)
+        profile(self.run, f"{self.shown}: backward", lambda: variant.backward(graph))
+
+
+@torch.no_grad()
+def _no_grad(variant, case):
+    variant.forward(case)
+
+
 def time_states(run, states, profiled=False):
     """All times of one set of states, in the order of their worth."""
-    case = Case(states)
-    n, d = states.hidden.shape
-    shown = f"{states.name}, N = {n}, D = {d}, V = {len(states.weight)}"
-    print(f"  {states.describe()}", flush=True)
-    run.add("states", {"name": states.name, "N": n, "D": d, "V": len(states.weight)}
-            | {k: getattr(states, k) for k in ("entropy", "aug_entropy", "kl_prcp")})  # fmt: skip
-
-    def timed(name, products, function, **more):
-        def item():
-            note(run, states, name, run.seconds_of(function), products, **more)
-
-        run.attempt(f"{shown}: {name}", item)
-
-    def forward(streams, grad):
-        with torch.set_grad_enabled(grad):
-            Variant(streams).forward(case)
-
-    def backward(variant):
-        graph = variant.graph(case)
-        note(run, states, "backward alone", run.seconds_of(lambda: variant.backward(graph)), 4)
-
-    def whole(name):
-        variant = VARIANTS[name]
-        with record_certificates() as seen:
-            variant(case)
-        found = run.seconds_of(lambda: variant(case))
-        more = {"kept": float(seen.kept), "rows": int(seen.rows)}
-        more |= {"dense_rows": int(seen.dense_rows), "dropped": float(seen.largest_share)}
-        extra = _extra(run, case, variant)
-        note(run, states, name, found, variant.products, extra_bytes=extra, **more)
-
-    timed("two bare matmuls", 2, lambda: two_matmuls(case))
-    timed("forward, no_grad", 2, lambda: forward(2, False))
-    timed("forward, with levels", 2, lambda: forward(2, True))
-    timed(FLOOR, 6, lambda: six_matmuls(case, CHUNK_ROWS))
-    run.attempt(f"{shown}: {OURS}", lambda: whole(OURS))
-    run.attempt(f"{shown}: backward alone", lambda: backward(VARIANTS[OURS]))
-    if profiled:
-        _profiles(run, case, shown)
-    for name in list(VARIANTS)[1:]:
-        run.attempt(f"{shown}: {name}", lambda v=name: whole(v))
-    timed("forward, one stream, no_grad", 1, lambda: forward(1, False))
-
-
-def _profiles(run, case, shown):
-    variant = VARIANTS[OURS]
-
-    def both():
-        graph = variant.graph(case)
-        profile(run, f"{shown}: forward", lambda: variant.graph(case))
-        profile(run, f"{shown}: backward", lambda: variant.backward(graph))
-
-    run.attempt(f"{shown}: profile", both)
+    timed = Timed(run, states)
+    timed.essentials(profiled)
+    timed.rest()
 
 
 def note(run, states, name, timed, products, **more):
@@ -320,4 +352,4 @@ def _main(run):
 
 def _synthetic(run, rows, width, vocab):
     states = synthetic(rows, vocab, width, 0.6, run.device)
-    return replace(states.map(lambda x: x.to(torch.bfloat16)))
+    return states.map(lambda x: x.to(torch.bfloat16))
