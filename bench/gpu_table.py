@@ -4,12 +4,18 @@
 FLOOR = "six bare matmuls"
 SHAPE = ("states", "N", "D", "V")
 PROFILED = 12
+# The section of other people's programs: what fails there is no failure of ours.
+NOT_OURS = "peers"
 
 
 def failed(content):
     """What was wrong, one line each: failed checks, and items of ours that did not run."""
     checks = [f"{c['what']}: {', '.join(c['failed'])}" for c in content["checks"] if c["failed"]]
-    items = [f"{f['what']}: {f['error'].splitlines()[0]}" for f in content["failures"]]
+    items = [
+        f"{f['what']}: {f['error'].splitlines()[0]}"
+        for f in content["failures"]
+        if f["section"] != NOT_OURS
+    ]
     return checks + items
 
 
@@ -23,7 +29,9 @@ def table(content):
         _clocks(content),
         _winners(content["winners"]),
     ]
-    parts.append(_list("Left out:", [f"{x['what']}: {x['reason']}" for x in content["left_out"]]))
+    out = [f"{x['what']}: {x['reason']}" for x in content["left_out"]]
+    out += [f"{f['what']}: {f['error']}" for f in content["failures"] if f["section"] == NOT_OURS]
+    parts.append(_list("Left out:", out))
     parts.append(
         "Sections: " + ", ".join(f"{s['name']} {s['seconds']:.0f} s" for s in content["sections"])
     )

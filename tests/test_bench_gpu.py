@@ -48,9 +48,11 @@ def by_torch(scale):
     return call
 
 
+@pytest.mark.slow
 def test_right_kernels_pass_every_check(run, monkeypatch):
     monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
     gpu_check.first(run)
+    run.section = "checks"
     gpu_check.others(run)
     assert gpu_table.failed(run.content) == []
     assert len(run.content["checks"]) == 3 * len(gpu_check.CASES) + 3
@@ -113,6 +115,7 @@ def ordinary(run):
 """
 
 
+@pytest.mark.slow
 def test_what_ends_a_process_costs_one_item(tmp_path, monkeypatch, capfd):
     (tmp_path / "dying.py").write_text(DYING)
     path = f"{tmp_path}:{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"
@@ -138,6 +141,14 @@ def test_what_ends_a_process_costs_one_item(tmp_path, monkeypatch, capfd):
     assert whats == ["breaks", "crashes", "hangs", "the section"]
     assert [s["name"] for s in saved["sections"]] == list(sections)
     assert "**hangs: its process: exit status 71**" in (tmp_path / "table.md").read_text()
+
+
+def test_sections_share_the_seconds_and_the_first_gets_what_it_needs():
+    names = list(gpu.SECTIONS)
+    ends = gpu.ends_of(1000.0, names, 250)
+    assert ends["first"] == 1030 and ends[names[-1]] == pytest.approx(1250)
+    assert sorted(ends.values()) == list(ends.values())
+    assert gpu.ends_of(0.0, ["main", "real"], 100) == {"main": 50, "real": 100}
 
 
 @pytest.mark.parametrize(
