@@ -176,7 +176,10 @@ def run_all(args, chosen, total):
             kill(waiting)
     print(f"\n{write_table(args)}")
     print(f"\n{time.monotonic() - began:.0f} s; gpu.json and table.md are in the folder given")
-    return 1 if failed(Results(args.out).content) else 0
+    wrong = failed(Results(args.out).content)
+    # Once more at the very end, where it is seen.
+    print("\n".join(["Failed:", *wrong]) if wrong else "Nothing failed.")
+    return 1 if wrong else 0
 
 
 def main():

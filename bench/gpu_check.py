@@ -60,7 +60,7 @@ def _drawn(**options):
 
 # Odd sizes of several tiles of rows and blocks of words; an interpreter runs them too.
 CASES = {
-    "odd sizes, ignored rows": _drawn(n=150, d=136, v=3003, peak=6, ignored=0.2),
+    "odd sizes, ignored rows": _drawn(n=130, d=136, v=2503, peak=6, ignored=0.2),
     "bias, soft cap, temperature": _drawn(
         n=70, d=200, v=2100, peak=6, bias=True, softcap=20.0, temperature=0.7
     ),

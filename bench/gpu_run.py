@@ -44,17 +44,19 @@ class Run(Results):
         print(f"  left out: {what}: {reason}")
         self.add("left_out", {"section": self.section, "what": what, "reason": reason})
 
-    def attempt(self, what, function, optional=False):
+    def attempt(self, what, function, optional=False, again=False):
         """What `function()` returns; None where it failed, had no time, or broke a process before.
 
         optional: that it cannot run here is no failure, as with other people's programs.
+        again: a process that goes on for another one does it too, as other items need it.
         """
-        if what in self.tried:
+        if what in self.tried and not again:
             return None
         if self.left <= 0:
             self.leave_out(what, "out of time")
             return None
-        self.tried.append(what)
+        if what not in self.tried:
+            self.tried.append(what)
         self.content["current"] = what
         self.write()
         # A kernel that never ends leaves no other way out.

@@ -34,9 +34,9 @@ def main():
         run.content["machine"] = machine(run.device)
         run.write()
         print(", ".join(f"{k} {v}" for k, v in run.content["machine"].items()))
-    run.clocks("before")
+    # One section's end is the next one's start.
+    run.clocks("at the start")
     function(run)
-    run.clocks("after")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import astuple, replace
 import gpu_check
 import torch
 from gpu_check import CASES, TINY, errors_of
-from gpu_times import VARIANTS, time_states
+from gpu_times import VARIANTS, made, time_states
 from states import synthetic
 from ways import OURS, Case
 
@@ -46,8 +46,9 @@ def sweep(run):
         if run.left <= 0:
             run.leave_out(shown, "out of time")
             continue
-        states = run.attempt(
-            f"{shown}: states",
+        states = made(
+            run,
+            shown,
             lambda t=dtype, d=width: synthetic(rows, vocab, d, 0.6, run.device).map(
                 lambda x: x.to(t)
             ),
@@ -180,8 +181,9 @@ def with_winners(run):
         run.leave_out("times with the winners", "the sweep has none")
         return
     width, vocab, rows = (64, 1000, 64) if run.interpreted else (3584, 152_064, 16_384)
-    states = run.attempt(
-        "states: with the winners",
+    states = made(
+        run,
+        "with the winners",
         lambda: synthetic(rows, vocab, width, 0.6, run.device).map(lambda x: x.bfloat16()),
     )
     if states is not None:

@@ -89,10 +89,15 @@ VARIANTS = {
 # ---- Sections
 
 
+def made(run, name, function):
+    """The states that `function()` makes; None where that fails."""
+    return run.attempt(f"states: {name}", function, again=True)
+
+
 def main_shape(run):
     """Errors, times and profiles of the main shape on synthetic states."""
     ceilings(run)
-    states = run.attempt("states: synthetic", lambda: _synthetic(run, *_main(run)))
+    states = made(run, "synthetic", lambda: _synthetic(run, *_main(run)))
     if states is None:
         return
     _errors(run, states)
@@ -113,8 +118,9 @@ def real_states(run):
     }
     found = []
     for name, (source, extended) in named.items():
-        states = run.attempt(
-            f"states: {name}",
+        states = made(
+            run,
+            name,
             lambda s=source, e=extended: carried(
                 run.carried, s, rows, width, run.device, vocab=e, cut=cut
             ),
@@ -137,7 +143,7 @@ def other_shapes(run):
         if run.left <= 0:
             run.leave_out(shown, "out of time")
             continue
-        states = run.attempt(f"states: {shown}", lambda n=n, d=d, v=v: _synthetic(run, n, d, v))
+        states = made(run, shown, lambda n=n, d=d, v=v: _synthetic(run, n, d, v))
         if states is not None:
             time_states(run, states)
 
@@ -161,10 +167,10 @@ def peers(run):
             del found[name]
     if not found:
         return
-    states = run.attempt("states: peers'", lambda: _synthetic(run, *_main(run)))
+    states = made(run, "peers'", lambda: _synthetic(run, *_main(run)))
     if states is None:
         return
-    exact = run.attempt("exact values for peers", lambda: Exact(_few(states)))
+    exact = run.attempt("exact values for peers", lambda: Exact(_few(states)), again=True)
     # Whole logits of so many rows would not fit beside their own gradients.
     fewer = take(states, min(CHUNK_ROWS, len(states.targets)))
     for name, way in found.items():
@@ -231,7 +237,9 @@ class Timed:
         self.shown = f"{states.name}, N = {n}, D = {d}, V = {v}"
         print(f"  {states.describe()}", flush=True)
         means = {k: getattr(states, k) for k in ("entropy", "aug_entropy", "kl_prcp")}
-        run.add("states", {"name": states.name, "N": n, "D": d, "V": v} | means)
+        record = {"name": states.name, "N": n, "D": d, "V": v} | means
+        if record not in run.content["states"]:
+            run.add("states", record)
 
     def essentials(self, profiled=False):
         case, ours = self.case, VARIANTS[OURS]

@@ -4,7 +4,9 @@ They run side by side, each on a program of its own: the sanitizers on a tiny ca
 of hardware counters on one of the main width. Where a tool may not run, that is left out.
 """
 
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 from gpu_times import MAIN_VOCAB, MAIN_WIDTH, OURS, VARIANTS
 from states import synthetic
 from ways import Case
+
+import papo_kernels.triton
 
 HERE = Path(__file__).parent
 # Of a tool's output, what gpu.json keeps.
@@ -47,13 +52,23 @@ def _sanitizer(tool, summary):
 TOOLS = {
     "compute-sanitizer memcheck": _sanitizer("memcheck", r"ERROR SUMMARY: (\d+) error"),
     "compute-sanitizer racecheck": _sanitizer("racecheck", r"RACECHECK SUMMARY: (\d+) hazard"),
+    # The clocks stay as they are found.
     "ncu": Tool(
-        ("ncu", "--kernel-name", "regex:_kernel$", "--launch-count", "8",
-         "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy",
+        ("ncu", "--clock-control", "none", "--launch-count", "12", "--section", "SpeedOfLight",
+         "--section", "LaunchStats", "--section", "Occupancy",
          "--section", "MemoryWorkloadAnalysis"),
         "gpu_tools.py",
     ),
 }  # fmt: skip
+
+
+def our_kernels():
+    """The names of all Triton functions of papo_kernels."""
+    found = set()
+    for info in pkgutil.iter_modules(papo_kernels.triton.__path__, "papo_kernels.triton."):
+        functions = vars(importlib.import_module(info.name)).values()
+        found |= {f.__name__ for f in functions if isinstance(f, triton.runtime.KernelInterface)}
+    return sorted(found)
 
 
 def tools(run):
@@ -73,8 +88,9 @@ def tools(run):
 def _start(tool):
     # A file, so that what a tool said before it was killed is not lost; `_end` reads it.
     output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+    chosen = ["--kernel-name", f"regex:^({'|'.join(our_kernels())})$"] if not tool.summary else []
     process = subprocess.Popen(
-        [*tool.command, sys.executable, str(HERE / tool.program)],
+        [*tool.command, *chosen, sys.executable, str(HERE / tool.program)],
         stdout=output, stderr=subprocess.STDOUT, env=os.environ | dict(tool.variables),
     )  # fmt: skip
     return process, output
