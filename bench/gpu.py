@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpu_results import NO_GPU, Results
+from gpu_results import BROKEN, NO_GPU, Results
 from gpu_table import failed, table
 
 HERE = Path(__file__).parent
@@ -37,17 +37,21 @@ SECONDS, QUICK_SECONDS = 500, 100
 FIRST_SECONDS = 30
 # A process that is this much over its section's time is killed.
 GRACE = 10
+LATE = "killed: out of time"
 # Less is not worth a process.
 LEAST_SECONDS = 3
 # Processes that compile ahead; each has a context of its own on the GPU.
 MOST_COMPILERS = 12
-# cuBLAS wants it for deterministic algorithms, which the robustness checks switch on.
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+# Of the section that switches deterministic algorithms on, for which cuBLAS wants the first, and
+# that compiles one small function, for which no pool of processes has to be started.
+VARIABLES = {
+    "checks": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+}
 
 
 def start(args, name):
     """The process of a section, which waits to be told its seconds."""
-    environment = os.environ | (DETERMINISTIC if name == "checks" else {})
+    environment = os.environ | VARIABLES.get(name, {})
     if name == "peers" and args.peers:
         # Other people's packages reach this section alone.
         environment["PYTHONPATH"] += f":{args.peers}"
@@ -68,7 +72,8 @@ def warm(args, chosen):
     return [
         subprocess.Popen(
             [sys.executable, str(HERE / "gpu_warm.py"), str(job), str(jobs)],
-            stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         for job in range(jobs)
     ]  # fmt: skip
@@ -80,6 +85,16 @@ def kill(process):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def finish(compilers, ends):
+    """Waits for the compilers until the first section's end: what they leave, others do alone."""
+    while compilers:
+        process = compilers[-1]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, ends - time.monotonic()))
+        kill(process)
+        compilers.pop()
 
 
 def go(process, seconds):
@@ -104,17 +119,16 @@ def run_section(args, name, process, ends):
             return status
         results = Results(args.out)
         content = results.content
-        ended = {0: "", None: "killed: out of time"}.get(status, f"exit status {status}")
-        if content["current"]:
-            results.add(
-                "failures",
-                {"section": name, "what": content["current"], "error": f"its process: {ended}"},
-            )
-            print(f"  FAILED: {content['current']}: its process: {ended}")
-            content["current"] = None
-        elif ended:
-            results.add("failures", {"section": name, "what": "the section", "error": ended})
-            print(f"  FAILED: section {name}: {ended}")
+        ended = {0: "", None: LATE}.get(status, f"exit status {status}")
+        what = content["current"] or "the section"
+        content["current"] = None
+        if status is None:
+            results.add("left_out", {"section": name, "what": what, "reason": LATE})
+            print(f"  left out: {what}: {LATE}")
+        elif status not in (0, BROKEN):
+            error = f"its process: {ended}"
+            results.add("failures", {"section": name, "what": what, "error": error})
+            print(f"  FAILED: {what}: {error}")
         got_on = len(content["tried"].get(name, [])) > len(before)
         if not status or not got_on or ends - time.monotonic() < LEAST_SECONDS:
             seconds = round(time.monotonic() - began, 1)
@@ -158,8 +172,7 @@ def run_all(args, chosen, total):
                 status = run_section(args, name, process, ends[name])
             finally:
                 kill(process)
-                while compilers:
-                    kill(compilers.pop())
+            finish(compilers, ends[name])
             if status == NO_GPU:
                 print(
                     "error: torch sees no GPU here; --device cpu shows that the program works",
@@ -172,8 +185,8 @@ def run_all(args, chosen, total):
             "failures", {"section": name, "what": "everything", "error": "interrupted"}
         )
     finally:
-        if waiting:
-            kill(waiting)
+        for process in (*compilers, *([waiting] if waiting else [])):
+            kill(process)
     print(f"\n{write_table(args)}")
     print(f"\n{time.monotonic() - began:.0f} s; gpu.json and table.md are in the folder given")
     wrong = failed(Results(args.out).content)

@@ -129,6 +129,8 @@ def real_states(run):
             found.append(Timed(run, states))
             found[-1].essentials(profiled=extended is not None or source == "smollm2-0.6")
     for timed in found:
+        _errors(run, timed.states)
+    for timed in found:
         timed.rest()
 
 

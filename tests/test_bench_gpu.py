@@ -81,6 +81,21 @@ def test_an_exception_is_a_failure_and_the_next_item_runs(run):
     assert [x["what"] for x in saved["left_out"]] == ["a peer"]
 
 
+def test_a_broken_context_ends_the_process_and_the_error_is_kept(run, monkeypatch):
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    run.interpreted = False
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(gpu_run.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        run.attempt("a kernel", lambda: None)
+    assert ended.value.code == gpu_run.BROKEN
+    saved = json.loads(run.path.read_text())
+    assert "illegal memory access" in saved["failures"][0]["error"]
+    assert saved["current"] is None and saved["tried"] == {"first": ["a kernel"]}
+
+
 def test_what_the_time_does_not_suffice_for_is_said_and_kept(run):
     run.ends = 0
     run.check("late", lambda: {"error": (1, 0)})
@@ -101,7 +116,7 @@ import gpu_run
 def section(run):
     gpu_run.ITEM_SECONDS = {"cpu": 1.0}
     shared = run.attempt("states", lambda: 0, again=True)
-    run.attempt("breaks", lambda: os._exit(gpu_run.BROKEN))
+    run.attempt("breaks", lambda: os._exit(9))
     run.attempt("crashes", lambda: os.kill(os.getpid(), signal.SIGSEGV))
     run.attempt("hangs", lambda: time.sleep(300))
     run.judge("after", {"error": (shared, 0)})
@@ -138,7 +153,8 @@ def test_what_ends_a_process_costs_one_item(tmp_path, monkeypatch, capfd):
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert [c["what"] for c in saved["checks"]] == ["after", "in time", "the next section"]
     whats = [f["what"] for f in saved["failures"]]
-    assert whats == ["breaks", "crashes", "hangs", "the section"]
+    assert whats == ["breaks", "crashes", "hangs"]
+    assert [(x["what"], x["reason"]) for x in saved["left_out"]] == [("the section", gpu.LATE)]
     assert [s["name"] for s in saved["sections"]] == list(sections)
     assert "**hangs: its process: exit status 71**" in (tmp_path / "table.md").read_text()
 
@@ -161,7 +177,7 @@ def test_sections_share_the_seconds_and_the_first_gets_what_it_needs():
     ],
 )
 def test_faults_that_a_tool_found_are_counted(tool, said, count):
-    summary = gpu_tools.TOOLS[f"compute-sanitizer {tool}"][1]
+    summary = gpu_tools.TOOLS[f"compute-sanitizer {tool}"].summary
     assert gpu_tools.faults(said, summary) == count
 
 
