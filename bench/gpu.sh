@@ -19,8 +19,8 @@ peers=()
 # Nothing else of what lies there: a second transformers would have to fit this Python's packages.
 wheels=$(compgen -G "$root/wheels/*.whl" | grep -E '/(liger_kernel|cut_cross_entropy|trl)-' || true)
 if [ -n "$wheels" ]; then
-  folder=$(mktemp -d)
-  trap 'rm -rf "$folder"' EXIT
+  folder=$root/wheels/installed
+  rm -rf "$folder"
   if xargs -d '\n' "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps \
     --no-compile --target "$folder" <<<"$wheels"; then
     peers=(--peers "$folder")
@@ -32,4 +32,4 @@ else
 fi
 export PYTHONPATH="$root/kernels:$root/bench:$root/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
-"$python" "$root/bench/gpu.py" "$out" "${peers[@]}" "$@"
+exec "$python" "$root/bench/gpu.py" "$out" "${peers[@]}" "$@"
