@@ -40,8 +40,8 @@ def flat(dtype):
 
 def banned_words(dtype):
     """A bias of -inf on a quarter of the words, none of them a target, and of 0 to 1 elsewhere."""
-    case = make_case(70, 96, 2003, peak=6, bias=True, dtype=dtype)
-    banned = torch.rand(2003, generator=torch.Generator().manual_seed(3)) < 0.25
+    case = make_case(66, 72, 1003, peak=6, bias=True, dtype=dtype)
+    banned = torch.rand(1003, generator=torch.Generator().manual_seed(3)) < 0.25
     banned[case.targets] = False
     case.bias = case.bias.clamp(0, 1).masked_fill(banned, -torch.inf)
     return case
@@ -49,7 +49,7 @@ def banned_words(dtype):
 
 def transposed_weight(dtype):
     """A weight whose features, not words, lie beside each other."""
-    case = make_case(66, 72, 2003, peak=6, dtype=dtype)
+    case = make_case(66, 72, 1003, peak=6, dtype=dtype)
     case.weight = case.weight.T.contiguous().T
     return case
 
@@ -62,16 +62,16 @@ def _drawn(**options):
 CASES = {
     "odd sizes, ignored rows": _drawn(n=130, d=136, v=2503, peak=6, ignored=0.2),
     "bias, soft cap, temperature": _drawn(
-        n=70, d=200, v=2100, peak=6, bias=True, softcap=20.0, temperature=0.7
+        n=66, d=104, v=1547, peak=6, bias=True, softcap=20.0, temperature=0.7
     ),
     "integer logits": integer_logits,
-    "p close to q": _drawn(n=66, d=128, v=3072, peak=6, distance=1e-3),
+    "p close to q": _drawn(n=66, d=96, v=1536, peak=6, distance=1e-3),
     "flat": flat,
-    "one stream": _drawn(n=70, d=96, v=3001, peak=6, aug=False),
+    "one stream": _drawn(n=70, d=72, v=2003, peak=6, aug=False),
     "one row": _drawn(n=1, d=64, v=1000, peak=6),
     "no rows": _drawn(n=0, d=64, v=1000),
     "banned words": banned_words,
-    "frozen weight": _drawn(n=66, d=72, v=2003, peak=6),
+    "frozen weight": _drawn(n=66, d=72, v=1003, peak=6),
     "transposed weight": transposed_weight,
     "soft cap 30": _drawn(n=66, d=72, v=1003, peak=20, scale=8.0, softcap=30.0),
     "soft cap 100": _drawn(n=66, d=72, v=1003, peak=20, scale=8.0, softcap=100.0),

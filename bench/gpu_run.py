@@ -80,7 +80,7 @@ class Run(Results):
         # Results are shown to others, whom this machine's folders do not concern.
         said = f"{type(error).__name__}: {error}".replace(str(ROOT), ".").strip()[:600]
         where = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"  FAILED: {what}: {said.splitlines()[0][:200]}")
+        print(f"  {'left out' if optional else 'FAILED'}: {what}: {said.splitlines()[0][:200]}")
         record = {"section": self.section, "what": what, "error": said}
         record["where"] = f"{Path(where.filename).name}:{where.lineno}"
         self.add("left_out" if optional else "failures", record | {"reason": said})
@@ -133,7 +133,8 @@ class Run(Results):
 
     def seconds_of(self, function, least=0.3, most=8, warm=True):
         """{"seconds": median of repetitions, "fastest", "slowest"}; `warm`: after another one."""
-        if warm:
+        # Times in an interpreter mean nothing, warm or cold.
+        if warm and not self.interpreted:
             function()
         times = []
         while len(times) < most and (len(times) < 3 or sum(times) < least):
