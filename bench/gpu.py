@@ -99,14 +99,16 @@ def finish(compilers, ends):
 
 def go(process, seconds):
     """Lets a section run; its exit status, or None where it had to be killed."""
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(f"{seconds}\n")
-        process.stdin.flush()
     try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
         return process.wait(seconds + GRACE)
     except subprocess.TimeoutExpired:
-        kill(process)
         return None
+    finally:
+        # Also what it started and left.
+        kill(process)
 
 
 def run_section(args, name, process, ends):
@@ -168,10 +170,7 @@ def run_all(args, chosen, total):
             if i + 1 < len(chosen):
                 waiting = start(args, chosen[i + 1])
             print(f"\n== {name} ({time.monotonic() - began:.0f} s so far)", flush=True)
-            try:
-                status = run_section(args, name, process, ends[name])
-            finally:
-                kill(process)
+            status = run_section(args, name, process, ends[name])
             finish(compilers, ends[name])
             if status == NO_GPU:
                 print(

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +166,13 @@ def test_sections_share_the_seconds_and_the_first_gets_what_it_needs():
     assert ends["first"] == 1030 and ends[names[-1]] == pytest.approx(1250)
     assert sorted(ends.values()) == list(ends.values())
     assert gpu.ends_of(0.0, ["main", "real"], 100) == {"main": 50, "real": 100}
+
+
+def test_the_page_names_the_sections_and_their_shares():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)` \| (\d+) %", page, re.MULTILINE)
+    assert named == [(name, f"{100 * share:.0f}") for name, (share, _) in gpu.SECTIONS.items()]
+    assert sum(share for share, _ in gpu.SECTIONS.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
