@@ -9,6 +9,7 @@ to show that the program works: its times mean nothing.
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -33,8 +34,8 @@ SECTIONS = {
     "sweep": (0.04, "gpu_sweep:sweep"),
 }
 SECONDS, QUICK_SECONDS = 500, 100
-# What the first checks take with most of their kernels still to be compiled.
-FIRST_SECONDS = 30
+# What the first checks take where torch has to be read from a slow disk and kernels be compiled.
+FIRST_SECONDS = 40
 # A process that is this much over its section's time is killed.
 GRACE = 10
 LATE = "killed: out of time"
@@ -97,13 +98,16 @@ def finish(compilers, ends):
         compilers.pop()
 
 
-def go(process, seconds):
-    """Lets a section run; its exit status, or None where it had to be killed."""
+def go(process, ends):
+    """Lets a section run until `ends`, by the clock that all processes share.
+
+    Returns its exit status, or None where it had to be killed.
+    """
     try:
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{seconds}\n")
+            process.stdin.write(f"{ends}\n")
             process.stdin.flush()
-        return process.wait(seconds + GRACE)
+        return process.wait(max(1.0, ends - time.monotonic()) + GRACE)
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -116,7 +120,7 @@ def run_section(args, name, process, ends):
     began = time.monotonic()
     while True:
         before = Results(args.out).content["tried"].get(name, [])
-        status = go(process, max(1.0, ends - time.monotonic()))
+        status = go(process, ends)
         if status == NO_GPU:
             return status
         results = Results(args.out)
@@ -147,15 +151,15 @@ def write_table(args):
 
 
 def ends_of(began, chosen, total):
-    """{section: when it has to end}: by their shares of `total` seconds, the first no less than it
-    needs."""
-    shares = [SECTIONS[name][0] for name in chosen]
-    whole = sum(shares)
-    least = min(FIRST_SECONDS, total / 2) if chosen[0] == "first" else 0
-    return {
-        name: began + max(least, total * sum(shares[: i + 1]) / whole)
-        for i, name in enumerate(chosen)
-    }
+    """{section: when it has to end}: by their shares of `total` seconds, the first checks no less
+    than they need."""
+    shares = {name: SECTIONS[name][0] / sum(SECTIONS[n][0] for n in chosen) for name in chosen}
+    if chosen[0] == "first" and len(chosen) > 1:
+        least = max(shares.pop("first"), min(FIRST_SECONDS / total, 1 / 2))
+        whole = sum(shares.values())
+        shares = {"first": least} | {n: (1 - least) * s / whole for n, s in shares.items()}
+    ends = itertools.accumulate(shares.values())
+    return {name: began + total * end for name, end in zip(shares, ends, strict=True)}
 
 
 def run_all(args, chosen, total):

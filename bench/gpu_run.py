@@ -27,13 +27,13 @@ CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,pstate"
 
 
 class Run(Results):
-    """What a section's function works with."""
+    """What a section's function works with; `ends` by `time.monotonic`."""
 
-    def __init__(self, folder, section, seconds, device, carried=None):
+    def __init__(self, folder, section, ends, device, carried=None):
         super().__init__(folder)
         self.section, self.device, self.carried = section, torch.device(device), carried
         self.interpreted = self.device.type != "cuda"
-        self.ends = time.monotonic() + seconds
+        self.ends = ends
         self.tried = self.content["tried"].setdefault(section, [])
 
     @property

@@ -1,7 +1,7 @@
 """Runs one section of `bench/gpu.sh` in this process; `gpu.py` starts it.
 
-It imports everything, then waits for the line on its standard input that says how many seconds the
-section has: so the next section's imports cost no time. CUDA is not touched before that line.
+It imports everything, then waits for the line on its standard input that says when the section has
+to end (`time.monotonic`): so the next section's imports cost no time. CUDA is not touched before.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from papo_kernels.triton import launch as triton_launch  # noqa: E402
 
 @pytest.fixture
 def run(tmp_path):
-    return gpu_run.Run(tmp_path, "first", 1000, "cpu")
+    return gpu_run.Run(tmp_path, "first", time.monotonic() + 1000, "cpu")
 
 
 def by_torch(scale):
@@ -163,7 +164,9 @@ def test_what_ends_a_process_costs_one_item(tmp_path, monkeypatch, capfd):
 def test_sections_share_the_seconds_and_the_first_gets_what_it_needs():
     names = list(gpu.SECTIONS)
     ends = gpu.ends_of(1000.0, names, 250)
-    assert ends["first"] == 1030 and ends[names[-1]] == pytest.approx(1250)
+    assert ends["first"] == 1040 and ends[names[-1]] == pytest.approx(1250)
+    assert ends["main"] == pytest.approx(1040 + 210 * 0.22 / 0.9)
+    assert gpu.ends_of(0.0, names, 1000)["first"] == pytest.approx(100)
     assert sorted(ends.values()) == list(ends.values())
     assert gpu.ends_of(0.0, ["main", "real"], 100) == {"main": 50, "real": 100}
 
