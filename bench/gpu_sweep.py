@@ -171,8 +171,15 @@ def _keep_if_right(run, key, best, shown, dtype, device):
             triton_launch.LAUNCHES[key] = before
         run.leave_out(f"winners of {shown}", f"wrong with them: {bad}")
         return
-    blocks = [astuple(getattr(best, k)) for k in JUDGED_BY]
-    run.add("winners", {"key": list(key), "blocks": blocks})
+    run.add("winners", {"key": list(key), "line": _line(key, best)})
+
+
+def _line(key, launch):
+    """What stands for the winners in LAUNCHES of papo_kernels/triton/launch.py."""
+    blocks = ", ".join(
+        "Blocks({}, {}, {}, {})".format(*astuple(getattr(launch, k))) for k in JUDGED_BY
+    )
+    return f'("{key[0]}", {key[1]}, {key[2]}): Launch(\n    {blocks}\n),'
 
 
 def with_winners(run):

@@ -117,9 +117,5 @@ def _winners(winners):
     """To paste into LAUNCHES of papo_kernels/triton/launch.py."""
     if not winners:
         return ""
-    lines = ["Winners, for LAUNCHES in kernels/papo_kernels/triton/launch.py:", "", "```python"]
-    for winner in winners:
-        blocks = ", ".join("Blocks({}, {}, {}, {})".format(*b) for b in winner["blocks"])
-        architecture, size, wide = winner["key"]
-        lines.append(f'("{architecture}", {size}, {wide}): Launch(\n    {blocks}\n),')
-    return "\n".join([*lines, "```"])
+    title = "Winners, for LAUNCHES in kernels/papo_kernels/triton/launch.py:"
+    return "\n".join([title, "", "```python", *(w["line"] for w in winners), "```"])
