@@ -68,7 +68,7 @@ def measured_once(way, case, want):
             first = way(case), _gradients(way, case)
     for model in _models(way, case):
         model.zero_grad(set_to_none=True)
-    memory = PeakMemory()
+    memory = PeakMemory(case.policy.device)
     memory.start()
     with counted(_models(way, case), trl=isinstance(way, TRL)) as work:
         loss = way(case)
@@ -138,13 +138,13 @@ def describe_policy(case):
     return {n: getattr(stats, n).mean().item() for n in names}
 
 
-def run(size_name, rounds, console):
+def run(size_name, rounds, console, device="cpu", dtype="float32"):
     """The content of the JSON file."""
     size = SIZES[size_name]
     content = {
         "size": size_name,
         "rounds": rounds,
-        "machine": machine() | {"transformers": transformers.__version__},
+        "machine": machine(device) | {"transformers": transformers.__version__},
         "shares": shares(model_config(size), size),
         "shares_of_3b": shares_of_3b(),
         "image_text_response": [size.image, size.text, size.response],
@@ -156,7 +156,7 @@ def run(size_name, rounds, console):
     with tempfile.TemporaryDirectory() as folder, _progress(console) as progress:
         write_checkpoint(size, folder)
         for group_size in PROMPTS:
-            case = make_case(size, group_size, folder)
+            case = make_case(size, group_size, folder, device, dtype)
             gc.freeze()  # collecting before each way then takes milliseconds
             content["policies"][str(group_size)] = describe_policy(case)
             records, sampling = _one_case(case, rounds, progress)
