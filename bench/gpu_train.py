@@ -163,7 +163,8 @@ def _child(step, running, bench):
         "small": bench.small,
         "folder": str(running.folder),
         "shared": str(bench.scratch),
-        "threads": max(1, len(os.sched_getaffinity(0)) // bench.jobs),
+        # small models gain nothing by a second thread, and lose much where others compute too
+        "threads": 1 if bench.small else max(1, len(os.sched_getaffinity(0)) // bench.jobs),
     }
     if bench.fresh:
         os.execv(sys.executable, [sys.executable, __file__, "--child", json.dumps(job)])

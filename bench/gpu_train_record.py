@@ -50,14 +50,12 @@ class Recorder:
         self.write()
 
     def check(self, name, value, most):
-        """Keep a number that must be at most `most`; the step fails, at its end, where it is not."""
+        """Keep a number that must be at most `most`; where it is not, the step fails at its end."""
         good = value <= most  # not for NaN
-        self.content["checks"].append(
-            {"name": name, "value": rounded(value), "most": most, "ok": good}
-        )
-        print(
-            f"    {name}: {_short(value)}, at most {most:g}{'' if good else '  WRONG'}", flush=True
-        )
+        entry = {"name": name, "value": rounded(value), "most": most, "ok": good}
+        self.content["checks"].append(entry)
+        verdict = "" if good else "  WRONG"
+        print(f"    {name}: {_short(value)}, at most {most:g}{verdict}", flush=True)
         self.write()
 
     def remark(self, text):

@@ -1,15 +1,18 @@
 """FSDP2 on a mesh of one: every path of several ranks that one GPU can run."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from gpu_train_update import case_of, compare, configured, one_update
+from gpu_train_update import by_cpu, case_of, compare, configured, one_update
 from torch.distributed.device_mesh import init_device_mesh
 from update_memory import experience, write_checkpoint
 
+from papo_fast.model.policy import Policy
 from papo_fast.parallel import backend
 from papo_fast.run.checkpoint import CheckpointStore
+from papo_fast.update import Updater
 
 WAYS = {
     # name: dtype, offload, options of the model
@@ -34,15 +37,13 @@ def alone(device):
 
 
 def sharded(recorder):
-    """Loss and gradients of a sharded policy against those of the whole one, in float32."""
-    from dataclasses import replace
-
+    """Loss and gradients of a sharded policy against the whole one's in float32 on the CPU."""
     case = case_of(recorder, "qwen3_vl")
     path = recorder.folder / "model"
     write_checkpoint(case, path)
     groups = experience(case)
     device = recorder.device
-    want = one_update(configured(case, path), device, groups)[:2]
+    want = by_cpu(configured(case, path), groups)
     with alone(device) as mesh:
         for name, (dtype, offload, model) in WAYS.items():
             with recorder.part(name):
@@ -58,9 +59,6 @@ def sharded(recorder):
 
 def _checkpoint(recorder, case, path, mesh):
     """Largest difference of a weight that was saved, changed and loaded again."""
-    from papo_fast.model.policy import Policy
-    from papo_fast.update import Updater
-
     config = configured(case, path, lr=1e-3)
     policy = Policy.load(config.model, [], recorder.device, config.parallel, mesh)
     updater = Updater(config, policy, None, total_updates=1)

@@ -1,6 +1,5 @@
 """One policy update on the device against the same update on the CPU in float32."""
 
-import functools
 import importlib.util
 from collections import defaultdict
 from contextlib import nullcontext
@@ -9,22 +8,23 @@ from dataclasses import replace
 import torch
 from gpu_train_record import LeftOut
 from torch.distributed.tensor import DTensor
-from train_step_meter import dense_gradients
+from train_step_meter import by_definition, dense_gradients
 from update_memory import Case, configuration, experience, write_checkpoint
 
 from papo_fast.experience import add_logprobs
-from papo_fast.model.policy import Policy, SharedReference
+from papo_fast.model.policy import Policy
 from papo_fast.presets import get_preset
 from papo_fast.samples import all_samples
 from papo_fast.update import Updater
 
+CPU = torch.device("cpu")
 # Heads as the large models have them: 128 in the language model, 80 in the vision tower.
 CASES = {
     family: Case(family, 512, 1024, 2, 4096, 160, 2, (8, 12), 20, 24, 3, 4, 2, 128, 80)
     for family in ("qwen2_5_vl", "qwen3_vl")
 }
 SMALL = {
-    family: Case(family, 256, 256, 2, 512, 160, 2, (4, 8), 12, 6, 2, 3, 2, 128, 80)
+    family: Case(family, 256, 256, 2, 256, 160, 2, (4, 8), 10, 5, 2, 2, 1, 128, 80)
     for family in ("qwen2_5_vl", "qwen3_vl")
 }
 GROUPS = ("visual", "embed_tokens", "self_attn", "mlp", "norm", "lm_head")
@@ -52,32 +52,40 @@ def perturbed(reference):
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in reference.parameters():
-            noise = torch.randn(p.shape, generator=g).to(p.device)
-            p.mul_(1 + 0.05 * noise)
+            mine = p.to_local() if isinstance(p, DTensor) else p  # of a mesh of one: all of it
+            mine.mul_(1 + 0.05 * torch.randn(mine.shape, generator=g).to(mine.device))
     return reference
 
 
-def one_update(config, device, groups, *, mesh=None, dense=True, reference=True, updates=1):
+def one_update(config, device, groups, *, mesh=None, how=dense_gradients, updates=1):
     """(losses, {name: gradient on the CPU}, policy) of `updates` updates on `groups`.
 
     Args:
         mesh: to shard over; None: not sharded.
-        dense: leave nothing out of the gradients of `token_stats`.
-        reference: a whole model with other weights; False: what `Policy.reference` gives.
+        how: context in which `token_stats` runs: with dense gradients, as it is, by definition.
     """
     for sample in all_samples(groups):
         sample.old = sample.ref = sample.aug = None
     policy = Policy.load(config.model, [], device, config.parallel, mesh)
-    other = None
-    if config.objective.needs_reference:
-        other = perturbed(policy.reference(config)) if reference else policy.reference(config)
-    updater = Updater(config, policy, other, total_updates=updates)
+    reference = None
+    if config.objective.needs_reference and config.model.lora_rank:
+        reference = policy.reference(config)
+    elif config.objective.needs_reference:
+        other = Policy.load(config.model, [], device, config.parallel, mesh)
+        reference = perturbed(other.requires_grad_(False).eval())
+    updater = Updater(config, policy, reference, total_updates=updates)
     losses = []
-    with dense_gradients() if dense else nullcontext():
+    with how():
         for _ in range(updates):
-            add_logprobs(groups, policy, other, config)
+            add_logprobs(groups, policy, reference, config)
             losses.append(updater.update(groups, lambda _: None)["loss"])
     return losses, gradients(policy), policy
+
+
+def by_cpu(config, groups, **options):
+    """What is to come out: the same in float32 on the CPU, from whole logits."""
+    losses, grads, _ = one_update(config, CPU, groups, how=by_definition, **options)
+    return losses, grads
 
 
 def gradients(policy):
@@ -123,36 +131,34 @@ def configured(case, path, dtype="float32", parity="ours", lr=0.0, **model):
 
 
 def update(recorder, family):
-    """Our exact terms and the official ones, float32 and bfloat16, dense and as by default."""
+    """Our exact terms and the official ones, in float32 and in bfloat16."""
     case = case_of(recorder, family)
     path = recorder.folder / "model"
     write_checkpoint(case, path)
     groups = experience(case)
-    run = functools.partial(one_update, groups=groups)
-    cpu = torch.device("cpu")
+    device, want = recorder.device, {}
     for parity in ("ours", "official"):
         config = configured(case, path, parity=parity)
         recorder.note(f"{parity}: reference KL", config.objective.kl_estimator)
-        want = run(config, cpu)[:2]
+        want[parity] = by_cpu(config, groups)
         for dtype in ("float32", "bfloat16"):
             config = configured(case, path, dtype, parity)
-            with recorder.part(f"{parity}, {dtype}, CPU"):
-                if dtype == "bfloat16":  # how far bfloat16 is off by torch's own arithmetic
-                    compare(recorder, f"{parity} bfloat16, CPU", run(config, cpu)[:2], want, dtype)
-            if not recorder.cuda:
-                continue
-            with recorder.part(f"{parity}, {dtype}, CUDA"):
-                compare(
-                    recorder, f"{parity} {dtype}", run(config, recorder.device)[:2], want, dtype
-                )
-    with recorder.part("the sparse backward"):
-        config = configured(case, path)
-        want = run(config, cpu)[:2]
-        got = run(config, recorder.device, dense=False)[:2]
-        compare(recorder, "float32, default budget", got, want, "float32", SPARSE)
+            with recorder.part(f"{parity}, {dtype}"):
+                losses, grads, _ = one_update(config, device, groups)
+                compare(recorder, f"{parity} {dtype}", (losses, grads), want[parity], dtype)
+            if recorder.cuda and dtype == "bfloat16":
+                with recorder.part(f"{parity}, bfloat16 on the CPU, for comparison"):
+                    _, grads, _ = one_update(config, CPU, groups)
+                    errors = gradient_errors(grads, want[parity][1])
+                    recorder.note(f"{parity} bfloat16 on the CPU: gradients", errors)
+    config = configured(case, path)
+    with recorder.part("the sparse backward, as it is by default"):
+        losses, grads, _ = one_update(config, device, groups, how=nullcontext)
+        compare(recorder, "default budget", (losses, grads), want["ours"], "float32", SPARSE)
     with recorder.part("activation checkpointing"):
         config = configured(case, path, gradient_checkpointing=True)
-        compare(recorder, "checkpointing", run(config, recorder.device)[:2], want, "float32")
+        losses, grads, _ = one_update(config, device, groups)
+        compare(recorder, "checkpointing", (losses, grads), want["ours"], "float32")
 
 
 def lora(recorder):
@@ -165,16 +171,12 @@ def lora(recorder):
     groups = experience(case)
     for dtype in ("float32", "bfloat16"):
         with recorder.part(dtype):
+            torch.manual_seed(0)  # adapters are drawn on the CPU
+            want = by_cpu(configured(case, path, lr=1e-3, lora_rank=8), groups, updates=2)
             torch.manual_seed(0)
             config = configured(case, path, dtype, lr=1e-3, lora_rank=8)
-            plain = configured(case, path, lr=1e-3, lora_rank=8)
-            run = functools.partial(one_update, groups=groups, reference=False, updates=2)
-            want = run(plain, torch.device("cpu"))[:2]
-            torch.manual_seed(0)
-            *got, policy = run(config, recorder.device)
-            compare(recorder, f"LoRA {dtype}", tuple(got), want, dtype)
-            if not isinstance(policy.reference(config), SharedReference):
-                raise AssertionError("the reference of adapters is a model of its own")
+            losses, grads, policy = one_update(config, recorder.device, groups, updates=2)
+            compare(recorder, f"LoRA {dtype}", (losses, grads), want, dtype)
             policy.save(recorder.folder / f"merged-{dtype}")
 
 
@@ -189,9 +191,9 @@ def liger(recorder):
         path = recorder.folder / family
         write_checkpoint(case, path)
         groups = experience(case)
-        want = one_update(configured(case, path), torch.device("cpu"), groups)[:2]
+        want = by_cpu(configured(case, path), groups)
         for dtype in ("float32", "bfloat16"):
             with recorder.part(f"{family}, {dtype}"):
                 config = configured(case, path, dtype, liger="on")
-                got = one_update(config, recorder.device, groups)[:2]
-                compare(recorder, f"Liger {family} {dtype}", got, want, dtype)
+                losses, grads, _ = one_update(config, recorder.device, groups)
+                compare(recorder, f"Liger {family} {dtype}", (losses, grads), want, dtype)
