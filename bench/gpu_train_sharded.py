@@ -1,6 +1,7 @@
 """FSDP2 on a mesh of one: every path of several ranks that one GPU can run."""
 
 import contextlib
+import os
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,8 @@ def alone(device):
     """A process group and a mesh of this process alone."""
     if device.type == "cuda":
         torch.cuda.set_device(0)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")  # there may be no network
     dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield init_device_mesh(device.type, (1,), mesh_dim_names=("shard",))

@@ -7,6 +7,7 @@ import torch
 from gpu_train_record import LeftOut
 from gpu_train_update import OBJECTIVES
 from measure import PeakMemory
+from train_step import describe_policy
 from train_step_case import SIZES, Size, make_case
 from train_step_case import write_checkpoint as write_step_checkpoint
 from train_step_meter import counted
@@ -74,6 +75,7 @@ def times(recorder, group_size):
     write_step_checkpoint(size, path)
     dtype = "float32" if recorder.small else "bfloat16"
     case = make_case(size, group_size, path, recorder.device, dtype)
+    recorder.note("policy, nats", describe_policy(case))
     for objective, name, label in TIMED:
         with recorder.part(label):
             [way] = [w for w in WAYS if (w.objective, w.name) == (objective, name)]

@@ -198,7 +198,12 @@ class Case:
 def make_case(size, group_size, path, device="cpu", dtype="float32"):
     """`path` holds the checkpoint of `write_checkpoint`; the models compute on `device`."""
     device = torch.device(device)
-    config = ModelConfig(path=str(path), dtype=dtype, gradient_checkpointing=False)
+    config = ModelConfig(
+        path=str(path),
+        dtype=dtype,
+        gradient_checkpointing=False,
+        liger="off",  # all ways have the same layers
+    )
     policy = Policy.load(config, [], device)
     reference = Policy.load(config, [], device).requires_grad_(False).eval()
     torch.manual_seed(1)
