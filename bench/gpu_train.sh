@@ -26,15 +26,18 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # whether there is a GPU is then asked of the driver's library, which leaves the process forkable
 export PYTORCH_NVML_BASED_CUDA_CHECK=1
 wheels=${WHEELS:-$root/wheels}
-if compgen -G "$wheels/*.whl" > /dev/null; then
+if ! compgen -G "$wheels/*.whl" > /dev/null; then
+  echo "no wheels in $wheels: what is installed has to do (bench/gpu_wheels.sh collects them)"
+else
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
-  "$python" -m pip install -q --no-index --no-deps --no-compile --disable-pip-version-check \
-    --target "$site" "$wheels"/*.whl
-  export PYTHONPATH="$site:$PYTHONPATH"
-  echo "installed $(ls "$wheels"/*.whl | wc -l) wheels of $wheels for this run"
-else
-  echo "no wheels in $wheels: what is installed has to do (bench/gpu_wheels.sh collects them)"
+  if "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --disable-pip-version-check --target "$site" "$wheels"/*.whl; then
+    export PYTHONPATH="$site:$PYTHONPATH"
+    echo "installed $(ls "$wheels"/*.whl | wc -l) wheels of $wheels for this run"
+  else
+    echo "the wheels of $wheels could not be installed: what is installed has to do" >&2
+  fi
 fi
 # The program keeps to its own budget; this is for a machine that hangs.
 timeout --signal=INT --kill-after=10 $((seconds + 30)) "$python" "$root/bench/gpu_train.py" "$out" "$@"
