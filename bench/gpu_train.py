@@ -291,8 +291,8 @@ def _numbers(result):
     for c in result["checks"]:
         yield f"{c['name']} {c['value']}"
     for name, value in result["numbers"].items():
-        if isinstance(value, int | float | str):
-            yield f"{name} {str(value)[:60]}"
+        if isinstance(value, int | float | str) or not result["checks"]:
+            yield f"{name} {' '.join(_text(value)[:200].split())}"
 
 
 def table(content):

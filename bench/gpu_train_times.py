@@ -1,12 +1,15 @@
 """Times and memory of updates on the device: sharing, group sizes, the plan, layers of a 7B."""
 
 import gc
+import time
 from dataclasses import replace
 
 import torch
 from gpu_train_record import LeftOut
 from gpu_train_update import OBJECTIVES
 from measure import PeakMemory
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from train_step import describe_policy
 from train_step_case import SIZES, Size, make_case
 from train_step_case import write_checkpoint as write_step_checkpoint
@@ -80,6 +83,9 @@ def times(recorder, group_size):
         with recorder.part(label):
             [way] = [w for w in WAYS if (w.objective, w.name) == (objective, name)]
             _time(recorder, label, way, case)
+    with recorder.part("where the time goes"):
+        [way] = [w for w in WAYS if (w.objective, w.name) == ("both", OURS["both"])]
+        profiled(recorder, lambda: way(case))
     with recorder.part("TRL"):
         from train_step_trl import TRL
 
@@ -105,6 +111,35 @@ def _time(recorder, label, way, case, trl=False):
     recorder.note(label, found)
 
 
+# What a host does for a GPU, by the names of CUDA's calls.
+CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def profiled(recorder, call, most=15):
+    """The kernels that take most of one call, how many are launched and how often it waits."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * recorder.cuda
+    recorder.wait()
+    start = time.perf_counter()
+    with profile(activities=activities) as found:
+        call()
+        recorder.wait()
+    wall = time.perf_counter() - start
+    events = found.key_averages()
+    kind = "self_device_time_total" if recorder.cuda else "self_cpu_time_total"
+    on_device = DeviceType.CUDA if recorder.cuda else DeviceType.CPU
+    rows = [e for e in events if e.device_type == on_device]
+    rows.sort(key=lambda e: -getattr(e, kind))
+    counts = {e.key: e.count for e in events}
+    recorder.note("profiled ms", wall * 1e3)
+    recorder.note("ms of all kernels", sum(getattr(e, kind) for e in rows) / 1e3)
+    recorder.note("kernels launched", sum(counts.get(name, 0) for name in CALLS))
+    recorder.note("waits for the device", sum(counts.get(name, 0) for name in WAITS))
+    largest = {e.key[:70]: getattr(e, kind) / 1e3 for e in rows[:most]}
+    recorder.note("ms by kernel", largest)
+    recorder.note("calls by kernel", {e.key[:70]: e.count for e in rows[:most]})
+
+
 def layers_of_7b(recorder):
     """An update through 1 and through 3 layers of a 7B's shape, and what 28 would then take."""
     if not recorder.cuda:
@@ -113,7 +148,7 @@ def layers_of_7b(recorder):
     for layers in (1, 3):
         case = replace(BIG, layers=layers)
         with recorder.part(f"{layers} layers"):
-            seconds[layers] = _update_of_layers(recorder, case)
+            seconds[layers] = _update_of_layers(recorder, case, profile_it=layers == 3)
         gc.collect()
         torch.cuda.empty_cache()
     if len(seconds) == 2:
@@ -122,7 +157,7 @@ def layers_of_7b(recorder):
         recorder.note("s of 28 layers, extrapolated", seconds[1] + 27 * each)
 
 
-def _update_of_layers(recorder, case):
+def _update_of_layers(recorder, case, profile_it):
     config = configuration(case, "", {"dtype": "bfloat16", "liger": "off"})
     goal = replace(OBJECTIVES["ours"].resolved(), kl_coef=0.0)
     config = replace(config, objective=goal)
@@ -147,4 +182,6 @@ def _update_of_layers(recorder, case):
             "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
         },
     )
+    if profile_it:
+        profiled(recorder, lambda: updater.update(groups, lambda _: None))
     return found
