@@ -212,7 +212,7 @@ def main(arguments=None):
         choices=SIZES,
         default="quick",
         help="quick: a model of 2 M parameters, two minutes; full: 10 M, under ten minutes on two "
-        "idle cores; gpu: 0.2 B at the published lengths (default: quick)",
+        "idle cores (default: quick)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda, in float32 (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")

@@ -65,8 +65,6 @@ class Size:
 SIZES = {
     "quick": Size(128, 4, 3, 1088, (16, 20), 15, 44, 1800, 0.9),
     "full": Size(256, 6, 4, 3168, (16, 32), 24, 70, 2900, 0.8),
-    # for a GPU: the published lengths, heads as large as the large models', 0.2 B parameters
-    "gpu": Size(1024, 8, 4, 32_768, (40, 64), 120, 350, 16_384, 0.46, 128, 80, 48),
 }
 # G: prompts of one update
 PROMPTS = {5: 2, 16: 1}
