@@ -156,6 +156,7 @@ def _child(step, running, bench):
         os.dup2(log, stream)
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.SIG_DFL)
+    cores = len(os.sched_getaffinity(0))
     job = {
         "step": step.name,
         "record": str(running.record),
@@ -163,8 +164,8 @@ def _child(step, running, bench):
         "small": bench.small,
         "folder": str(running.folder),
         "shared": str(bench.scratch),
-        # small models gain nothing by a second thread, and lose much where others compute too
-        "threads": 1 if bench.small else max(1, len(os.sched_getaffinity(0)) // bench.jobs),
+        # several at once: threads that wait for each other lose more than they gain
+        "threads": max(1, cores // 2) if step.alone and not bench.small else 1,
     }
     if bench.fresh:
         os.execv(sys.executable, [sys.executable, __file__, "--child", json.dumps(job)])
