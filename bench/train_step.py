@@ -68,7 +68,7 @@ def measured_once(way, case, want):
             first = way(case), _gradients(way, case)
     for model in _models(way, case):
         model.zero_grad(set_to_none=True)
-    memory = PeakMemory()
+    memory = PeakMemory(case.policy.device)
     memory.start()
     with counted(_models(way, case), trl=isinstance(way, TRL)) as work:
         loss = way(case)
@@ -131,20 +131,20 @@ def sampling_seconds(case):
 
 def describe_policy(case):
     """Mean entropies and perception KL of the responses, in nats."""
-    batch = pack(case.groups, case.policy.prompt_positions, aug=True)
+    batch = pack(case.groups, case.policy.prompt_positions, aug=True).to(case.policy.device)
     with inference(case.policy):
         stats, _ = case.policy.stats(batch)
     names = ("entropy", "aug_entropy", "kl_prcp")
     return {n: getattr(stats, n).mean().item() for n in names}
 
 
-def run(size_name, rounds, console):
+def run(size_name, rounds, console, device="cpu", dtype="float32"):
     """The content of the JSON file."""
     size = SIZES[size_name]
     content = {
         "size": size_name,
         "rounds": rounds,
-        "machine": machine() | {"transformers": transformers.__version__},
+        "machine": machine(device) | {"transformers": transformers.__version__},
         "shares": shares(model_config(size), size),
         "shares_of_3b": shares_of_3b(),
         "image_text_response": [size.image, size.text, size.response],
@@ -156,7 +156,7 @@ def run(size_name, rounds, console):
     with tempfile.TemporaryDirectory() as folder, _progress(console) as progress:
         write_checkpoint(size, folder)
         for group_size in PROMPTS:
-            case = make_case(size, group_size, folder)
+            case = make_case(size, group_size, folder, device, dtype)
             gc.freeze()  # collecting before each way then takes milliseconds
             content["policies"][str(group_size)] = describe_policy(case)
             records, sampling = _one_case(case, rounds, progress)
@@ -187,6 +187,8 @@ def _one_case(case, rounds, progress):
             gc.collect()
             start = time.perf_counter()
             way(case)
+            if case.policy.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds[way.objective, way.name].append(time.perf_counter() - start)
             progress.advance(task)
     for key, record in records.items():
@@ -212,6 +214,7 @@ def main(arguments=None):
         help="quick: a model of 2 M parameters, two minutes; full: 10 M, under ten minutes on two "
         "idle cores (default: quick)",
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, in float32 (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: its own choice)")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 2)")
     parser.add_argument(
@@ -230,9 +233,10 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console = Console(width=max(128, Console().width))
-    content = run(args.size, args.rounds or ROUNDS, console)
+    content = run(args.size, args.rounds or ROUNDS, console, args.device)
     show(content, console)
-    out = args.out or (RESULT if args.size == "full" else None)
+    on_cpu = torch.device(args.device).type == "cpu"
+    out = args.out or (RESULT if args.size == "full" and on_cpu else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=1) + "\n")

@@ -39,6 +39,7 @@ class Size:
     image token. `micro_tokens` are the tokens of one micro-batch, padding included, the same for
     every way. `sharpness` multiplies the output embedding so that the policy has the entropy of a
     trained one (about .6 nats), which decides how much the sparse backward may leave out.
+    Responses are sampled for `sampled` tokens and repeat these from there on.
     """
 
     hidden: int
@@ -50,6 +51,9 @@ class Size:
     response: int
     micro_tokens: int
     sharpness: float
+    head: int = 32
+    vision_head: int = 16
+    sampled: int = 1 << 20
 
     @property
     def image(self):
@@ -92,7 +96,7 @@ def model_config(size):
             "hidden_size": size.hidden,
             "intermediate_size": size.hidden * 43 // 8,
             "num_hidden_layers": size.layers,
-            "num_attention_heads": size.hidden // 32,
+            "num_attention_heads": size.hidden // size.head,
             "num_key_value_heads": max(1, size.hidden // 256),
             "max_position_embeddings": 4096,
             "bos_token_id": None,
@@ -101,7 +105,7 @@ def model_config(size):
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
-                "mrope_section": [4, 6, 6],
+                "mrope_section": [size.head // 8, *[3 * size.head // 16] * 2],
             },
         },
         vision_config={
@@ -109,7 +113,7 @@ def model_config(size):
             "hidden_size": width,
             "intermediate_size": width * 171 // 64,
             "out_hidden_size": size.hidden,
-            "num_heads": width // 16,
+            "num_heads": width // size.vision_head,
             "patch_size": 14,
             "window_size": 112,
             "fullatt_block_indexes": [size.vision_layers - 1],
@@ -189,19 +193,26 @@ class Case:
         return alone
 
 
-def make_case(size, group_size, path):
-    """`path` holds the checkpoint of `write_checkpoint`."""
-    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
-    policy = Policy.load(config, [], torch.device("cpu"))
-    reference = Policy.load(config, [], torch.device("cpu")).requires_grad_(False).eval()
+def make_case(size, group_size, path, device="cpu", dtype="float32"):
+    """`path` holds the checkpoint of `write_checkpoint`; the models compute on `device`."""
+    device = torch.device(device)
+    config = ModelConfig(
+        path=str(path),
+        dtype=dtype,
+        gradient_checkpointing=False,
+        liger="off",  # all ways have the same layers
+    )
+    policy = Policy.load(config, [], device)
+    reference = Policy.load(config, [], device).requires_grad_(False).eval()
     torch.manual_seed(1)
     with torch.no_grad():  # KL of 0 would hide a wrong reference term
         for p in reference.parameters():
-            p.mul_(1 + 0.01 * torch.randn_like(p))
+            # drawn on the CPU, so that a seed means the same on every device
+            p.mul_(1 + 0.01 * torch.randn(p.shape).to(device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.01)
     prompts = [_prompt(size, i) for i in range(PROMPTS[group_size])]
     lengths = response_lengths(size.response, group_size * len(prompts))
-    completions = _sample(policy, prompts, group_size, lengths)
+    completions = _sample(policy, prompts, group_size, lengths, size.sampled)
     right = [i % 2 for i in range(len(lengths))]
     rewards = torch.tensor([float(r) for r in right])
     ids = torch.arange(len(prompts)).repeat_interleave(group_size)
@@ -253,25 +264,29 @@ def _corrupted(pixels):
 
 
 @torch.no_grad()
-def _sample(policy, prompts, group_size, lengths):
+def _sample(policy, prompts, group_size, lengths, most):
     """Responses of the given lengths, sampled from the policy; vision marks are never sampled."""
     inputs = pad_left([p.encoded for p in prompts], EOS, policy.device)
-    ids = policy.model.generate(
-        **inputs,
-        generation_config=GenerationConfig(
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=group_size,
-            max_new_tokens=max(lengths),
-            min_new_tokens=max(lengths),
-            suppress_tokens=[EOS, VISION_START, VISION_END, IMAGE, VIDEO],
-            pad_token_id=EOS,
-        ),
-    )[:, inputs["input_ids"].shape[1] :].tolist()
+    new = min(max(lengths), most)
+    with policy.autocast():
+        ids = policy.model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=group_size,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                suppress_tokens=[EOS, VISION_START, VISION_END, IMAGE, VIDEO],
+                pad_token_id=EOS,
+            ),
+        )
+    ids = ids[:, inputs["input_ids"].shape[1] :].tolist()
     # the sampler's log-probs serve a metric only
     return [
-        Completion(row[:n], [0.0] * n, True) for row, n in zip(ids, lengths, strict=True)
-    ]  # fmt: skip
+        Completion([row[i % new] for i in range(n)], [0.0] * n, True)
+        for row, n in zip(ids, lengths, strict=True)
+    ]
 
 
 def shares(config, size):

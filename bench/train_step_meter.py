@@ -102,3 +102,8 @@ def _statistics(function):
 def dense_gradients():
     """Context in which `token_stats` leaves nothing out of the gradients."""
     return _statistics(functools.partial(token_stats, grad_budget=0.0))
+
+
+def by_definition():
+    """Context in which `token_stats` computes all logits, by plain torch."""
+    return _statistics(functools.partial(token_stats, backend="reference"))

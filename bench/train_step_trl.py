@@ -35,9 +35,12 @@ class TRL:
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        device = case.policy.device
         for inputs in _micro_batches(case):
-            inputs["ref_per_token_logps"] = _reference(trainer, inputs)
-            loss = trainer.compute_loss(model, inputs)
+            inputs = {k: v if isinstance(v, list) else v.to(device) for k, v in inputs.items()}
+            with case.policy.autocast():
+                inputs["ref_per_token_logps"] = _reference(trainer, inputs)
+                loss = trainer.compute_loss(model, inputs)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
@@ -70,7 +73,7 @@ def _trainer(case):
             use_bias_correction_kl=False,  # the plain k3, as in papo_fast
             model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=case.policy.device.type == "cpu",
             bf16=False,
             report_to="none",
             seed=0,

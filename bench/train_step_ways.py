@@ -190,9 +190,11 @@ def _batches(case, way, groups, streams):
 def _packed(policy, groups, streams):
     """([(N, V) log-probs of each stream], samples); logits of all T positions are computed."""
     packed = pack(groups, policy.prompt_positions, full="full" in streams, aug="aug" in streams)
-    everywhere = torch.arange(len(packed.input_ids_T))
+    packed = packed.to(policy.device)
+    everywhere = torch.arange(len(packed.input_ids_T), device=policy.device)
     [hidden_TD] = policy._hidden(replace(packed, predictors=(everywhere,)))
-    logits_TV = policy.model.lm_head(hidden_TD)
+    with policy.autocast():
+        logits_TV = policy.model.lm_head(hidden_TD).float()
     return [logits_TV[at].log_softmax(-1) for at in packed.predictors], packed.samples
 
 
@@ -209,6 +211,8 @@ def _padded(policy, groups, streams):
         mask[b, :n] = 1
         types[b, :p] = prompt.mm_token_type_ids
         predictors[b, p - 1 : n - 1] = True
+    ids, mask, types, predictors = (x.to(policy.device) for x in (ids, mask, types, predictors))
+    grids = torch.cat([group.prompt.encoded.image_grid_thw for group in groups])
     log_probs = []
     for stream in streams:
         pixels = [
@@ -216,15 +220,16 @@ def _padded(policy, groups, streams):
             for group in groups
         ]
         policy.model.model.rope_deltas = None
-        logits_BTV = policy.model(
-            input_ids=ids,
-            attention_mask=mask,
-            mm_token_type_ids=types,
-            pixel_values=torch.cat(pixels),
-            image_grid_thw=torch.cat([group.prompt.encoded.image_grid_thw for group in groups]),
-            use_cache=False,
-        ).logits
-        log_probs.append(logits_BTV[predictors].log_softmax(-1))
+        with policy.autocast():
+            logits_BTV = policy.model(
+                input_ids=ids,
+                attention_mask=mask,
+                mm_token_type_ids=types,
+                pixel_values=torch.cat(pixels).to(policy.device),
+                image_grid_thw=grids.to(policy.device),
+                use_cache=False,
+            ).logits
+        log_probs.append(logits_BTV[predictors].float().log_softmax(-1))
     return log_probs, all_samples(groups)
 
 
@@ -235,13 +240,13 @@ def _labels(samples):
 
 
 def _of_labels(log_p, labels):
-    return log_p.gather(1, labels[:, None])[:, 0]
+    return log_p.gather(1, labels.to(log_p.device)[:, None])[:, 0]
 
 
 def _token_batch(log_probs, samples):
     labels, lengths = _labels(samples)
-    index = torch.arange(len(samples)).repeat_interleave(torch.tensor(lengths))
     log_p = log_probs[0]
+    index = torch.arange(len(samples)).repeat_interleave(torch.tensor(lengths)).to(log_p.device)
     logprobs = _of_labels(log_p, labels)
     values = {
         f"{field}_logprobs": torch.cat([getattr(s, field) for s in samples])
@@ -257,7 +262,7 @@ def _token_batch(log_probs, samples):
             "kl_prcp": (p * (log_p - log_q)).sum(-1),
         }
     values = {"old_logprobs": logprobs.detach()} | values
-    advantages = torch.tensor([s.advantage for s in samples])
+    advantages = torch.tensor([s.advantage for s in samples], device=log_p.device)
     return TokenBatch(
         logprobs=logprobs, advantages=advantages[index], sequence_ids=index, **values
     )  # fmt: skip

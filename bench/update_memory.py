@@ -67,6 +67,9 @@ class Case:
     group_size: int = 4
     together: int = 2
     """Prompts of one micro-batch."""
+    head: int = 32
+    """Size of a head of the language model; a quarter as many of keys as of queries."""
+    vision_head: int = 16
 
     @property
     def lengths(self):
@@ -78,9 +81,9 @@ class Case:
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": self.hidden // 32,
-            "num_key_value_heads": self.hidden // 128,
-            "head_dim": 32,
+            "num_attention_heads": self.hidden // self.head,
+            "num_key_value_heads": max(1, self.hidden // self.head // 4),
+            "head_dim": self.head,
             "max_position_embeddings": 4096,
             "bos_token_id": None,
             "eos_token_id": 0,
@@ -88,7 +91,7 @@ class Case:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
-                "mrope_section": [4, 6, 6],
+                "mrope_section": [self.head // 8, *[3 * self.head // 16] * 2],
             },
         }
         vision = {
@@ -96,7 +99,7 @@ class Case:
             "hidden_size": self.vision_hidden,
             "intermediate_size": 3 * self.vision_hidden,
             "out_hidden_size": self.hidden,
-            "num_heads": self.vision_hidden // 16,
+            "num_heads": self.vision_hidden // self.vision_head,
         }
         ids = {
             "vision_start_token_id": VISION_START,
@@ -192,16 +195,18 @@ def experience(case):
     return groups
 
 
-def peak_of_update(case, config):
+def peak_of_update(case, config, device="cpu"):
     """Bytes held at most by a policy, its reference and two updates, beyond the data.
 
     The first update is a small one: it makes the optimizer's moments.
     """
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    libc.mallopt(M_ARENA_MAX, 1)
-    torch.set_num_threads(1)
-    data, device, memory = experience(case), torch.device("cpu"), PeakMemory()
+    device = torch.device(device)
+    if device.type == "cpu":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_ARENA_MAX, 1)
+        torch.set_num_threads(1)
+    data, memory = experience(case), PeakMemory(device)
     memory.start()
     before = memory.before
     policy = Policy.load(config.model, [], device, config.parallel)
@@ -263,10 +268,11 @@ def measure(case, config, ranks=1):
     return ours.recv()
 
 
-def planned(case, config, ranks=1):
-    """The plan of the same update on the CPU; no sampler is there."""
+def planned(case, config, ranks=1, gpu_memory=None):
+    """The plan of the same update, on the CPU without `gpu_memory`; no sampler is there."""
     config = replace(config, rollout=replace(config.rollout, engine="vllm_server"))
-    return plan_memory(config, ModelSizes.of(config.model), case.lengths, Layout(ranks=ranks))
+    layout = Layout(ranks=ranks, gpu_memory=gpu_memory)
+    return plan_memory(config, ModelSizes.of(config.model), case.lengths, layout)
 
 
 def main():

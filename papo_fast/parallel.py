@@ -65,6 +65,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def backend(device: torch.device) -> str:
+    """Of processes on such devices; what lies in the CPU's memory, as offloaded gradients do, is
+    reduced there."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing.
@@ -76,7 +82,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(backend(device), timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:

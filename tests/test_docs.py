@@ -227,6 +227,8 @@ def test_a_command_with_a_mistake_is_refused(desk, done, capsys):
         "make train SEEDS=1",
         "python bench/report.py bench/results/cpu/quick.json --readme",
         "python bench/reports.py",
+        "bash bench/gpu_trains.sh OUT",
+        "bash bench/gpu_train.sh OUT --step attention",
         "pip install -e '.[no-such-extra]'",
         "rm -rf runs",
     ):
@@ -251,6 +253,10 @@ def check_command(words, asked, done, capsys):
         evidence_accepts(rest[2:])
     elif program == "python":
         script_accepts(rest, done)
+    elif program == "bash" and rest[0].startswith("bench/"):
+        assert (ROOT / rest[0]).is_file(), rest[0]
+        known = re.findall(r"--[a-z]+", (ROOT / rest[0]).read_text(encoding="utf-8"))
+        assert {word for word in rest[1:] if word.startswith("-")} <= set(known), rest
     elif program in ("sbatch", "bash"):
         script = next(i for i, word in enumerate(rest) if word.startswith("examples/"))
         assert (ROOT / rest[script]).is_file(), rest[script]

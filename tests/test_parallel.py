@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from papo_fast.config import ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
+from papo_fast.parallel import backend
 from support import SUPPORT
 from support.family_checkpoints import write_checkpoint
 from support.ranks import DATA, fixed_groups, launch
@@ -217,3 +218,10 @@ def test_a_rank_leaves_without_tearing_down_what_its_threads_use(ranks, status):
         [sys.executable, "-c", GOODBYE], env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (status, "work is done, logs are closed")
+
+
+def test_processes_on_gpus_can_reduce_what_is_offloaded():
+    """NCCL alone cannot: the norm of offloaded gradients lies in the CPU's memory."""
+    assert backend(torch.device("cpu")) == "gloo"
+    by_device = dict(part.split(":") for part in backend(torch.device("cuda")).split(","))
+    assert by_device == {"cpu": "gloo", "cuda": "nccl"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
@@ -79,9 +80,14 @@ class Policy(nn.Module):
         banned_token_ids: Sequence[int],
         device: torch.device,
         parallel: ParallelConfig | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> Policy:
-        """The checkpoint `config.path`; sharded over all processes with `parallel`."""
-        mesh = None if parallel is None else device_mesh(device, parallel.replicas)
+        """The checkpoint `config.path`; sharded over all processes with `parallel`.
+
+        mesh: what to shard over with `parallel`; None: all processes, where there are several.
+        """
+        if mesh is None and parallel is not None:
+            mesh = device_mesh(device, parallel.replicas)
         model = load_model(config, empty=mesh is not None and not is_main())
         use_liger(model, config, device)
         if config.gradient_checkpointing:
