@@ -106,7 +106,10 @@ def _(
     ]
 
 
-@torch.library.custom_op("papo::token_stats_backward", mutates_args=())
+# It asks the device for numbers, which a graph that is being captured cannot answer.
+@torch.library.custom_op(
+    "papo::token_stats_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def backward(
     logprobs: torch.Tensor | None,
     entropy: torch.Tensor | None,

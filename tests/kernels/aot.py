@@ -14,84 +14,70 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("triton_resources.json")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
 
 
 def variants():
-    """(name, kernel, dtype, constants, warps, stages, targets) of every shape that is launched."""
+    """(name, kernel, constants, pointers' types, warps) of every shape that is launched."""
     from papo_kernels.triton import launch as host
 
-    for (architecture, size, wide), launch in host.LAUNCHES.items():
-        dtype = {2: "bf16", 4: "fp32"}[size]
-        own = "" if architecture == "any" else {None: " all", True: " wide", False: " narrow"}[wide]
-        targets = list(TARGETS) if architecture == "any" else [architecture]
-        for name, kernel, constants, blocks in _kernels(launch):
-            sizes = dict(BLOCK_N=host.TILE, BLOCK_V=blocks.v, BLOCK_D=blocks.d, UPCAST=False)
-            if name == "d_weight":
-                sizes["BLOCK_V"] = launch.dz.v
-            kind, _, rest = name.partition(" ")
-            name = f"{kind} {dtype} {rest}".rstrip() + own
-            yield name, kernel, dtype, sizes | constants, blocks.warps, blocks.stages, targets
+    for name, kernel, constants, types in _kernels(host.TILE):
+        blocks = dict(host.LAUNCHES[name.split()[0]])
+        warps = blocks.pop("num_warps")
+        yield name, kernel, blocks | constants, types, warps
 
 
-def _kernels(launch):
+def _kernels(tile):
     from papo_kernels.triton import gradients, kernels
 
-    head = dict(HAS_BIAS=False, CAP=False)
-    for two in (False, True):
-        name = f"forward {'two streams' if two else 'one stream'}"
-        constants = dict(TWO=two, LEVELS=True, **head)
-        yield name, kernels.forward_kernel, constants, launch.forward
+    # The trainer always bans words, by a bias.
+    plain = dict(HAS_BIAS=True, CAP=False)
+    for two, streams in ((False, "one stream"), (True, "two streams")):
+        yield f"stats {streams}", kernels.stats_kernel, dict(TWO=two, **plain), {}
+        yield f"levels {streams}", kernels.levels_kernel, dict(TWO=two, TILE=tile, **plain), {}
+    yield "stats capped", kernels.stats_kernel, dict(TWO=True, HAS_BIAS=True, CAP=True), {}
+    on = dict.fromkeys(
+        ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
+    )
     for gather, reverse in itertools.product((False, True), (False, True)):
-        outputs = dict.fromkeys(
-            ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
-        )
-        name = f"dz {'gathered' if gather else 'dense'}{' reverse' if reverse else ''}"
-        constants = dict(GATHER=gather, NET=gather, KL_REVERSE=reverse, **outputs, **head)
-        yield name, gradients.dz_kernel, constants, launch.dz
-    yield "d_hidden", gradients.d_hidden_kernel, {}, launch.d_hidden
-    constants = dict(WEIGHT=True, BIAS=True)
-    yield "d_weight", gradients.d_weight_kernel, constants, launch.d_weight
+        name = f"dz {'listed' if gather else 'span'}{' reverse' if reverse else ''}"
+        constants = dict(GATHER=gather, NET=gather, SKIP=not gather, KL_REVERSE=reverse)
+        yield name, gradients.dz_kernel, constants | on | plain, {"dz_ptr": "*bf16"}
+    yield "sort", kernels.sort_kernel, dict(TWO=True), {}
+    yield "add_rows", gradients.add_rows_kernel, {}, {}
+    yield "count_levels", gradients.count_levels_kernel, {}, {}
 
 
 FIXED = {
-    "targets_ptr": "*i64", "rows_ptr": "*i64", "count_ptr": "*i64", "part_ptr": "*fp32",
-    "level_ptr": "*u8", "stats_ptr": "*fp32", "up_ptr": "*fp32", "tile_ptr": "*i64",
-    "first_ptr": "*i64", "last_ptr": "*i64", "col_ptr": "*i64", "offset_ptr": "*i64",
-    "sums_ptr": "*fp32", "dw_ptr": "*fp32", "db_ptr": "*fp32", "temperature": "fp32",
-    "softcap": "fp32",
+    "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "col_ptr": "*i32",
+    "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8",
+    "sharpness": "fp32", "softcap": "fp32",
 }  # fmt: skip
-UNIT_STRIDES = ("stride_xd", "stride_ad", "stride_wd", "stride_od")
 
 
-def compile_one(kernel, dtype, constants, target, warps, stages):
+def compile_one(kernel, constants, types, target, warps):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = constants | {a: 1 for a in UNIT_STRIDES if a in kernel.arg_names}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        kind = FIXED.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        kind = (FIXED | types).get(name, "*fp32" if name.endswith("_ptr") else "i32")
         signature[name] = kind
         # What a launch finds out by itself: allocations and sizes of rows are multiples of 16.
-        if kind.startswith("*") or name in (
-            "D",
-            "stride_xn",
-            "stride_an",
-            "stride_wv",
-            "stride_on",
-        ):
+        if kind.startswith("*") or name.startswith("stride") or name in ("V", "width"):
             attrs[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps}
     return compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
@@ -127,9 +113,9 @@ def resources(compiled, target):
 
 def measure():
     table = {}
-    for name, kernel, dtype, constants, warps, stages, targets in variants():
-        for target in targets:
-            compiled = compile_one(kernel, dtype, constants, target, warps, stages)
+    for name, kernel, constants, types, warps in variants():
+        for target in TARGETS:
+            compiled = compile_one(kernel, constants, types, target, warps)
             table[f"{name} {target}"] = resources(compiled, target)
     return table
 

@@ -85,3 +85,37 @@ def test_gpu_matches_float64(dtype):
     got = on_gpu.gradients(token_stats, upstream, backend="triton", grad_budget=0.0)
     bounds = {g: max(1e-5, 1.5 * gradient_error(rounded[g], exact[g])) for g in GRADS}
     check({g: gradient_error(got[g].cpu(), exact[g]) for g in got}, bounds)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="changes settings that the suites go by")
+def test_mixed_dtypes_are_said_once(caplog):
+    from papo_kernels.rows import Options, make_call
+    from papo_kernels.triton.launch import kernel_operands
+
+    options = Options(1.0, None, -100, 0.0, "triton", "", True, False, "call")
+    hidden, weight = torch.randn(2, 3).bfloat16(), torch.randn(5, 3)
+    for _ in range(2):
+        call = make_call(hidden, None, weight, None, torch.tensor([0, 1]), options)
+        assert kernel_operands(call).full.dtype == torch.float32
+    (message,) = [r.getMessage() for r in caplog.records if "dtype" in r.getMessage()]
+    assert "are bfloat16, float32;" in message and "to float32" in message
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no kernel")
+def test_float16_gradients_are_scaled_into_its_range():
+    """Of what float16 holds, the largest upstream gradient is brought to 1/2 to 1."""
+    from papo_kernels.rows import Options, make_call, make_upstream
+    from papo_kernels.triton.backward import _scale
+
+    options = Options(1.0, None, -100, 0.0, "triton", "", True, False, "call")
+    for dtype in (torch.float16, torch.bfloat16):
+        states = torch.randn(4, 3).to(dtype)
+        call = make_call(states, states, states, None, torch.arange(4), options)
+        for size in (1 / 65_536, 3e-3, 65_536.0):
+            given = torch.tensor([0.0, -size, size / 8, 0.0])
+            scale = _scale(call, make_upstream(given, None, None, None, given / 4, None))
+            if dtype == torch.bfloat16:
+                assert scale == 1.0
+                continue
+            assert 0.5 <= size * float(scale) < 1
+            assert float(scale).hex().startswith("0x1.0000")  # rounds nothing

@@ -1,11 +1,12 @@
-"""Host side of the Triton backward: the choice of words, the certificate and the products.
+"""Host side of the Triton backward: the choice of words, the certificate and the order of work.
 
-The logits of few words are recomputed where few matter, and those of all words, a chunk of rows at
-a time, elsewhere.
+Tiles that want about as many words go together in groups, whose rows get the gradients of all
+words that one of their tiles wants. What a row of them drops is known when all groups are done.
+A group of which a row drops too much gets more words then, and at last all the others. Nothing is
+ever taken back, and the host asks the device for numbers a few times a pass, not once a group.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,44 +21,25 @@ from papo_kernels.certificate import (
     StreamSums,
     record,
 )
-from papo_kernels.rows import Call, RowStats, Saved, Upstream, Wanted, each, make_wanted, unpack
+from papo_kernels.rows import each, make_wanted, unpack
 from papo_kernels.sizes import Wholes
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch
 from papo_kernels.triton.forward import names
-from papo_kernels.triton.launch import KernelOperands, kernel_operands
+from papo_kernels.triton.launch import LAUNCHES, exact_products, kernel_operands
+from papo_kernels.triton.words import Backward, GradientSum, Words, add, gradients_of_states
 
-# Tiles whose gathered gradients exist at once.
-GROUP_TILES = 64
-# Tiles whose levels are counted at once: every level takes eight bytes meanwhile.
-COUNTED_TILES = 8
-
-
-@dataclass(frozen=True)
-class Backward:
-    """What one backward pass is about; nothing of it changes."""
-
-    call: Call
-    operands: KernelOperands
-    targets: torch.Tensor  # (N,) contiguous
-    saved: Saved
-    stats: RowStats  # (N,) each
-    upstream: Upstream  # (N,) each
-    up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
-    wanted: Wanted
-    count: int  # rows that count
-    tile: int  # rows of a tile
-
-    @property
-    def tiles(self):
-        return triton.cdiv(self.count, self.tile)
-
-    def rows_of(self, tiles):
-        """(T, tile) rows of some tiles and whether they are any; the last tile may have fewer."""
-        within = torch.arange(self.tile, device=tiles.device)
-        positions = tiles[:, None] * self.tile + within
-        live = positions < self.count
-        return self.saved.order[positions.clamp(max=self.count - 1)], live
+# Rows of a group. More of them share more words that one of them alone wants; fewer of them read
+# the weight and add to its gradient more often.
+GROUP_ROWS = 2048
+# Elements of the weight that a group gathers at a time, and of its gradient: 64 MiB in 16 bits.
+GATHERED_ELEMENTS = 1 << 25
+# Rows that are done densely together. Their states' gradients stay in float32 meanwhile.
+DENSE_ROWS = 4096
+# Parts of a tile's levels that are counted at once.
+COUNT_PARTS = 16
+# What is assumed of all tiles at first: see `certificate.choose_levels`.
+ASSUMED_TIGHTNESS = 1 / 16
 
 
 def backward(call, saved, upstream, needs):
@@ -65,15 +47,32 @@ def backward(call, saved, upstream, needs):
 
     saved: `rows.Saved` as the forward made it. upstream: Upstream of (N,). needs: four bools.
     """
-    run = _backward_of(call, saved, upstream, needs)
-    total = GradientSum(run)
-    if run.count and (run.wanted.full or run.wanted.aug):
-        dense = torch.arange(run.tiles, device=run.targets.device)
-        if len(saved.levels):
-            budget = RESERVE * call.options.grad_budget
-            dense = _sparse(run, saved.levels[: run.tiles], budget, total)
-        _dense(run, dense, total)
-    return total.gradients()
+    with torch.cuda.device_of(call.hidden), exact_products():
+        scale = _scale(call, upstream)
+        upstream = each(lambda x: x * scale, upstream)
+        run = _backward_of(call, saved, upstream, needs)
+        total = GradientSum(run)
+        if run.count and (run.wanted.full or run.wanted.aug):
+            left = Left(saved.order[: run.count])
+            if len(saved.levels):
+                left = _sparse(run, RESERVE * call.options.grad_budget, total)
+            _dense(run, left, total)
+        return total.gradients(scale)
+
+
+def _scale(call, upstream):
+    """A power of two that keeps gradients of logits within float16, or 1.
+
+    The mean over many rows has upstream gradients that float16's smallest numbers do not resolve,
+    and a scaler of the loss has some that it does not hold.
+    """
+    if torch.float16 not in (call.hidden.dtype, call.weight.dtype):
+        return 1.0
+    given = [g.abs().amax() for g in upstream.flat if g is not None and len(g)]
+    if not given:
+        return 1.0
+    _, exponent = torch.frexp(torch.stack(given).amax().float().nan_to_num(1, 1, 1))
+    return torch.ldexp(torch.ones((), device=exponent.device), -exponent.clamp(-60, 60))
 
 
 def _backward_of(call, saved, upstream, needs):
@@ -88,293 +87,178 @@ def _backward_of(call, saved, upstream, needs):
         torch.stack([zeros if g is None else g.to(torch.float32) for g in upstream.flat]),
         make_wanted(needs, upstream, call.options.aug_constant),
         int((call.targets != call.options.ignore_index).sum()),
-        launch.TILE,
     )
-
-
-class GradientSum:
-    """The operands' gradients so far; the kernels add to its tensors."""
-
-    def __init__(self, run):
-        call, wanted, o = run.call, run.wanted, run.operands
-        self._operands = call.operands
-        self.hidden, self.aug_hidden = (
-            torch.zeros_like(x, dtype=o.stored if o.upcast else x.dtype) if asked else None
-            for x, asked in ((call.hidden, wanted.hidden), (call.aug_hidden, wanted.aug_hidden))
-        )
-        # One rounding at the end: sums over rows in 16 bits diverge.
-        device = run.targets.device
-        self.weight = (
-            torch.zeros(o.v, o.d, dtype=torch.float32, device=device) if wanted.weight else None
-        )
-        self.bias = torch.zeros(o.v, dtype=torch.float32, device=device) if wanted.bias else None
-
-    def gradients(self):
-        """Of hidden, aug_hidden, weight and bias in their own dtypes, or None."""
-        grads = (self.hidden, self.aug_hidden, self.weight, self.bias)
-        return tuple(
-            None if g is None else g.to(x.dtype) for g, x in zip(grads, self._operands, strict=True)
-        )
-
-
-def _streams(run, dz, dz_aug, total):
-    """(dz, states, sum of the states' gradients or None) of the streams that are wanted."""
-    o = run.operands
-    if run.wanted.full:
-        yield dz, o.full, total.hidden
-    if run.wanted.aug:
-        yield dz_aug, o.aug, total.aug_hidden
 
 
 # ---- Dense rows
 
 
-def _dense(run, tiles, total):
-    """Adds the gradients of all words for the rows of some (T,) tiles."""
-    if not len(tiles):
-        return
-    o, block = run.operands, run.tile
-    order, live = run.rows_of(tiles)
-    order = order[live]
-    size = max(1, rows.CHUNK_ELEMENTS // o.v // block) * block
-    vocab_blocks = triton.cdiv(o.v, o.launch.dz.v)
-    for chunk in order.split(size):
-        count = triton.cdiv(len(chunk), block)
-        dz, dz_aug = (
-            torch.empty(o.v, count * block, dtype=o.stored, device=chunk.device) if used else o.full
-            for used in (run.wanted.full, run.wanted.aug)
-        )
-        _launch_dz(
-            run, (vocab_blocks, count), chunk, None, dz, dz_aug, run.up, count * block, block
-        )
-        for grad, x, d_states in _streams(run, dz, dz_aug, total):
-            grad = grad[:, : len(chunk)]
-            if d_states is not None:
-                d_states[chunk] = _mm(grad.T, o.weight).to(d_states.dtype)
-            if total.weight is not None:
-                total.weight += _mm(grad, x[chunk])
-            if total.bias is not None:
-                total.bias += grad.sum(1, dtype=torch.float32)
-        record(len(chunk), o.v, o.v, None)
+@dataclass(frozen=True)
+class Left:
+    """Rows that need all words, but for those that they have got."""
+
+    rows: torch.Tensor  # (R,)
+    done: torch.Tensor | None = None  # (G, V) bool, words that the rows of a group have got
+    group: torch.Tensor | None = None  # (R,) a row's group
 
 
-def _mm(a, b):
-    """float32 product of 16-bit or float32 operands."""
-    if torch.float32 in (a.dtype, b.dtype):
-        return a.float() @ b.float()
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _launch_dz(run, grid, order, picked, dz, dz_aug, sums, stride_entry, stride_tile):
-    """Runs `dz_kernel` on the rows that `order` lists; picked: Picked, or None for all words."""
-    o, g, w, head = run.operands, run.upstream, run.wanted, run.call.head
-    blocks = o.launch.dz
-    gather = picked is not None
-    table = (picked.tile, picked.first, picked.last, picked.col) if gather else (order,) * 4
-    kernels.dz_kernel[grid](
-        o.full, o.aug, o.weight, o.bias, run.targets, order, run.saved.rows, run.up, *table,
-        dz, dz_aug, sums, o.n, o.v, o.d, run.count if gather else len(order), 0, *o.strides(),
-        stride_entry, stride_tile, head.temperature, head.softcap or 1.0,
-        TWO=w.aug_logits, FULL=w.full, AUG=w.aug,
-        LOGPROB=g.full.logprobs is not None, ENTROPY=g.full.entropy is not None,
-        LOGPROB_AUG=g.aug.logprobs is not None, ENTROPY_AUG=g.aug.entropy is not None,
-        KL=w.kl, KL_REVERSE=w.kl_reverse, GATHER=gather, NET=w.net and gather, HAS_BIAS=o.has_bias,
-        CAP=head.softcap is not None, UPCAST=o.upcast, BLOCK_N=run.tile,
-        BLOCK_V=blocks.v, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+def _dense(run, left, total):
+    """Adds to the sum what some rows still lack."""
+    for n in range(0, len(left.rows), DENSE_ROWS):
+        some = slice(n, n + DENSE_ROWS)
+        at = left.rows[some]
+        states = run.states(at)
+        found = gradients_of_states(run, states, total)
+        size = max(64, rows.CHUNK_ELEMENTS // len(at) // 64 * 64)
+        for words in Words(0, run.operands.v).split(size):
+            skip = None
+            if left.done is not None:
+                span = left.done[:, words.start : words.start + words.count]
+                skip = span[left.group[some]].view(torch.uint8)
+            add(run, at, states, words, skip, run.up, found, total)
+        total.add_states(run, at, found)
+        record(len(at), run.operands.v, run.operands.v, None)
 
 
 # ---- Sparse tiles
 
 
-@dataclass(frozen=True)
-class Picked:
-    """The candidates of some tiles as one list of E entries, cut into the kernels' B blocks."""
+def _sparse(run, budget, total):
+    """Adds the gradients of the rows that few words serve; returns the others, a `Left`.
 
-    tiles: torch.Tensor  # (T,) which tiles
-    rows: torch.Tensor  # (T, tile) their rows
-    live: torch.Tensor  # (T, tile) whether a row is any
-    kept: torch.Tensor  # (T,) entries of each tile
-    offset: torch.Tensor  # (T + 1,) where a tile's entries begin
-    local: torch.Tensor  # (E,) which of these tiles an entry is of
-    col: torch.Tensor  # (E,) an entry's word
-    owner: torch.Tensor  # (B,) which of these tiles a block is of
-    tile: torch.Tensor  # (B,) that tile's number in the call
-    first: torch.Tensor  # (B,) a block's first entry
-    last: torch.Tensor  # (B,) the end of its tile's entries
+    Tiles stand by how many words they want, and what is said of tiles and rows below is in that
+    order: those of GROUP_ROWS rows are a group.
+    """
+    vocab, device = run.operands.v, run.targets.device
+    levels = run.saved.levels[: run.tiles]
+    counts, highest = _counts(levels), _highest_entropies(run)
+    tightness = torch.full((run.tiles, 1), ASSUMED_TIGHTNESS, dtype=torch.float64, device=device)
 
-
-def _sparse(run, levels, budget, total):
-    """Adds the gradients of the tiles that few words serve; returns the others, (T,) int64."""
-    device = levels.device
-    highest = _highest_entropies(run)
-    wholes = Wholes(run, run.count)
-    todo, dense = torch.arange(run.tiles, device=device), []
-    tightness = torch.ones(run.tiles, dtype=torch.float64, device=device)
-    for attempt in range(ATTEMPTS):
-        level, beyond, few = certificate.choose_levels(
-            _counts(levels, todo), highest[todo], tightness[:, None], attempt > 0, budget,
-            DENSE_SHARE * run.operands.v,
-        )  # fmt: skip
-        dense.append(todo[~few])
-        todo, level, beyond = todo[few], level[few], each(lambda x, few=few: x[few], beyond)
-        if not len(todo):
-            break
-        groups = zip(*(x.split(GROUP_TILES) for x in (todo, level, *beyond)), strict=True)
-        share = torch.cat(
-            [_group(run, levels, Chosen(*some), budget, wholes, total) for some in groups]
+    def choose(known):
+        return certificate.choose_levels(
+            counts, highest, tightness, known, budget, DENSE_SHARE * vocab
         )
-        bad = share > budget
-        todo, tightness = todo[bad], share[bad] / beyond.mass[bad].clamp_min(1e-30)
-    return torch.cat([*dense, todo]).sort().values
+
+    level, beyond, few = choose(known=False)
+    order = _order_of_tiles(run, counts, level, few)
+    levels, counts, highest, level, few = (x[order] for x in (levels, counts, highest, level, few))
+    beyond = each(lambda x: x[order], beyond)
+    at = run.rows_of(order)
+    tile = torch.arange(run.count, device=device) // launch.TILE
+    wholes = Wholes(run, run.count)
+    done = torch.zeros(triton.cdiv(run.count, GROUP_ROWS), vocab, dtype=torch.bool, device=device)
+    sums = torch.zeros(len(kernels.SUMS), run.operands.n, dtype=torch.float32, device=device)
+    asked = few
+    for attempt in range(ATTEMPTS):
+        more = _more_words(run, levels, level, asked, at, done)
+        _add_groups(run, at, more, sums, total)
+        done |= more
+        share = _dropped_share(run, at, sums, each(lambda x: x[tile], beyond), wholes)
+        share = _largest(share, run.tiles)
+        bad = few & (share > budget)
+        if attempt + 1 == ATTEMPTS or not bad.any():
+            break
+        tightness = (share / beyond.mass.clamp_min(1e-30))[:, None]
+        better, reached, worth = choose(known=True)
+        few, asked = few & (worth | ~bad), bad & worth
+        level = torch.where(asked, better, level)
+        pairs = zip(reached, beyond, strict=True)
+        beyond = Beyond(*(torch.where(asked, torch.minimum(a, b), b) for a, b in pairs))
+    good = few & ~bad
+    if certificate.recording():
+        _record(run, good, done, share)
+    left = (~good)[tile].nonzero().squeeze(1)
+    return Left(at[left], done, left // (GROUP_ROWS))
+
+
+def _counts(levels):
+    """(T, LEVELS) int64: words of each level of every tile."""
+    tiles, vocab = levels.shape
+    blocks = LAUNCHES["count_levels"]
+    per_part = triton.cdiv(triton.cdiv(vocab, COUNT_PARTS), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+    parts = triton.cdiv(vocab, per_part)
+    counts = levels.new_empty(tiles, parts, certificate.LEVELS, dtype=torch.int32)
+    kernels.count_levels_kernel[(parts, tiles)](levels, counts, vocab, per_part, **blocks)
+    return counts.sum(1)
 
 
 def _highest_entropies(run):
-    """(tiles,) the highest entropy of a tile's rows, in either stream that may get gradients."""
+    """(T,) the highest entropy of a tile's rows, in either stream that may get gradients."""
     streams = (run.stats.full, None if run.call.options.aug_constant else run.stats.aug)
     entropies = [s.entropy for s in streams if s is not None]
-    highest = torch.stack(entropies).amax(0)[run.saved.order[: run.count]]
-    missing = run.tiles * run.tile - run.count
-    return torch.nn.functional.pad(highest, (0, missing)).view(run.tiles, -1).amax(1)
+    return _largest(torch.stack(entropies).amax(0)[run.saved.order[: run.count]], run.tiles)
 
 
-def _counts(levels, tiles):
-    """(T, 256) int64: words of each level of some tiles."""
-    device = levels.device
-    counts = torch.zeros(len(tiles), certificate.LEVELS, dtype=torch.int64, device=device)
-    for n in range(0, len(tiles), COUNTED_TILES):
-        index = levels[tiles[n : n + COUNTED_TILES]].long()
-        counts[n : n + COUNTED_TILES].scatter_add_(1, index, torch.ones_like(index))
-    return counts
+def _largest(x, tiles):
+    """(T,) the largest of each tile's rows, of (count,) `x`; NaN where one of them is."""
+    return torch.nn.functional.pad(x, (0, tiles * launch.TILE - len(x))).view(tiles, -1).amax(1)
 
 
-class Chosen(NamedTuple):
-    """Some tiles and the words that they are tried on, (T,) each."""
+def _order_of_tiles(run, counts, level, few):
+    """(T,) tiles by the words that they want; the last, which may have fewer rows, stays last."""
+    wanted = counts.cumsum(1).gather(1, level.clamp(max=certificate.LEVELS - 1)[:, None]).squeeze(1)
+    wanted = torch.where(few, wanted, run.operands.v)
+    wanted[-1] = run.operands.v + 1
+    return wanted.argsort(stable=True)
 
-    tiles: torch.Tensor
-    level: torch.Tensor
-    mass: torch.Tensor  # as in `certificate.Beyond`
-    information: torch.Tensor
 
+def _more_words(run, levels, level, asked, at, done):
+    """(G, V) bool: the words that tiles `asked` want up to their level, but for those `done`.
 
-def _group(run, levels, chosen, budget, wholes, total):
-    """Adds the gradients of some tiles on candidates, where those drop no more than `budget`.
-
-    Returns (T,) the largest share of a row's gradient that each tile drops.
+    The targets of their rows are among them.
     """
-    picked = _pick(run, levels, chosen.tiles, chosen.level)
-    dz, dz_aug, sums = _differentiate(run, picked)
-    beyond = Beyond(chosen.mass[:, None], chosen.information[:, None])
-    share = _dropped_share(run, picked, sums, beyond, wholes)
-    good = share <= budget
-    bad = ~good[picked.local]
-    for x, used in ((dz, run.wanted.full), (dz_aug, run.wanted.aug)):
-        if used:
-            x[bad] = 0
-    _add_products(run, picked, dz, dz_aug, total)
-    if certificate.recording():
-        found = (picked.live.sum(1), picked.kept, share, good)
-        for n, k, s, ok in zip(*(x.tolist() for x in found), strict=True):
-            if ok:
-                record(n, k, run.operands.v, s)
-    return share
+    (groups, vocab), tiles = done.shape, GROUP_ROWS // launch.TILE
+    wanted = levels <= torch.where(asked, level, -1)[:, None]
+    missing = groups * tiles - len(wanted)
+    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, missing)).view(groups, tiles, vocab)
+    wanted = wanted.any(1)
+    asks = torch.nn.functional.pad(asked, (0, missing)).view(groups, tiles).any(1)
+    targets = run.targets[at]
+    targets = torch.where((targets >= 0) & (targets < vocab), targets, 0)
+    group = torch.arange(len(at), device=at.device) // (GROUP_ROWS)
+    wanted[group, targets] = True
+    return wanted & asks[:, None] & ~done
 
 
-def _pick(run, levels, tiles, level):
-    """All words of some tiles up to a level, and the rows' targets."""
-    device, vocab, size = levels.device, run.operands.v, run.operands.launch.dz.v
-    mask = levels[tiles] <= level[:, None]
-    order, live = run.rows_of(tiles)
-    targets = run.targets[order]
-    mask.scatter_(1, torch.where((targets >= 0) & (targets < vocab), targets, 0), True)
-    local, col = mask.nonzero(as_tuple=True)
-    kept = mask.sum(1)
-    offset = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
-    blocks = (kept + size - 1) // size
-    owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), blocks)
-    nth = torch.arange(len(owner), device=device) - (blocks.cumsum(0) - blocks)[owner]
-    return Picked(
-        tiles, order, live, kept, offset, local, col, owner, tiles[owner].contiguous(),
-        offset[owner] + nth * size, offset[owner + 1].contiguous(),
-    )  # fmt: skip
+def _add_groups(run, at, more, sums, total):
+    """Adds the gradients of every group's words in (G, V) `more`."""
+    listed = more.nonzero()[:, 1].to(torch.int32)
+    size = max(64, GATHERED_ELEMENTS // max(1, run.operands.d))
+    groups = zip(listed.split(more.sum(1).tolist()), at.split(GROUP_ROWS), strict=True)
+    for words, some in groups:
+        if not len(words):
+            continue
+        states = run.states(some)
+        found = gradients_of_states(run, states, total)
+        for piece in Words(0, len(words), words).split(size):
+            add(run, some, states, piece, None, sums, found, total)
+        total.add_states(run, some, found)
 
 
-def _differentiate(run, picked):
-    """(dz, dz_aug, CandidateSums) of the entries.
-
-    The former are (E, tile) where wanted, else a tensor to be left alone; the sums are (T, tile).
-    """
-    o, wanted, device = run.operands, run.wanted, picked.col.device
-    dz, dz_aug = (
-        torch.empty(len(picked.col), run.tile, dtype=o.stored, device=device) if used else o.full
-        for used in (wanted.full, wanted.aug)
-    )
-    blocks, tiles, fields = len(picked.owner), len(picked.tiles), len(kernels.SUMS)
-    sums = torch.zeros(blocks, fields, run.tile, dtype=torch.float32, device=device)
-    _launch_dz(run, (blocks,), run.saved.order, picked, dz, dz_aug, sums, run.tile, 0)
-    totals = torch.zeros(tiles, fields, run.tile, dtype=torch.float64, device=device)
-    totals.index_add_(0, picked.owner, sums.double())
-    at = dict(zip(kernels.SUMS, totals.unbind(1), strict=True))
+def _dropped_share(run, at, sums, beyond, wholes):
+    """(R,) share of the sum |dz| of the rows `at` that lies outside their candidates, at most."""
+    found = dict(zip(kernels.SUMS, sums.double()[:, at], strict=True))
     full, aug = (
-        StreamSums(*(at.pop(prefix + name) for name in StreamSums._fields))
+        StreamSums(*(found.pop(prefix + name) for name in StreamSums._fields))
         for prefix in ("", "aug_")
     )
-    return dz, dz_aug, CandidateSums(full, aug, **at)
-
-
-def _dropped_share(run, picked, sums, beyond, wholes):
-    """(T,) the largest share of a row's sum |dz| that lies outside the candidates."""
-    s, g = (each(lambda x: x.double()[picked.rows], x) for x in (run.stats, run.upstream))
+    sums = CandidateSums(full, aug, **found)
+    s, g = (each(lambda x: x.double()[at], x) for x in (run.stats, run.upstream))
     bounds = certificate.outside(sums, s, g, run.wanted, beyond, run.call.head)
     asked, sizes = certificate.certified(run.wanted), sums.sizes()
     sizes = tuple(x if i in asked else None for i, x in enumerate(sizes))
-    wholes.learn(picked.rows[picked.live], [None if x is None else x[picked.live] for x in sizes])
-    whole = wholes.of_rows(picked.rows, sizes)
+    wholes.learn(at, sizes)
+    whole = wholes.of_rows(at, sizes)
     share = torch.zeros_like(sums.full.mass)
     for i in asked:
         share = torch.maximum(share, bounds[i] / whole[i].clamp_min(1e-300))
     # NaN compares false with every budget; infinity says the same to a maximum.
-    share = torch.where(share.isnan(), torch.inf, share)
-    return torch.where(picked.live, share, 0).amax(1)
+    return torch.where(share.isnan(), torch.inf, share)
 
 
-def _add_products(run, picked, dz, dz_aug, total):
-    """Adds to the sum what the entries of some tiles contribute."""
-    shared = total.weight is not None or total.bias is not None
-    for grad, x, d_states in _streams(run, dz, dz_aug, total):
-        if d_states is not None:
-            _add_to_states(run, picked, grad, d_states)
-        if shared:
-            _add_to_weight(run, picked, grad, x, total)
-
-
-def _add_to_states(run, picked, grad, d_states):
-    o, blocks, tiles = run.operands, run.operands.launch.d_hidden, picked.tiles
-    # Only the call's last tile can be short, and it is the last of these where it is among them.
-    count = (len(tiles) - 1) * run.tile + min(run.tile, run.count - int(tiles[-1]) * run.tile)
-    kernels.d_hidden_kernel[(len(tiles), triton.cdiv(o.d, blocks.d))](
-        grad, o.weight, picked.rows.flatten(), picked.col, picked.offset, d_states, o.d, count, 0,
-        *o.weight.stride(), *d_states.stride(), UPCAST=o.upcast, BLOCK_N=run.tile,
-        BLOCK_V=blocks.v, BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-
-
-def _add_to_weight(run, picked, grad, x, total):
-    o, blocks, owner = run.operands, run.operands.launch.d_weight, picked.owner
-    weight, bias = (run.saved.rows if t is None else t for t in (total.weight, total.bias))
-    spans = ((0, len(owner)),)
-    if torch.are_deterministic_algorithms_enabled():
-        # Atomic sums have no order of their own; one launch per tile gives them one.
-        ends = torch.bincount(owner, minlength=len(picked.tiles)).cumsum(0).tolist()
-        spans = zip([0, *ends[:-1]], ends, strict=True)
-    for start, end in spans:
-        # one block at least: the bias has a gradient without features too
-        kernels.d_weight_kernel[(end - start, max(1, triton.cdiv(o.d, blocks.d)))](
-            grad, x, run.saved.order, picked.tile, picked.first, picked.last, picked.col, weight,
-            bias, o.d, run.count, start, *x.stride(), o.d, 1,
-            WEIGHT=total.weight is not None, BIAS=total.bias is not None,
-            UPCAST=o.upcast, BLOCK_N=run.tile, BLOCK_V=o.launch.dz.v,
-            BLOCK_D=blocks.d, num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+def _record(run, good, done, share):
+    kept = done.sum(1).tolist()
+    for i, (ok, dropped) in enumerate(zip(good.tolist(), share.tolist(), strict=True)):
+        if ok:
+            count = min(launch.TILE, run.count - i * launch.TILE)
+            record(count, kept[i * launch.TILE // GROUP_ROWS], run.operands.v, dropped)

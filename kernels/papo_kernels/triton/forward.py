@@ -1,4 +1,4 @@
-"""Host side of the Triton forward: one kernel for both streams, then a sum over its splits."""
+"""Host side of the Triton forward: products of a chunk of rows, one pass over them, and levels."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton
 from papo_kernels import rows
 from papo_kernels.rows import Saved, kept_first, saved_names
 from papo_kernels.triton import kernels, launch
-from papo_kernels.triton.launch import kernel_operands
+from papo_kernels.triton.launch import LAUNCHES, exact_products, kernel_operands, multiply
 
 # Below it, a KL's terms of second order are more exact than the difference of first-order sums.
 CLOSE = 0.25
@@ -24,89 +24,119 @@ def levels_shape(n, vocab, keep_levels):
 
 def forward(call, keep_levels):
     """`Saved` of a `Call`; keep_levels: whether the backward may be sparse."""
-    o, head, device = kernel_operands(call), call.head, call.targets.device
-    targets, named = call.targets.contiguous(), names(call.streams)
-    blocks, tile = o.launch.forward, launch.TILE
+    with torch.cuda.device_of(call.hidden), exact_products():
+        return _forward(call, kernel_operands(call), keep_levels)
+
+
+def _forward(call, o, keep_levels):
+    device, named = call.targets.device, names(call.streams)
+    targets = call.targets.contiguous()
     levels = torch.zeros(levels_shape(o.n, o.v, keep_levels), dtype=torch.uint8, device=device)
     saved = torch.zeros(len(named), o.n, dtype=torch.float32, device=device)
     order, count = kept_first(targets, call.options.ignore_index)
-    if o.n == 0:
+    # A graph that is being captured cannot be asked for a number: it takes all rows.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    count = o.n if capturing else int(count)
+    if count == 0:
         return Saved(saved, levels, order)
-    tiles = triton.cdiv(o.n, tile)
-    splits = _splits(tiles, o.v, blocks, device)
-    per_split = triton.cdiv(triton.cdiv(o.v, splits), blocks.v) * blocks.v
-    splits = triton.cdiv(o.v, per_split)
-    sums = kernels.PARTS if o.two else kernels.PARTS[: kernels.ONE_STREAM_PARTS.value]
-    part = torch.zeros(splits, len(sums), o.n, dtype=torch.float32, device=device)
-    kernels.forward_kernel[(tiles, splits)](
-        o.full, o.aug, o.weight, o.bias, targets, order, count, part, levels,
-        o.n, o.v, o.d, per_split, *o.strides(), head.temperature, head.softcap or 1.0,
-        TWO=o.two, HAS_BIAS=o.has_bias, CAP=head.softcap is not None, LEVELS=keep_levels,
-        UPCAST=o.upcast, BLOCK_N=tile, BLOCK_V=blocks.v, BLOCK_D=blocks.d,
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-    found = combine(dict(zip(sums, part.unbind(1), strict=True)), targets[order], o.v)
-    live = torch.arange(o.n, device=device) < count
+    sums = kernels.PARTS if call.streams == 2 else kernels.PARTS[: kernels.ONE_STREAM_PARTS]
+    part = torch.zeros(len(sums), o.n, dtype=torch.float32, device=device)
+    size = min(_chunk_rows(o.v), triton.cdiv(count, launch.TILE) * launch.TILE)
+    z = launch.padded(call.streams * size, o.v, torch.float32, device)
+    cut = order.clone()
+    for first in range(0, count, size):
+        chunk = order[first : min(first + size, count)]
+        products = _products(o, chunk, z)
+        _take_sums(call, o, products, targets, order, first, part)
+        if keep_levels:
+            _take_levels(call, o, products, order, first, part, cut, levels)
+    found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v)
+    live = (targets != call.options.ignore_index)[order]
     stats = torch.stack([found[name] for name in named])
     saved[:, order] = torch.where(live, stats, 0)
-    return Saved(saved, levels, order)
+    return Saved(saved, levels, cut)
 
 
-def _splits(tiles, vocab, blocks, device):
-    """Programs along the vocabulary: enough to fill the device where rows are few."""
-    if device.type != "cuda":
-        wanted = 2
-    else:
-        units = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = -(-2 * units // tiles)
-    return max(1, min(wanted, vocab // (8 * blocks.v)))
+def _chunk_rows(vocab):
+    """About CHUNK_ELEMENTS / vocab, in whole tiles.
+
+    A program does a row, and 4 tiles more are nearly one for each processor of a large GPU: a
+    chunk of 192 rows keeps 132 of them as long as one of 256 does.
+    """
+    about = rows.CHUNK_ELEMENTS / vocab
+    step = launch.TILE * (4 if about > 4 * launch.TILE else 1)
+    return max(1, round(about / step)) * step
+
+
+def _products(o, chunk, z):
+    """(streams * R, V) products of the (R,) rows `chunk`: those of the aug stream come last."""
+    streams = [o.full] if o.aug is None else [o.full, o.aug]
+    states = torch.cat([x[chunk] for x in streams])
+    z = z[: len(states)]
+    multiply(states, o.weight.T, z)
+    return z
+
+
+def _take_sums(call, o, z, targets, order, first, part):
+    """Writes a chunk's part of `part`, whose rows are the `order` from `first` on."""
+    blocks, count = LAUNCHES["stats"], len(z) // call.streams
+    kernels.stats_kernel[(triton.cdiv(count, blocks["BLOCK_N"]),)](
+        z, o.bias, targets, order, part, o.n, o.v, count, first, z.stride(0),
+        1 / call.head.temperature, call.head.softcap or 1.0, TWO=call.streams == 2,
+        HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None, **blocks,
+    )  # fmt: skip
+
+
+def _take_levels(call, o, z, order, first, part, cut, levels):
+    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut."""
+    sort, blocks, count = LAUNCHES["sort"], LAUNCHES["levels"], len(z) // call.streams
+    two, within = call.streams == 2, torch.empty_like(order[:count])
+    kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
+        part, within, order, cut, o.n, count, first, TWO=two, **sort
+    )
+    blocks = blocks | {"BLOCK_N": min(blocks["BLOCK_N"], launch.TILE)}
+    grid = (triton.cdiv(o.v, blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
+    kernels.levels_kernel[grid](
+        z, o.bias, within, part, levels, o.n, o.v, count, first, z.stride(0),
+        1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
+        CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,
+    )  # fmt: skip
 
 
 def combine(part, targets, vocab):
-    """Row statistics by name, (N,) each, from the (splits, N) sums that `kernels.PARTS` lists.
+    """Row statistics by name, (N,) each, from the (N,) sums that `kernels.PARTS` lists.
 
     The arithmetic is float64, so that differences keep the bits that the sums have.
     """
     part = {name: x.double() for name, x in part.items()}
     valid = (targets >= 0) & (targets < vocab)
-    stats, weights, totals = {}, {}, {}
+    stats, totals = {}, {}
     for prefix in ("", "aug_") if "aug_max" in part else ("",):
-        maxima, sums = part[prefix + "max"], part[prefix + "others"] + 1
-        peak = maxima.amax(0)
-        shift = maxima - peak
-        weight = shift.exp()
-        total = (weight * sums).sum(0)
-        log_sum = total.log()
-        weighted = (weight * (part[prefix + "weighted"] + sums * shift)).sum(0)
-        logit = part[prefix + "target"].sum(0)
+        peak, total = part[prefix + "max"], part[prefix + "others"] + 1
+        log_sum, logit = total.log(), part[prefix + "target"]
         logit = torch.where(logit <= kernels.LOG_ZERO.value, -torch.inf, logit)
-        weights[prefix], totals[prefix] = weight, total
+        totals[prefix] = total
         stats |= {
             prefix + "peak": peak,
             prefix + "log_sum": log_sum,
-            prefix + "entropy": log_sum - weighted / total,
+            prefix + "entropy": log_sum - part[prefix + "weighted"] / total,
             prefix + "logprobs": torch.where(valid, (logit - peak) - log_sum, torch.nan),
         }
     if "drift" in part:
-        stats |= _compare(part, stats, weights, totals)
+        stats |= _compare(part, stats, totals)
     return {name: x.float() for name, x in stats.items()}
 
 
-def _compare(part, stats, weights, totals):
+def _compare(part, stats, totals):
     """What `combine` returns of both streams together.
 
     With x = z - z_aug - centre, KL(p || q) = E_p[x] + log E_p[exp(-x)]. Where q is close to p the
     two nearly cancel, and it is S - (u - log(1 + u)) instead, with S = E_p[exp(-x) - 1 + x] and
     u = S - E_p[x]: no term of first order is left. The sum of both KLs is E_p[x] - E_q[x].
     """
-    drift, aug_drift, terms, gap, aug_gap = (
-        (weights[prefix] * part[prefix + name]).sum(0) / totals[prefix]
-        for prefix, name in (
-            ("", "drift"), ("aug_", "drift"), ("", "terms"), ("", "logit_gap"),
-            ("aug_", "logit_gap"),
-        )
-    )  # fmt: skip
-    centre = part["centre"][0]
+    drift, terms, gap = (part[name] / totals[""] for name in ("drift", "terms", "logit_gap"))
+    aug_drift, aug_gap = (part[name] / totals["aug_"] for name in ("aug_drift", "aug_logit_gap"))
+    centre = part["centre"]
     log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
     u = terms - drift
     close = (terms.abs() < CLOSE) & (u.abs() < CLOSE)

@@ -1,8 +1,10 @@
-"""Triton kernels: the two-stream forward, and what it shares with the backward.
+"""Triton kernels of the forward, and what they share with the backward's.
 
-Shapes: N rows, V words, D features. `rows` lists the rows, the `count` that count first; a tile is
-BLOCK_N rows of that list. Logits live in registers only, in float32.
-UPCAST is for interpreted tests: the interpreter's bfloat16 arithmetic is wrong.
+The products of states and weight are cuBLAS's (or rocBLAS's, or the CPU's), in float32, a chunk of
+rows or words at a time; the kernels here pass over them and leave a few numbers a row.
+
+Shapes: N rows of a call, V words. A chunk is some rows. A tile has TILE rows, which share levels.
+`sharpness` is 1 / temperature.
 """
 
 import triton
@@ -17,15 +19,16 @@ LOG_HALF = tl.constexpr(equations.LOG_HALF)
 FAR = tl.constexpr(40.0)
 LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
 
-# The forward's partial sums, as they stand in (splits, F, N); one stream has the first four.
+# The forward's sums over the vocabulary, as they stand in (F, N); one stream has the first four.
 # With e = exp(z - max), `others` is sum e - 1 and `weighted` is sum e (z - max). With x = z - z_aug
 # less `centre`, which is near to its mean, `drift` is sum e x, `aug_drift` is sum e_aug x, and
-# `terms` is sum e (exp(-x) - 1 + x).
+# `terms` is sum e (exp(-x) - 1 + x). The gaps are sum e |z - z_aug| and sum e_aug |z - z_aug|.
 PARTS = (
     "max", "others", "weighted", "target", "aug_max", "aug_others", "aug_weighted", "aug_target",
     "drift", "aug_drift", "terms", "logit_gap", "aug_logit_gap", "centre",
 )  # fmt: skip
-ONE_STREAM_PARTS, TWO_STREAM_PARTS = tl.constexpr(4), tl.constexpr(len(PARTS))
+ONE_STREAM_PARTS = 4
+AUG_PART = tl.constexpr(PARTS.index("aug_max"))
 
 # Where statistics stand in the saved (F, N) tensor; those of the aug stream begin at AUG_STREAM.
 _SAVED = saved_names(2, BY_LOGIT)
@@ -37,66 +40,15 @@ KL_REVERSE_ROW = tl.constexpr(_SAVED.index("kl_reverse"))
 
 
 @triton.jit
-def product(
-    x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_N, BLOCK_V) float32 x[row] @ w[col].T."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        in_d = offs_d < D
-        x = tl.load(
-            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd,
-            mask=live[:, None] & in_d[None, :], other=0.0,
-        )  # fmt: skip
-        w = tl.load(
-            w_ptr + col[None, :] * stride_wv + offs_d[:, None] * stride_wd,
-            mask=in_col[None, :] & in_d[:, None], other=0.0,
-        )  # fmt: skip
-        if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-    return acc
+def head(acc, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
+    """Logits from products, whose shape `col` and `in_col` can be broadcast to.
 
-
-@triton.jit
-def two_products(
-    x_ptr, aug_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an, stride_ad,
-    stride_wv, stride_wd,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """As `product` for both streams: one load of each weight tile serves both."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    acc_aug = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        in_d = offs_d < D
-        mask = live[:, None] & in_d[None, :]
-        x = tl.load(
-            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-        )
-        xa = tl.load(
-            aug_ptr + row[:, None] * stride_an + offs_d[None, :] * stride_ad, mask=mask, other=0.0
-        )
-        w = tl.load(
-            w_ptr + col[None, :] * stride_wv + offs_d[:, None] * stride_wd,
-            mask=in_col[None, :] & in_d[:, None], other=0.0,
-        )  # fmt: skip
-        if UPCAST:
-            x, xa, w = x.to(tl.float32), xa.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        acc_aug = tl.dot(xa, w, acc_aug, input_precision="ieee")
-    return acc, acc_aug
-
-
-@triton.jit
-def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr):
-    """Logits from products; LOG_ZERO for banned words and outside the vocabulary."""
+    LOG_ZERO for banned words and outside the vocabulary.
+    """
     if HAS_BIAS:
         bias = tl.load(b_ptr + col, mask=in_col, other=0.0).to(tl.float32)
-        ban = tl.where(bias <= LOG_ZERO, -float("inf"), 0.0)[None, :]
-        acc += bias[None, :] + ban
+        ban = tl.where(bias <= LOG_ZERO, -float("inf"), 0.0)
+        acc += bias + ban
     if CAP:
         t = tl.abs(acc) / softcap
         shrink = tl.exp(-2.0 * t)
@@ -108,177 +60,233 @@ def head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS: tl.constexpr, 
         acc = tl.where(acc < 0, -size, size)
         if HAS_BIAS:  # the cap turns -inf into a number
             acc += ban
-    z = acc / temperature
+    z = acc * sharpness
     # Written so that NaN stays NaN.
-    return tl.where((z <= LOG_ZERO) | ~in_col[None, :], LOG_ZERO, z)
+    return tl.where((z <= LOG_ZERO) | ~in_col, LOG_ZERO, z)
 
 
 @triton.jit
-def online(z, live_z, m, s, a):
-    """Takes (BLOCK_N, BLOCK_V) logits into the running max m, s = sum e - 1 and a = sum e (z - m).
+def online(z, m, s, a):
+    """Takes (BLOCK_N, STEPS, LANES) logits into each lane's running sums, (BLOCK_N, LANES) each.
 
-    Beside the peak's 1, a sum would lose the other terms of a confident row. Before the first word,
-    s is -1.
+    m is the max, s = sum e - 1 and a = sum e (z - m): beside the peak's 1, a sum would lose the
+    other terms of a confident row. Before the first word, s is -1.
 
     Returns the three, e, and the factor by which older sums of e were scaled.
     """
     m_new = tl.maximum(m, tl.max(z, 1))
-    e = tl.where(live_z, tl.exp(z - m_new[:, None]), 0.0)
+    away = z - m_new[:, None, :]
+    e = tl.where(z <= LOG_ZERO, 0.0, tl.exp(away))
     shift = m - m_new
     scale = tl.exp(shift)
-    a = scale * (a + (s + 1.0) * shift) + tl.sum(e * (z - m_new[:, None]), 1)
-    below = z < m_new[:, None]
-    peaks = tl.sum(tl.where(below, 0.0, e), 1)
-    others = tl.sum(tl.where(below, e, 0.0), 1)
+    a = scale * (a + (s + 1.0) * shift) + tl.sum(e * away, 1)
+    peaks = tl.sum(tl.where(away < 0, 0.0, e), 1)
+    others = tl.sum(tl.where(away < 0, e, 0.0), 1)
     s = tl.where(m_new > m, (scale * (s + 1.0) + others) + (peaks - 1.0), (s + others) + peaks)
     return m_new, s, a, e, scale
 
 
 @triton.jit
-def forward_kernel(
-    x_ptr, aug_ptr, w_ptr, b_ptr, targets_ptr, rows_ptr, count_ptr, part_ptr, level_ptr,
-    N, V, D, per_split, stride_xn, stride_xd, stride_an, stride_ad, stride_wv, stride_wd,
-    temperature, softcap,
-    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LEVELS: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+def over_lanes(m, s, a, LANES: tl.constexpr):
+    """A row's m, s and a from those of its lanes, and (BLOCK_N, LANES) scales of other sums."""
+    peak = tl.max(m, 1)
+    first = tl.argmax(m, 1)[:, None] == tl.arange(0, LANES)[None, :]
+    shift = m - peak[:, None]
+    scale = tl.exp(shift)
+    a = tl.sum(scale * (a + (s + 1.0) * shift), 1)
+    s = tl.sum(tl.where(first, s, scale * (s + 1.0)), 1)
+    return peak, s, a, scale
+
+
+@triton.jit(do_not_specialize=["N", "rows", "first"])
+def stats_kernel(
+    z_ptr, b_ptr, targets_ptr, rows_ptr, part_ptr, N, V, rows, first, stride_z,
+    sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (splits, 4 or 14, N) over words [split * per_split, ...), and levels of words.
+    """The sums that PARTS lists, of BLOCK_N rows of a chunk a program, into part[:, first + row].
 
-    PARTS lists the sums; the gaps are sum e |z - z_aug| and sum e_aug |z - z_aug|.
+    The products of row r stand in z[r], and those of the aug stream in z[rows + r]. A lane, which
+    is a column of registers, keeps sums of its own: nothing is exchanged between threads until all
+    words are done.
     """
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    count = tl.load(count_ptr)
-    if tile * BLOCK_N >= count:
-        return
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = offs_n < count
-    row = tl.load(rows_ptr + offs_n, mask=live, other=0)
-    target = tl.load(targets_ptr + row, mask=live, other=-1)
-
-    # A lower bound on the log-sum-exp before it is known: a sampled word is rarely far below it.
-    bound = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    bound_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    if LEVELS or TWO:
-        known = live & (target >= 0) & (target < V)
-        bound = target_logit(
-            x_ptr, w_ptr, b_ptr, row, target, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
-            temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if TWO:
-            bound_aug = target_logit(
-                aug_ptr, w_ptr, b_ptr, row, target, known, D, stride_an, stride_ad, stride_wv,
-                stride_wd, temperature, softcap, HAS_BIAS, CAP, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-
-    # z - z_aug of a word that was drawn from p: near to the mean over p.
-    near = (bound > LOG_ZERO) & (bound_aug > LOG_ZERO)
-    centre = tl.where(near, bound - bound_aug, 0.0)
-
-    m = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    s = tl.full((BLOCK_N,), -1.0, tl.float32)
-    a = tl.zeros((BLOCK_N,), tl.float32)
-    logit = tl.zeros((BLOCK_N,), tl.float32)
-    m_aug = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
-    s_aug = tl.full((BLOCK_N,), -1.0, tl.float32)
-    a_aug = tl.zeros((BLOCK_N,), tl.float32)
-    logit_aug = tl.zeros((BLOCK_N,), tl.float32)
-    drift = tl.zeros((BLOCK_N,), tl.float32)
-    drift_aug = tl.zeros((BLOCK_N,), tl.float32)
-    terms = tl.zeros((BLOCK_N,), tl.float32)
-    gap = tl.zeros((BLOCK_N,), tl.float32)
-    gap_aug = tl.zeros((BLOCK_N,), tl.float32)
-
-    first = split * per_split
-    for v in range(first, tl.minimum(first + per_split, V), BLOCK_V):
-        col = v + tl.arange(0, BLOCK_V).to(tl.int64)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = r < rows
+    z_row = z_ptr + r.to(tl.int64)[:, None, None] * stride_z
+    aug_row = z_ptr + (r + rows).to(tl.int64)[:, None, None] * stride_z
+    row = tl.load(rows_ptr + first + r, mask=live, other=0)
+    target = tl.load(targets_ptr + row, mask=live, other=-1)[:, None, None]
+    known = live[:, None, None] & (target >= 0) & (target < V)
+    m = tl.full((BLOCK_N, LANES), LOG_ZERO, tl.float32)
+    s = tl.full((BLOCK_N, LANES), -1.0, tl.float32)
+    a = tl.zeros((BLOCK_N, LANES), tl.float32)
+    m_aug, s_aug, a_aug = m, s, a
+    drift, drift_aug, terms, terms_aug, gap, gap_aug = a, a, a, a, a, a
+    logit = of_target(z_row, b_ptr, target, known, sharpness, softcap, HAS_BIAS, CAP)
+    logit_aug, centre = logit, logit
+    if TWO:
+        logit_aug = of_target(aug_row, b_ptr, target, known, sharpness, softcap, HAS_BIAS, CAP)
+        # z - z_aug of a word that was drawn from p: near to the mean over p
+        both = (logit > LOG_ZERO) & (logit_aug > LOG_ZERO)
+        centre = tl.where(both, logit - logit_aug, 0.0)
+    within = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for v in range(0, V, STEPS * LANES):
+        col = (v + within)[None, :, :]
         in_col = col < V
-        hit = col[None, :] == target[:, None]
+        keep = live[:, None, None] & in_col
+        z = logits(z_row + col, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
+        m, s, a, e, scale = online(z, m, s, a)
         if TWO:
-            acc, acc_aug = two_products(
-                x_ptr, aug_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_an,
-                stride_ad, stride_wv, stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
-            )  # fmt: skip
-        else:
-            acc = product(
-                x_ptr, row, live, w_ptr, col, in_col, D, stride_xn, stride_xd, stride_wv,
-                stride_wd, UPCAST, BLOCK_N, BLOCK_V, BLOCK_D,
-            )  # fmt: skip
-        z = head(acc, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
-        m, s, a, e, scale = online(z, ~(z <= LOG_ZERO), m, s, a)
-        logit += tl.sum(tl.where(hit, z, 0.0), 1)
-        if TWO:
-            z_aug = head(acc_aug, b_ptr, col, in_col, temperature, softcap, HAS_BIAS, CAP)
-            m_aug, s_aug, a_aug, e_aug, scale_aug = online(
-                z_aug, ~(z_aug <= LOG_ZERO), m_aug, s_aug, a_aug
+            z_aug = logits(
+                aug_row + col, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP
             )
-            logit_aug += tl.sum(tl.where(hit, z_aug, 0.0), 1)
+            m_aug, s_aug, a_aug, e_aug, scale_aug = online(z_aug, m_aug, s_aug, a_aug)
             d = z - z_aug
             gap = scale * gap + tl.sum(e * tl.abs(d), 1)
             gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
-            x = d - centre[:, None]
+            x = d - centre[:, None, None]
             drift = scale * drift + tl.sum(e * x, 1)
             drift_aug = scale_aug * drift_aug + tl.sum(e_aug * x, 1)
-            # exp(-x) is e_aug / e by this much; far policies overflow, and their terms are not used
-            over = tl.exp(tl.minimum((m_aug - m) + centre, FAR))[:, None]
-            series = x * x * 0.5 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
-            more = tl.where(tl.abs(x) < 0.25, e * series, (e_aug * over - e) + e * x)
-            terms = scale * terms + tl.sum(more, 1)
-        if LEVELS:
-            u = z - tl.maximum(bound, m + tl.log(s + 1.0))[:, None]
-            if TWO:
-                u = tl.maximum(
-                    u, z_aug - tl.maximum(bound_aug, m_aug + tl.log(s_aug + 1.0))[:, None]
-                )
-            highest = tl.max(tl.where(live[:, None], u, LOG_ZERO), 0)
-            level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
-            level = tl.where(level == level, level, 0.0)
-            tl.store(level_ptr + tile.to(tl.int64) * V + col, level.to(tl.uint8), mask=in_col)
-
-    fields = TWO_STREAM_PARTS if TWO else ONE_STREAM_PARTS
-    out = part_ptr + split.to(tl.int64) * fields * N + offs_n
+            series = x * x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120 - x * (1 / 720)))))
+            near = tl.abs(x) < 0.25
+            terms = scale * terms + tl.sum(e * tl.where(near, series, x - 1.0), 1)
+            terms_aug = scale_aug * terms_aug + tl.sum(tl.where(near, 0.0, e_aug), 1)
+    m, s, a, scale = over_lanes(m, s, a, LANES)
+    out = part_ptr + first + r
     tl.store(out, m, mask=live)
     tl.store(out + N, s, mask=live)
     tl.store(out + 2 * N, a, mask=live)
     tl.store(out + 3 * N, logit, mask=live)
     if TWO:
+        m_aug, s_aug, a_aug, scale_aug = over_lanes(m_aug, s_aug, a_aug, LANES)
         tl.store(out + 4 * N, m_aug, mask=live)
         tl.store(out + 5 * N, s_aug, mask=live)
         tl.store(out + 6 * N, a_aug, mask=live)
         tl.store(out + 7 * N, logit_aug, mask=live)
-        tl.store(out + 8 * N, drift, mask=live)
-        tl.store(out + 9 * N, drift_aug, mask=live)
+        tl.store(out + 8 * N, tl.sum(scale * drift, 1), mask=live)
+        tl.store(out + 9 * N, tl.sum(scale_aug * drift_aug, 1), mask=live)
+        # e exp(-x) is e_aug by this much; far policies overflow, and their terms are not used
+        over = tl.exp(tl.minimum((m_aug - m) + centre, FAR))
+        terms = tl.sum(scale * terms, 1) + over * tl.sum(scale_aug * terms_aug, 1)
         tl.store(out + 10 * N, terms, mask=live)
-        tl.store(out + 11 * N, gap, mask=live)
-        tl.store(out + 12 * N, gap_aug, mask=live)
+        tl.store(out + 11 * N, tl.sum(scale * gap, 1), mask=live)
+        tl.store(out + 12 * N, tl.sum(scale_aug * gap_aug, 1), mask=live)
         tl.store(out + 13 * N, centre, mask=live)
 
 
 @triton.jit
-def target_logit(
-    x_ptr, w_ptr, b_ptr, row, target, known, D, stride_xn, stride_xd, stride_wv, stride_wd,
-    temperature, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def of_target(
+    z_row, b_ptr, target, known, sharpness, softcap, HAS_BIAS: tl.constexpr, CAP: tl.constexpr
+):
+    """(BLOCK_N,) logits of the rows' targets; LOG_ZERO where there is none."""
+    z = logits(
+        z_row + target, known, b_ptr, target, known, sharpness, softcap, HAS_BIAS, CAP
+    )  # fmt: skip
+    return tl.sum(tl.sum(z, 2), 1)
+
+
+@triton.jit(do_not_specialize=["N", "rows", "first"])
+def sort_kernel(part_ptr, at_ptr, rows_ptr, cut_ptr, N, rows, first, TWO: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """Lists a chunk's rows by the entropy of their flatter stream.
+
+    at: their numbers within the chunk; cut: the rows themselves, from `first` on.
+    """
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = r < rows
+    flat = flatness(part_ptr + first, r, N, live, TWO)
+    rank = tl.zeros((BLOCK_N,), tl.int32)
+    for k in range(0, rows, BLOCK_N):
+        other = k + tl.arange(0, BLOCK_N)
+        that = flatness(part_ptr + first, other, N, other < rows, TWO)
+        equal_before = (that[None, :] == flat[:, None]) & (other[None, :] < r[:, None])
+        ahead = (that[None, :] < flat[:, None]) | equal_before
+        rank += tl.sum((ahead & (other < rows)[None, :]).to(tl.int32), 1)
+    tl.store(at_ptr + rank, r.to(tl.int64), mask=live)
+    row = tl.load(rows_ptr + first + r, mask=live, other=0)
+    tl.store(cut_ptr + first + rank, row, mask=live)
+
+
+@triton.jit
+def flatness(part_ptr, r, N, live, TWO: tl.constexpr):
+    """(BLOCK_N,) the entropy of the flatter stream, which NaN counts as below."""
+    flat = entropy(part_ptr + r, N, live)
+    if TWO:
+        flat = tl.maximum(flat, entropy(part_ptr + AUG_PART * N + r, N, live))
+    return tl.where(flat == flat, flat, -1.0)
+
+
+@triton.jit
+def entropy(part_ptr, N, live):
+    """Well enough to sort by; part: where a stream's max stands in PARTS."""
+    total = tl.load(part_ptr + N, mask=live, other=0.0) + 1.0
+    return tl.log(total) - tl.load(part_ptr + 2 * N, mask=live, other=0.0) / total
+
+
+@triton.jit
+def logits(
+    z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N,) logits of the targets; LOG_ZERO where unknown."""
-    acc = tl.zeros((BLOCK_N,), tl.float32)
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask = known[:, None] & (offs_d < D)[None, :]
-        x = tl.load(
-            x_ptr + row[:, None] * stride_xn + offs_d[None, :] * stride_xd, mask=mask, other=0.0
-        )
-        w = tl.load(
-            w_ptr + target[:, None] * stride_wv + offs_d[None, :] * stride_wd, mask=mask, other=0.0
-        )
-        acc += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
-    z = head(acc[None, :], b_ptr, target, known, temperature, softcap, HAS_BIAS, CAP)
-    return tl.reshape(z, (BLOCK_N,))
+    """Logits of words `col`, whose products stand at `z_ptrs`; rows that are not kept have 0."""
+    z = tl.load(z_ptrs, mask=keep, other=0.0)
+    return head(z, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
+
+
+@triton.jit(do_not_specialize=["N", "rows", "first"])
+def levels_kernel(
+    z_ptr, b_ptr, at_ptr, part_ptr, level_ptr, N, V, rows, first, stride_z, sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Levels of the words of a chunk's tiles; grid (word blocks, tiles).
+
+    `at` lists the chunk's rows in the order in which tiles are cut: tile t of the call has those of
+    the positions [t * TILE, (t + 1) * TILE).
+    """
+    tile = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+    in_col = col < V
+    highest = tl.full((BLOCK_V,), LOG_ZERO, tl.float32)
+    for n in range(0, TILE, BLOCK_N):
+        position = tile * TILE + n + tl.arange(0, BLOCK_N)
+        live = position < rows
+        r = tl.load(at_ptr + position, mask=live, other=0)
+        u = below_sum(
+            z_ptr, b_ptr, part_ptr + first, r, live, r, N, col, in_col, stride_z, sharpness,
+            softcap, HAS_BIAS, CAP,
+        )  # fmt: skip
+        if TWO:
+            u_aug = below_sum(
+                z_ptr, b_ptr, part_ptr + AUG_PART * N + first, r, live, rows + r, N, col, in_col,
+                stride_z, sharpness, softcap, HAS_BIAS, CAP,
+            )  # fmt: skip
+            u = tl.maximum(u, u_aug)
+        highest = tl.maximum(highest, tl.max(tl.where(live[:, None], u, LOG_ZERO), 0))
+    level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
+    level = tl.where(level == level, level, 0.0)
+    tl.store(level_ptr + (first // TILE + tile).to(tl.int64) * V + col, level.to(tl.uint8), in_col)
+
+
+@triton.jit
+def below_sum(
+    z_ptr, b_ptr, part_ptr, r, live, z_row, N, col, in_col, stride_z, sharpness, softcap,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_V) log-probs of a stream; part: where its max stands in PARTS."""
+    keep = live[:, None] & in_col[None, :]
+    z_ptrs = z_ptr + z_row.to(tl.int64)[:, None] * stride_z + col[None, :]
+    col, in_col = col[None, :], in_col[None, :]
+    z = logits(z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
+    peak = tl.load(part_ptr + r, mask=live, other=0.0)
+    others = tl.load(part_ptr + N + r, mask=live, other=0.0)
+    return (z - peak[:, None]) - tl.log(others + 1.0)[:, None]
 
 
 @triton.jit
 def log_prob(z, stat, N, live, keep):
-    """log p and p of logits z; `stat` points to the peak in the stream's saved statistics."""
+    """log p and p of logits z; `stat` points to the peaks in the stream's saved statistics."""
     peak = tl.load(stat, mask=live, other=0.0)[:, None]
     log_sum = tl.load(stat + LOG_SUM * N, mask=live, other=0.0)[:, None]
     log_p = (z - peak) - log_sum
@@ -289,9 +297,9 @@ def log_prob(z, stat, N, live, keep):
 
 
 @triton.jit
-def slope(z, temperature, softcap, CAP: tl.constexpr):
+def slope(z, sharpness, softcap, CAP: tl.constexpr):
     if CAP:
-        t = tl.maximum(z * (temperature / softcap), -1.0)
-        return (1.0 - t * t) / temperature
+        t = tl.maximum(z / (sharpness * softcap), -1.0)
+        return (1.0 - t * t) * sharpness
     else:
-        return 1.0 / temperature
+        return sharpness

@@ -1,86 +1,47 @@
-"""Launch sizes of the Triton kernels, and operands as the kernels want them."""
+"""Launch sizes of the Triton kernels, operands as they want them, and the products beside them."""
 
+import contextlib
 import functools
+import logging
 import os
 from dataclasses import dataclass
 
 import torch
+import triton
+
+log = logging.getLogger("papo_kernels")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Rows of a tile, which share their choice of words; BLOCK_N of every kernel.
-TILE = 64
-# A weight of at least so many features counts as wide.
-WIDE = 3072
+# Rows of a tile, which share their levels.
+TILE = 32
+# Products are fast where all sizes and strides are multiples of this.
+EVEN = 64
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Launch sizes: words and features of a block, warps, and stages of the load pipeline."""
-
-    v: int
-    d: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Blocks of each kernel. A block of `d_weight` is one of `dz`: it has its `v`."""
-
-    forward: Blocks
-    dz: Blocks
-    d_hidden: Blocks
-    d_weight: Blocks
-
-
-# The key is the architecture, the bytes of an operand's element, and whether the weight is wide;
-# "any" and None stand for what has no line of its own. `bench/gpu.sh` measures lines to paste here.
-# float32 products run on plain units, and want smaller blocks.
+# What each kernel goes by; `bench/gpu.sh` tries others. `stats` has STEPS x LANES words at a time.
 LAUNCHES = {
-    ("any", 2, None): Launch(
-        Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 3)
-    ),
-    ("any", 4, None): Launch(
-        Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)
-    ),
+    "stats": dict(BLOCK_N=1, STEPS=4, LANES=1024, num_warps=8),
+    "sort": dict(BLOCK_N=32, num_warps=4),
+    "levels": dict(BLOCK_N=16, BLOCK_V=128, num_warps=4),
+    "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
+    "add_rows": dict(BLOCK_N=2, BLOCK_D=1024, num_warps=4),
+    "count_levels": dict(BLOCK_V=2048, num_warps=4),
 }
-if INTERPRETED:
-    LAUNCHES = {("any", size, None): Launch(*[Blocks(512, 32, 4, 1)] * 4) for size in (2, 4)}
-
-
-@functools.cache
-def architecture(device):
-    """A device's name in LAUNCHES: "sm_90", "gfx942", and "any" for what is no GPU."""
-    if device.type != "cuda":
-        return "any"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def launch_of(device, size, d):
-    """The line of LAUNCHES for operands of `size` bytes an element and `d` features."""
-    for key in ((architecture(device), size, d >= WIDE), (architecture(device), size, None)):
-        if key in LAUNCHES:
-            return LAUNCHES[key]
-    return LAUNCHES["any", size, None]
+if INTERPRETED:  # a small block takes it as long as a large one
+    sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=2048, STEPS=2, LANES=1024)
+    LAUNCHES = {name: {k: sizes.get(k, v) for k, v in x.items()} for name, x in LAUNCHES.items()}
 
 
 @dataclass(frozen=True)
 class KernelOperands:
-    """The operands of a call in one dtype, and what the kernels want to know about them.
-
-    Without a second stream or a bias another tensor stands in, which no kernel then reads.
-    """
+    """The operands of a call in one dtype. Without a bias another tensor stands in, unread."""
 
     full: torch.Tensor  # (N, D)
-    aug: torch.Tensor  # (N, D)
+    aug: torch.Tensor | None  # (N, D)
     weight: torch.Tensor  # (V, D)
-    bias: torch.Tensor  # (V,)
-    two: bool
+    bias: torch.Tensor  # (V,) float32
     has_bias: bool
-    launch: Launch
 
     @property
     def n(self):
@@ -95,17 +56,9 @@ class KernelOperands:
         return self.weight.shape[0]
 
     @property
-    def upcast(self):
-        """Whether kernels upcast: the interpreter's arithmetic in 16 bits is wrong."""
-        return INTERPRETED and self.full.dtype.itemsize == 2
-
-    @property
-    def stored(self):
-        """Dtype of gradients of logits: the interpreter truncates where it should round."""
-        return torch.float32 if self.upcast else self.full.dtype
-
-    def strides(self):
-        return (*self.full.stride(), *self.aug.stride(), *self.weight.stride())
+    def dtype(self):
+        """Of products' operands, and so of gradients of logits."""
+        return self.weight.dtype
 
 
 def kernel_operands(call):
@@ -115,13 +68,70 @@ def kernel_operands(call):
         dtype = torch.promote_types(dtype, call.aug_hidden.dtype)
     if dtype == torch.float64:
         raise ValueError("hidden, aug_hidden or weight is float64; backend='triton' has none")
-    full, weight = call.hidden.to(dtype), call.weight.to(dtype)
+    given = tuple(x.dtype for x in (call.hidden, call.aug_hidden, call.weight) if x is not None)
+    if set(given) != {dtype}:
+        _say_once(given, dtype)
+    if INTERPRETED:  # no arithmetic in 16 bits: the interpreter truncates where it should round
+        dtype = torch.float32
+    weight = call.weight.to(dtype)
     return KernelOperands(
-        full,
-        full if call.aug_hidden is None else call.aug_hidden.to(dtype),
+        call.hidden.to(dtype),
+        None if call.aug_hidden is None else call.aug_hidden.to(dtype),
         weight,
-        weight if call.bias is None else call.bias.contiguous(),
-        call.aug_hidden is not None,
+        weight if call.bias is None else call.bias.float().contiguous(),
         call.bias is not None,
-        launch_of(call.hidden.device, dtype.itemsize, call.hidden.shape[1]),
     )
+
+
+@functools.cache
+def _say_once(given, dtype):
+    names = [str(x).removeprefix("torch.") for x in (*given, dtype)]
+    log.warning(
+        f"token_stats copies its operands to {names[-1]}, which is slow: hidden, aug_hidden and "
+        f"weight are {', '.join(names[:-1])}; give all of them one dtype"
+    )
+
+
+@contextlib.contextmanager
+def exact_products():
+    """Products of float32 operands are float32's own inside it, whatever TF32 flags a user set."""
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    flags.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
+
+
+def multiply(a, b, out):
+    """Writes the float32 product of (A, K) and (K, B) of one dtype into (A, B) `out`.
+
+    A width that is no multiple of EVEN costs cuBLAS's fast kernels: what is over is done alone.
+    """
+    even = b.shape[1] // EVEN * EVEN
+    for part in (slice(0, even), slice(even, b.shape[1])):
+        if part.start == part.stop:
+            continue
+        if a.dtype == torch.float32:
+            torch.mm(a, b[:, part], out=out[:, part])
+        else:
+            torch.mm(a, b[:, part], out_dtype=torch.float32, out=out[:, part])
+
+
+def multiply_add(total, a, b):
+    """Adds the product of (A, K) and (K, B) of one dtype to (A, B) float32 `total`."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def padded(rows, words, dtype, device):
+    """Room for (rows, words), with rows that begin at multiples of EVEN elements."""
+    return torch.empty(rows, even_up(words), dtype=dtype, device=device)[:, :words]
+
+
+def even_up(words):
+    """`words`, or the next multiple of EVEN."""
+    return triton.cdiv(words, EVEN) * EVEN
