@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from papo_fast.config import Config
 from papo_fast.config_checks import resolve
-from papo_fast.consoles import outlive_readers
+from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
+from papo_fast.hand_over import Given, hand_over
 from papo_fast.parallel import (
     gather,
     is_main,
@@ -42,8 +45,35 @@ _log = logging.getLogger(__name__)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def train(config: Config, console: Console) -> Path:
-    """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
+def train(
+    config: Config,
+    console: Console | None = None,
+    *,
+    reward: Given | Sequence[Given] | None = None,
+    corruption: Callable[..., Any] | str | None = None,
+    token_weight: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
+    terms: Given | Sequence[Given] | None = None,
+) -> Path:
+    """Run the whole job; returns the run's folder (metrics, report, summary, final model).
+
+    Functions are plain ones, or named as FILE.py:name (docs/usage.md).
+
+    Args:
+        console: where progress is printed; None: to the standard output.
+        reward: what is rewarded, in place of `reward.functions`: a function of (response, answer,
+            reference, prompt, images, and columns of the data), all by name, that returns a number;
+            or a list of functions, names such as "accuracy", and pairs of either and a weight.
+        corruption: a function of (pixel_values, image_grid_thw, seed) or of (images, seed).
+        token_weight: a function of (batch, config) that returns (N,) factors, or a list.
+        terms: a function of (batch, config) that returns (N,) values to be minimised, a pair of it
+            and its coefficient, or a list.
+
+    Raises `InputError` for settings or functions that cannot work.
+    """
+    console = make_console() if console is None else console
+    config = hand_over(
+        config, reward=reward, corruption=corruption, token_weight=token_weight, terms=terms
+    )
     outlive_readers(console)
     find_room_for_data()
     config = resolve(config)
