@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from papo_fast.config import Config
 from papo_fast.config_checks import resolve
 from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
+from papo_fast.evaluate import evaluate_checkpoint
 from papo_fast.hand_over import Given, hand_over
 from papo_fast.parallel import (
     gather,
@@ -83,6 +84,27 @@ def train(
         return _train(config, console if is_main() else Console(quiet=True))
 
 
+def evaluate(config: Config, console: Console) -> dict[str, Any]:
+    """Mean@k of `config.model.path` on `config.data.test`, printed; its entries of a summary.
+
+    It is evaluated as by a run of this configuration at its end.
+    """
+    outlive_readers(console)
+    find_room_for_data()
+    config = resolve(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(pick_device(config.device)):
+        console = console if is_main() else Console(quiet=True)
+        if config.digits.enabled and not Path(config.data.test).is_file():
+            from papo_fast.digits.warmstart import prepare  # which loads scikit-learn
+
+            with main_first():
+                data = prepare(config, Progress(console)).data
+            config = replace(config, data=data)
+        return evaluate_checkpoint(config, console)
+
+
 def _train(config: Config, console: Console) -> Path:
     with ExitStack() as held:
         folder = done = None
@@ -111,7 +133,8 @@ def _train_in(folder: Path, config: Config, console: Console) -> Path:
         # not before everything is loaded: a folder with a config counts as a run
         if marks is not None:
             write_json(folder / DATA, marks.result())
-            write_json(folder / CONFIG, asdict(config))
+            # of the run, and not of the command that started it: it may be given back
+            write_json(folder / CONFIG, asdict(replace(config, resume=False, overwrite=False)))
         with closing(trainer.engine), stop_on_signals() as stop:
             trainer.journal.watch(trainer.updater.optimizer, stop)
             return _run(trainer, stop)

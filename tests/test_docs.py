@@ -194,6 +194,11 @@ def desk(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
     (tmp_path / "mine.py").write_text(OWN)
+    settings = {"model": {"path": "M"}, "data": {"train": "questions.jsonl"}}
+    finished = tmp_path / "runs" / "papo-g-3b-seed0"
+    (finished / "model").mkdir(parents=True)
+    for file in (finished / "config.json", tmp_path / "run.yaml"):
+        file.write_text(json.dumps({"preset": "papo-g-3b", **settings}))
     monkeypatch.chdir(tmp_path)
     asked = []
 
@@ -207,7 +212,7 @@ def desk(tmp_path, monkeypatch):
 
     stand_in("launch", "train")
     stand_in("launch", "serve")
-    stand_in("evaluate", "evaluate_checkpoint")
+    stand_in("launch", "evaluate")
     stand_in("report", "print_run")
     return asked
 
