@@ -313,6 +313,7 @@ def test_presets_are_the_papers_and_valid():
         assert rollout.filter_unfilled == "error", name
     for name, (_, config) in PRESETS.items():
         assert config.preset == name
+        assert (config.train.checkpoint_every > 0) == (not config.digits.enabled), name
         check(
             dataclasses.replace(
                 config,

@@ -114,11 +114,12 @@ def rows_until(rows: list[Row], done: int, path: Path) -> list[Row]:
 def check_that_nothing_is_lost(rows: list[Row], every: int, folder: Path) -> str | None:
     """For a run without a checkpoint: None where it has done nothing, or what is done again.
 
-    Raises `InputError` where more steps than lie between checkpoints would be done again.
+    Raises `InputError` where more steps than lie between checkpoints would be done again, or a
+    finished run's.
     """
     if not rows:
         return None
-    if len(rows) > every:
+    if len(rows) > every or (folder / SUMMARY).is_file():
         raise InputError(
             f"{folder} has done {len(rows)} steps and left no checkpoint to resume from: "
             "--overwrite does them again from the start, or choose another --name"
