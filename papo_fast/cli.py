@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "presets": _presets,
         "report": _report,
         "serve": _serve,
         "plan": _plan,
@@ -333,6 +334,15 @@ def _plan(argv: list[str], console: Console) -> int:
     if arguments is None:
         return 0
     print_plan(arguments, console)
+    return 0
+
+
+def _presets(argv: list[str], console: Console) -> int:
+    if argv:
+        raise InputError(f"presets takes no options; got {' '.join(argv)}")
+    from papo_fast.methods import print_presets
+
+    print_presets(console)
     return 0
 
 

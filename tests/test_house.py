@@ -65,7 +65,7 @@ FLOORS = (
     {"corruption_settings", "reward_settings", "term_settings", "weight_settings"},
     {"config", "consoles", "machine", "setting_bounds"},
     {"config_checks", "config_file", "hand_over", "presets", "parallel", "token_batch"},
-    {"rewards", "run", "estimators"},
+    {"methods", "rewards", "run", "estimators"},
     {"data", "dependency", "view_terms"},
     {"objective", "samples", "token_weights"},
     {"model"},
