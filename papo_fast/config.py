@@ -290,6 +290,8 @@ class EvalConfig:
     """Sampling temperature of the evaluation."""
     corrupted: bool = True
     """Also evaluate with corrupted images: a model that looks must get worse."""
+    examples: int = 12
+    """Questions whose pictures and first responses are kept for the report."""
 
 
 @dataclass(frozen=True)
@@ -334,6 +336,8 @@ class Config:
     """Replace the run of the same name if there is one."""
     resume: bool = False
     """Continue the run of the same name from its last checkpoint, or start it if it has none."""
+    track: Literal["none", "auto", "wandb", "tensorboard", "trackio"] = "none"
+    """Also log the metrics to a tracker that is installed; auto: the first of these three."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)

@@ -163,8 +163,9 @@ class Evaluator:
     def corruption_seed(self, prompt: Prompt) -> int:
         return prompt_seed(self.config.seed, 0, prompt.index)
 
-    def examples(self, when: str, result: Evaluation, n: int = 12) -> list[dict]:
+    def examples(self, when: str, result: Evaluation) -> list[dict]:
         """Rows for the report: the first sample of each of the first questions, with pictures."""
+        n = self.config.eval.examples
         return [
             {
                 "when": when,

@@ -40,6 +40,7 @@ from papo_fast.run.progress import Progress
 from papo_fast.run.resume import finished_steps
 from papo_fast.run.same_data import DATA, marks_of_data
 from papo_fast.run.stop import Stopped, StopRequest, stop_on_signals
+from papo_fast.run.trackers import check_tracker
 from papo_fast.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def _train(config: Config, console: Console) -> Path:
     with ExitStack() as held:
         folder = done = None
         if is_main():
+            check_tracker(config.track)
             folder = held.enter_context(run_folder(config))
             done = finished_steps(config, folder) if config.resume else None
         folder, done = gather((folder, done))[0]
@@ -130,6 +132,7 @@ def _train_in(folder: Path, config: Config, console: Console) -> Path:
         marks = held.enter_context(marks_of_data(config, folder)) if is_main() else None
         scorer = held.enter_context(Scorer(config.reward))
         trainer = Trainer(config, folder, scorer, progress, clock)
+        held.callback(trainer.journal.close)
         # not before everything is loaded: a folder with a config counts as a run
         if marks is not None:
             write_json(folder / DATA, marks.result())

@@ -107,6 +107,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval.samples": (1, 10**6),
     "eval.limit": (0, _MANY),
     "eval.temperature": _TEMPERATURE,
+    "eval.examples": (0, _MANY),
     "digits.train_questions": (1, 10**7),
     "digits.test_questions": (1, 10**7),
     "digits.warm_accuracy": (0, 1),

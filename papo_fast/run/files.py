@@ -14,7 +14,7 @@ from papo_fast.errors import InputError
 from papo_fast.run.metrics import Row, json_line, read_json_lines, read_metrics
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
-EXAMPLES, REPORT = "examples.jsonl", "report.png"
+EXAMPLES, REPORT, PAGE = "examples.jsonl", "report.png", "report.html"
 
 
 @dataclass(frozen=True)

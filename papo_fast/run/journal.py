@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from papo_fast.run.metrics import MetricsLog, Row, json_line, read_metrics
 from papo_fast.run.resume import check_that_nothing_is_lost, rows_until
 from papo_fast.run.step_lines import StepLines
 from papo_fast.run.stop import StopRequest
+from papo_fast.run.trackers import Tracking
 
 BEFORE = "before.json"
 
@@ -53,6 +55,7 @@ class Journal:
         self._rewards: list[float] = []  # since the last checkpoint
         self._log: MetricsLog | None = None
         self._lines = StepLines()
+        self._tracking: Tracking | None = None
         self._state: dict[str, Any] = {}
         self._weights_moved = False  # since the last step ended
         self._tried = 0  # the step whose checkpoint was written last, or failed
@@ -104,6 +107,12 @@ class Journal:
         self._state = state
         if is_main():
             self._log = MetricsLog(self.folder / METRICS, resume=self.config.resume)
+            self._tracking = Tracking(self.config.track, self.folder, asdict(self.config))
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self._tracking is not None:
+            self._tracking.close()
 
     def alarms(self, row: Row, response: str = "") -> list[str]:
         """What a row, before it is entered, should warn the user of; `response` is one of it."""
@@ -119,6 +128,8 @@ class Journal:
         """
         if self._log is not None:
             self._log.append(row)
+        if self._tracking is not None:
+            self._tracking.log(row)
         self._rewards.append(row["reward"])
         self.done, self._state, self._weights_moved = row["step"], state, False
         for line in self._lines.of(row, steps):
