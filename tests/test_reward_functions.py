@@ -18,7 +18,7 @@ from papo_fast.rewards import service
 from papo_fast.rewards.functions import GIVE_UP
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rewards.workers import PATIENCE
-from papo_fast.user_function import name_given
+from papo_fast.user_function import forget_files, name_given
 
 RIGHT = "<think>two</think>\\boxed{2}"
 WRONG = "\\boxed{3}"
@@ -140,6 +140,21 @@ def test_a_function_that_always_hangs_costs_a_bounded_time(file_of):
     assert time.monotonic() - started < PATIENCE * limit + GIVE_UP * 5
 
 
+def test_a_file_is_read_once(file_of, tmp_path):
+    file_of("def one(response): return 1\n")
+    with Scorer(RewardConfig(functions=("mine.py:one",), workers=1)) as scorer:
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1
+        file_of("def one(response): return 2\n")
+        scorer._functions._workers.all[0].kill()  # and the next call starts another process
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1
+        (tmp_path / "mine.py").unlink()
+        scorer._functions._workers.all[0].kill()
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1 and scorer.failures == 0
+    file_of("def one(response): return 3\n")
+    forget_files()  # as each command does where it starts
+    assert scores_of(["mine.py:one"], [RIGHT])[0][0].reward == 3
+
+
 def test_plain_functions_of_python_run_in_the_workers_too():
     bonus = 3
 
@@ -244,6 +259,14 @@ def test_a_service_judges_each_response_by_everything_there_is():
         scores, _, alarms = scores_of([f"{url}=0.5"], ["abc", "abcd"], [asked] * 2)
     assert [s.reward for s in scores] == [1.5, 2.0] and not alarms and len(bodies) == 2
     assert [s.values for s in scores] == [{"judge": 3}, {"judge": 4}]
+
+
+def test_no_proxy_stands_before_a_service_of_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serving(lambda body, n: (200, "1")) as (url, _):
+        scores, _, alarms = scores_of([url], ["a"], http_retries=0)
+    assert scores[0].reward == 1 and not alarms
 
 
 def test_a_service_is_asked_again_unless_it_refuses(monkeypatch):

@@ -20,6 +20,10 @@ PAUSE = 1.0
 """Seconds before the first repetition; twice as long before each further one."""
 
 
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""No proxy stands between this machine and itself."""
+
+
 class ServiceError(Exception):
     """An answer that holds no number."""
 
@@ -63,7 +67,9 @@ def _post(url: str, body: bytes, timeout: float) -> float:
     request = urllib.request.Request(
         url, data=body, headers={"Content-Type": "application/json"}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    here = request.host.rpartition(":")[0] in _LOOPBACK
+    handlers = [urllib.request.ProxyHandler({})] if here else []
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
         said = json.loads(answer.read(1 << 20))
     value = said.get("reward") if isinstance(said, dict) else said
     if (
