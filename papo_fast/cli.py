@@ -1,4 +1,4 @@
-"""`papo-fast train | eval | report | serve | plan | doctor`; options by tyro from the config."""
+"""`papo-fast train | eval | presets | report | …`; options by tyro from the config."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 from rich.console import Console
 from rich.logging import RichHandler
 
+from papo_fast import __version__
 from papo_fast.config import Config
 from papo_fast.consoles import make_console, open_missing_streams, silence
 from papo_fast.errors import InputError
@@ -28,7 +29,10 @@ USAGE = """\
 [bold]papo-fast[/bold]: perception-aware RL for vision-language models
 
   papo-fast train PRESET ...      train; PRESET is one of the names below
+  papo-fast train --config FILE   train by a .yaml or .json file, or as a run's config.json says
+  papo-fast eval RUN ...          mean@k accuracy of a run's model, evaluated as the run did
   papo-fast eval --model DIR ...  mean@k accuracy of a checkpoint
+  papo-fast presets               presets: methods, sources, values, equations
   papo-fast report RUN            table and picture of a run
   papo-fast serve PRESET ...      a vLLM server for runs with the same options
   papo-fast plan ...              memory per GPU and time per step, before anything runs
@@ -105,11 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "presets": _presets,
         "report": _report,
         "serve": _serve,
         "plan": _plan,
         "doctor": _doctor,
     }
+    if argv[:1] == ["--version"]:
+        console.print(f"papo_fast {__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         console.print(USAGE)
         console.print("\npresets: " + ", ".join(_preset_names()))
@@ -145,24 +153,60 @@ def _serve(argv: list[str], console: Console) -> int:
 
 
 def _parse_config(command: str, argv: list[str], console: Console) -> Config | None:
-    """The preset that is named first, changed by the options; None where help was asked for."""
+    """The preset that is named first, or the file of --config, or both, changed by the options;
+    None where help was asked for."""
     from papo_fast.presets import PRESETS
 
-    if not argv:
-        raise InputError(f"{command} needs a preset: one of " + ", ".join(PRESETS))
-    name = argv[0]
-    if name not in PRESETS and name not in ("-h", "--help"):
+    file, argv = _taken(argv, "--config")
+    if not argv and file is None:
         raise InputError(
-            f"unknown preset {name!r}{_suggest(name, PRESETS)}; there are " + ", ".join(PRESETS)
+            f"{command} needs a preset or --config FILE; presets: " + ", ".join(PRESETS)
         )
-    if name in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help") and file is None:
         for preset, (help_text, _) in PRESETS.items():
             console.print(f"  {preset:<14} {help_text}")
         console.print(f"\noptions of one: papo-fast {command} PRESET --help")
         return None
-    help_text, default = PRESETS[name]
-    prog = f"papo-fast {command} {name}"
-    return _parse(type(default), argv[1:], prog, default=default, about=help_text)
+    name = argv.pop(0) if argv and (file is None or not argv[0].startswith("-")) else None
+    about, default = _start(name, file)
+    prog = f"papo-fast {command} {name or '--config ' + str(file)}"
+    return _parse(type(default), argv, prog, default=default, about=about)
+
+
+def _start(name: str | None, file: str | None) -> tuple[str, Config]:
+    """What the options change, and what is said of it: a preset, and a file's settings upon it.
+
+    Without a preset it is the one that the file names, or the defaults.
+    """
+    from papo_fast.config_file import read_settings, with_settings
+    from papo_fast.presets import PRESETS
+
+    settings = {} if file is None else read_settings(file)
+    name = name or settings.get("preset") or None
+    if name is not None and name not in PRESETS:
+        where = "" if file is None or "preset" not in settings else f"{file}: "
+        suggestion = _suggest(str(name), PRESETS)
+        raise InputError(
+            f"{where}unknown preset {name!r}{suggestion}; there are " + ", ".join(PRESETS)
+        )
+    about, config = ("Settings of a file.", Config()) if name is None else PRESETS[name]
+    settings = {key: value for key, value in settings.items() if key != "preset"}
+    return about, config if file is None else with_settings(config, settings, file)
+
+
+def _taken(argv: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option that stands anywhere, and the words without it."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        if word == option:
+            value = next(words, "")
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if value == "":
+        raise InputError(f"{option} needs a value")
+    return value, rest
 
 
 def _parse(
@@ -211,12 +255,14 @@ def _one_line(box: str) -> str:
 
 
 def _eval(argv: list[str], console: Console) -> int:
+    from papo_fast.launch import evaluate
+    from papo_fast.presets import PRESETS
+
+    if argv and not argv[0].startswith("-"):
+        return _eval_run(argv[0], argv[1:], console)
     arguments = _parse(EvalArguments, argv, "papo-fast eval")
     if arguments is None:
         return 0
-    from papo_fast.evaluate import evaluate_checkpoint
-    from papo_fast.presets import PRESETS
-
     if arguments.preset not in PRESETS:
         raise InputError(
             f"unknown preset {arguments.preset!r}{_suggest(arguments.preset, PRESETS)}"
@@ -235,8 +281,32 @@ def _eval(argv: list[str], console: Console) -> int:
         ),
         digits=dataclasses.replace(preset.digits, enabled=False),
     )
-    evaluate_checkpoint(config, console)
+    evaluate(config, console)
     return 0
+
+
+def _eval_run(run: str, argv: list[str], console: Console) -> int:
+    from papo_fast.config_file import CONFIG
+    from papo_fast.launch import evaluate
+
+    folder = Path(run)
+    for name in (CONFIG, "model"):
+        if not (folder / name).exists():
+            raise InputError(
+                f"{run} holds no {name}: expected the folder of a finished run, or --model DIR and "
+                "--data FILE"
+            )
+    _, default = _start(None, str(folder / CONFIG))
+    # adapters are a part of the weights that a run leaves
+    model = dataclasses.replace(default.model, path=str(folder / "model"), lora_rank=0)
+    default = dataclasses.replace(default, model=model)
+    config = _parse(Config, argv, f"papo-fast eval {run}", default=default, about=_eval_run_help)
+    if config is not None:
+        evaluate(config, console)
+    return 0
+
+
+_eval_run_help = "Mean@k of a run's model, as the run evaluated it; every setting may be changed."
 
 
 def _report(argv: list[str], console: Console) -> int:
@@ -254,24 +324,25 @@ def _report(argv: list[str], console: Console) -> int:
 
 def _plan(argv: list[str], console: Console) -> int:
     from papo_fast.planning.command import PlanArguments, print_plan
-    from papo_fast.presets import PRESETS
 
-    # the preset comes first, whatever place it stands in: the other options change it
-    name, rest, words = "papo-g-7b", [], iter(argv)
-    for word in words:
-        if word == "--preset":
-            name = next(words, "")
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-        else:
-            rest.append(word)
-    if name not in PRESETS:
-        raise InputError(f"unknown preset {name!r}{_suggest(name, PRESETS)}")
-    default = PlanArguments(PRESETS[name][1])
-    arguments = _parse(PlanArguments, rest, "papo-fast plan", default=default)
+    # these come first, whatever place they stand in: the other options change them
+    name, argv = _taken(argv, "--preset")
+    file, argv = _taken(argv, "--config")
+    _, config = _start(name or ("papo-g-7b" if file is None else None), file)
+    default = PlanArguments(config)
+    arguments = _parse(PlanArguments, argv, "papo-fast plan", default=default)
     if arguments is None:
         return 0
     print_plan(arguments, console)
+    return 0
+
+
+def _presets(argv: list[str], console: Console) -> int:
+    if argv:
+        raise InputError(f"presets takes no options; got {' '.join(argv)}")
+    from papo_fast.methods import print_presets
+
+    print_presets(console)
     return 0
 
 

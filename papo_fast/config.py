@@ -13,6 +13,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from papo_fast.corruption_settings import CorruptionConfig as CorruptionConfig
+from papo_fast.reward_settings import RewardConfig as RewardConfig
+from papo_fast.term_settings import OF_AUG, own_terms
 from papo_fast.weight_settings import TokenWeightSettings
 
 Estimator = Literal["sampled", "exact"]
@@ -82,14 +85,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class CorruptionConfig:
-    kind: Literal["patch", "official"] = "patch"
-    """`patch`: the processor's own patch grid. `official`: 14-pixel squares of the raw image."""
-    ratio: float = 0.6
-    """Share of the patches that is blacked out, in [0, 1]."""
-
-
-@dataclass(frozen=True)
 class RolloutConfig:
     engine: Literal["hf", "vllm", "vllm_server"] = "hf"
     """What generates the responses: transformers on the policy's own weights (`hf`), vLLM inside
@@ -137,22 +132,6 @@ class RolloutConfig:
     server_token_file: str = ""
     """File, of mode 600, with the token that the servers of `server_urls` ask for, which
     `papo-fast serve` makes where it is missing. A run's own server needs none."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    accuracy_weight: float = 0.9
-    """Weight of a right answer."""
-    format_weight: float = 0.1
-    """Weight of the <think>…</think> … \\boxed{…} format."""
-    timeout: float = 5.0
-    """Seconds of CPU time one answer may take to be compared; then it scores 0 and is counted."""
-    workers: int = 2
-    """Processes that score answers."""
-    overlong_buffer: int = 0
-    """DAPO's soft overlong penalty: tokens before the limit over which it grows from 0 to -1."""
-    overlong_coef: float = 1.0
-    """Weight of the overlong penalty."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +197,9 @@ class ObjectiveConfig(TokenWeightSettings):
     """Group-relative advantage with (`grpo`) or without (`dr_grpo`) division by the group's std."""
     sft_coef: float = 0.0
     """Weight of a likelihood term on right responses."""
+    terms: tuple[str, ...] = ()
+    """Terms of your own that are added to the loss, as FILE.py:name, each with =COEFFICIENT behind
+    it; without one it is 1. A positive one is minimised."""
 
     def resolved(self) -> ObjectiveConfig:
         """A copy in which every field that follows `parity` is filled in (docs/design.md)."""
@@ -246,7 +228,8 @@ class ObjectiveConfig(TokenWeightSettings):
 
     @property
     def has_aug_terms(self) -> bool:
-        return self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
+        own = any(name in OF_AUG for term in own_terms(self.terms) for name in term.needs)
+        return own or self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
 
     @property
     def needs_aug(self) -> bool:
@@ -307,6 +290,8 @@ class EvalConfig:
     """Sampling temperature of the evaluation."""
     corrupted: bool = True
     """Also evaluate with corrupted images: a model that looks must get worse."""
+    examples: int = 12
+    """Questions whose pictures and first responses are kept for the report."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +336,8 @@ class Config:
     """Replace the run of the same name if there is one."""
     resume: bool = False
     """Continue the run of the same name from its last checkpoint, or start it if it has none."""
+    track: Literal["none", "auto", "wandb", "tensorboard", "trackio"] = "none"
+    """Also log the metrics to a tracker that is installed; auto: the first of these three."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from papo_fast.config import Config, ObjectiveConfig
+from papo_fast.corruption_settings import check_corruption
 from papo_fast.errors import InputError
+from papo_fast.reward_settings import check_rewards
 from papo_fast.setting_bounds import check_bounds, check_urls
+from papo_fast.term_settings import OF_AUG, OF_REFERENCE, own_terms
+from papo_fast.user_function import forget_files
 from papo_fast.weight_settings import WEIGHT_NAMES, load_weight
 
 
@@ -15,6 +19,7 @@ def resolve(config: Config) -> Config:
 
     Raises `InputError`, naming the field and what it should be, before anything is loaded.
     """
+    forget_files()
     check(config)
     return dataclasses.replace(config, objective=config.objective.resolved())
 
@@ -55,6 +60,13 @@ def check(config: Config) -> None:
         )
     if config.resume and config.overwrite:
         raise InputError("--resume continues a run and --overwrite deletes it: pass one of them")
+    check_corruption(config.corruption)
+    check_rewards(config.reward)
+    if config.reward.overlong_buffer > rollout.max_new_tokens:
+        raise InputError(
+            f"reward.overlong_buffer is {config.reward.overlong_buffer}: expected at most "
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}"
+        )
     check_objective(objective)
     low, high = rollout.filter_range
     if not low < high:
@@ -94,6 +106,27 @@ def check_objective(objective: ObjectiveConfig) -> None:
         )
     if terms.weighs_on != "none":
         _check_weights(terms)
+    _check_terms(terms)
+
+
+def _check_terms(objective: ObjectiveConfig) -> None:
+    """Whether the vectors that the user's terms need will be there."""
+    kl = "ref_kl" if objective.kl_estimator == "exact" else "ref_logprobs"
+    for term in own_terms(objective.terms):
+        for name in term.needs:
+            if name in OF_REFERENCE and (not objective.needs_reference or name != kl):
+                have = f"has {kl}" if objective.needs_reference else "loads no reference model"
+                raise InputError(
+                    f"objective.terms: {term.name} needs {name}, but the run {have}: set "
+                    "objective.kl_coef above 0 and objective.kl_estimator to "
+                    f"{'exact' if name == 'ref_kl' else 'sampled'}"
+                )
+            stored = objective.aug_stream == "stored"
+            if name in OF_AUG and stored and name != "aug_logprobs":
+                raise InputError(
+                    f"objective.terms: {term.name} needs {name}, but objective.aug stored keeps "
+                    "log-probs of the sampled tokens alone: take frozen or trained"
+                )
 
 
 def _check_weights(objective: ObjectiveConfig) -> None:

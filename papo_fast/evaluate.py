@@ -13,22 +13,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from papo_fast.config import Config
-from papo_fast.config_checks import resolve
 from papo_fast.data.corruption import PromptCorruption, prompt_seed
 from papo_fast.data.encoder import PLACEHOLDER, PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
+from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import pick_device, rank
 from papo_fast.report import print_summary
 from papo_fast.rewards.reading import reading
 from papo_fast.rewards.scorer import Scorer
-from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.engines import make_engine
 from papo_fast.rollout.sampler import Sampler
 from papo_fast.run.progress import Progress
 from papo_fast.samples import Group
@@ -159,8 +163,9 @@ class Evaluator:
     def corruption_seed(self, prompt: Prompt) -> int:
         return prompt_seed(self.config.seed, 0, prompt.index)
 
-    def examples(self, when: str, result: Evaluation, n: int = 12) -> list[dict]:
+    def examples(self, when: str, result: Evaluation) -> list[dict]:
         """Rows for the report: the first sample of each of the first questions, with pictures."""
+        n = self.config.eval.examples
         return [
             {
                 "when": when,
@@ -191,24 +196,34 @@ def limit_per_kind(prompts: Iterable[Prompt], limit: int) -> list[Prompt]:
 
 
 def evaluate_checkpoint(config: Config, console: Console) -> dict:
-    """Mean@k of the checkpoint `config.model.path` on `config.data.test`; prints a table."""
-    config = resolve(config)
-    encoder = PromptEncoder(
-        config.model.path, config.data, trust_remote_code=config.model.trust_remote_code
-    )
-    policy = Policy.load(config.model, encoder.banned_token_ids, pick_device(config.device))
+    """Mean@k of the checkpoint `config.model.path` on `config.data.test`; prints a table.
+
+    Args:
+        config: resolved.
+
+    Raises `InputError` where there are no held-out questions.
+    """
+    if not config.data.test:
+        raise InputError("data.test is empty: pass --data.test FILE, the questions to evaluate on")
     torch.manual_seed(config.seed)
-    engine = HFRollout(
-        policy, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size
-    )
-    corrupt = PromptCorruption(config.corruption, encoder)
-    with Scorer(config.reward) as scorer:
-        sampler = Sampler(engine, encoder, scorer)
-        evaluator = Evaluator(config, sampler, corrupt, Progress(console))
+    with ExitStack() as held:
+        scorer = held.enter_context(Scorer(config.reward))
+        remote_code = config.model.trust_remote_code
+        encoder = PromptEncoder(config.model.path, config.data, trust_remote_code=remote_code)
+        device = pick_device(config.device)
+        policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
+        # a server of its own keeps its log and its weights there
+        folder = Path(held.enter_context(TemporaryDirectory(prefix="papo_fast_eval_")))
+        engine = held.enter_context(closing(make_engine(config, policy, encoder, folder)))
+        engine.load_weights(policy)
+        corrupt = PromptCorruption(config.corruption, encoder)
+        evaluator = Evaluator(config, Sampler(engine, encoder, scorer), corrupt, Progress(console))
         result = evaluator.run("evaluating")
         summary = {"samples_per_question": config.eval.samples} | result.summary("after")
         if config.eval.corrupted:
             corrupted = evaluator.run("with corrupted images", corrupted=True)
             summary |= corrupted.corrupted_summary("after")
+        for alarm in scorer.alarms():
+            console.print(f"[yellow]warning:[/yellow] {escape(alarm)}", soft_wrap=True)
     print_summary(summary, console)
     return summary

@@ -120,9 +120,11 @@ def _differ(group: Group) -> bool:
 
 
 def sampling_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Means over all samples."""
+    """Means over all samples; of each reward function its own."""
     n = len(samples)
-    return {
+    names = samples[0].score.values
+    of_functions = {f"reward_{x}": sum(s.score.values[x] for s in samples) / n for x in names}
+    return of_functions | {
         "reward": torch.tensor([s.reward for s in samples]).mean().item(),
         "accuracy": sum(s.score.accuracy for s in samples) / n,
         "format": sum(s.score.format for s in samples) / n,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from papo_fast.config import Config
 from papo_fast.config_checks import resolve
-from papo_fast.consoles import outlive_readers
+from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
+from papo_fast.evaluate import evaluate_checkpoint
+from papo_fast.hand_over import Given, hand_over
 from papo_fast.parallel import (
     gather,
     is_main,
@@ -36,14 +40,42 @@ from papo_fast.run.progress import Progress
 from papo_fast.run.resume import finished_steps
 from papo_fast.run.same_data import DATA, marks_of_data
 from papo_fast.run.stop import Stopped, StopRequest, stop_on_signals
+from papo_fast.run.trackers import check_tracker
 from papo_fast.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def train(config: Config, console: Console) -> Path:
-    """Run the whole job; returns the run's folder (metrics, report, summary, final model)."""
+def train(
+    config: Config,
+    console: Console | None = None,
+    *,
+    reward: Given | Sequence[Given] | None = None,
+    corruption: Callable[..., Any] | str | None = None,
+    token_weight: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
+    terms: Given | Sequence[Given] | None = None,
+) -> Path:
+    """Run the whole job; returns the run's folder (metrics, report, summary, final model).
+
+    Functions are plain ones, or named as FILE.py:name (docs/usage.md).
+
+    Args:
+        console: where progress is printed; None: to the standard output.
+        reward: what is rewarded, in place of `reward.functions`: a function of (response, answer,
+            reference, prompt, images, and columns of the data), all by name, that returns a number;
+            or a list of functions, names such as "accuracy", and pairs of either and a weight.
+        corruption: a function of (pixel_values, image_grid_thw, seed) or of (images, seed).
+        token_weight: a function of (batch, config) that returns (N,) factors, or a list.
+        terms: a function of (batch, config) that returns (N,) values to be minimised, a pair of it
+            and its coefficient, or a list.
+
+    Raises `InputError` for settings or functions that cannot work.
+    """
+    console = make_console() if console is None else console
+    config = hand_over(
+        config, reward=reward, corruption=corruption, token_weight=token_weight, terms=terms
+    )
     outlive_readers(console)
     find_room_for_data()
     config = resolve(config)
@@ -53,10 +85,32 @@ def train(config: Config, console: Console) -> Path:
         return _train(config, console if is_main() else Console(quiet=True))
 
 
+def evaluate(config: Config, console: Console) -> dict[str, Any]:
+    """Mean@k of `config.model.path` on `config.data.test`, printed; its entries of a summary.
+
+    It is evaluated as by a run of this configuration at its end.
+    """
+    outlive_readers(console)
+    find_room_for_data()
+    config = resolve(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(pick_device(config.device)):
+        console = console if is_main() else Console(quiet=True)
+        if config.digits.enabled and not Path(config.data.test).is_file():
+            from papo_fast.digits.warmstart import prepare  # which loads scikit-learn
+
+            with main_first():
+                data = prepare(config, Progress(console)).data
+            config = replace(config, data=data)
+        return evaluate_checkpoint(config, console)
+
+
 def _train(config: Config, console: Console) -> Path:
     with ExitStack() as held:
         folder = done = None
         if is_main():
+            check_tracker(config.track)
             folder = held.enter_context(run_folder(config))
             done = finished_steps(config, folder) if config.resume else None
         folder, done = gather((folder, done))[0]
@@ -78,10 +132,12 @@ def _train_in(folder: Path, config: Config, console: Console) -> Path:
         marks = held.enter_context(marks_of_data(config, folder)) if is_main() else None
         scorer = held.enter_context(Scorer(config.reward))
         trainer = Trainer(config, folder, scorer, progress, clock)
+        held.callback(trainer.journal.close)
         # not before everything is loaded: a folder with a config counts as a run
         if marks is not None:
             write_json(folder / DATA, marks.result())
-            write_json(folder / CONFIG, asdict(config))
+            # of the run, and not of the command that started it: it may be given back
+            write_json(folder / CONFIG, asdict(replace(config, resume=False, overwrite=False)))
         with closing(trainer.engine), stop_on_signals() as stop:
             trainer.journal.watch(trainer.updater.optimizer, stop)
             return _run(trainer, stop)

@@ -3,8 +3,8 @@
 Equations: PAPO, arXiv 2507.06448; clip-higher and token mean: DAPO, arXiv 2503.14476; constant
 denominator: Dr. GRPO, arXiv 2503.20783; dual clip: arXiv 1912.09729; k1, k2, k3: Schulman,
 http://joschu.net/blog/kl-approx.html. The loss, to be minimised, is a sum of `TERMS`, each a
-coefficient times a weighted sum over tokens. A new loss is a function from the batch to (N,)
-values and one more line in `TERMS`.
+coefficient times a weighted sum over tokens. A new term is a function from the batch to (N,)
+values, named in `objective.terms`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from papo_fast.estimators import (
     kl_penalty,
     largest_per_sequence,
 )
+from papo_fast.term_settings import OwnTerm, own_terms
 from papo_fast.token_batch import Denominators, Metrics, Scalar, TokenBatch
 
 # --- terms: (batch, config) → (N,) values ---------------------------------------------------------
@@ -213,6 +214,25 @@ TERMS = (
 )
 
 
+def terms_of(config: ObjectiveConfig) -> tuple[Term, ...]:
+    """`TERMS`, and those of `config.terms`."""
+    return TERMS + tuple(_as_term(own) for own in own_terms(config.terms))
+
+
+def _as_term(own: OwnTerm) -> Term:
+    def values(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+        found = own.values(batch, config)
+        if not isinstance(found, Tensor) or found.shape != batch.logprobs.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(
+                f"objective.terms: {own.name} returned {got}, expected a tensor "
+                f"{tuple(batch.logprobs.shape)}, a value for each token"
+            )
+        return found
+
+    return Term(own.metric, lambda config: own.coef, values, lambda config: own.needs)
+
+
 def sum_of_terms(
     terms: Iterable[Term],
     batch: TokenBatch,
@@ -258,7 +278,7 @@ def objective(
     batch's sequences, as in the authors' gradient accumulation. Whoever anneals γ passes a `config`
     with the coefficients of this update (see `papo_fast.estimators.at_update`).
 
-    Metrics: one per term of `TERMS` whose inputs are there, before its coefficient; `loss`;
+    Metrics: one per term of `terms_of` whose inputs are there, before its coefficient; `loss`;
     `sampled_entropy`, the mean of −log π; and as means over tokens `ppo_kl` (mean of old − new
     log-probs), `clip_fraction_high` (−r A lost to its clipped rival), `clip_fraction_low` (dual
     clip at work); `ratio_max`, `ratio_min`. A batch without tokens has the same names, of weight 0.
@@ -270,7 +290,7 @@ def objective(
 
     share = batch.n_sequences / denominators.sequences
     loss, means = sum_of_terms(
-        TERMS, batch, config, lambda term: term.weights(batch, config, denominators)
+        terms_of(config), batch, config, lambda term: term.weights(batch, config, denominators)
     )
     metrics: Metrics = {name: (value, share) for name, value in means.items()}
     metrics["loss"] = (loss.detach(), share)

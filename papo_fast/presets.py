@@ -22,6 +22,9 @@ from papo_fast.config import (
     TrainConfig,
 )
 
+_KEPT = TrainConfig(checkpoint_every=10)
+"""A run of a real model takes hours, and what it did survives whatever ends it."""
+
 _DAPO_ROLLOUT = RolloutConfig(dynamic_filter=True)
 
 
@@ -30,7 +33,7 @@ def _baseline(beta: float = 0.01, clip_high: float = 0.3) -> ObjectiveConfig:
 
 
 def _preset(objective: ObjectiveConfig, rollout: RolloutConfig) -> Config:
-    return Config(objective=objective, rollout=rollout)
+    return Config(objective=objective, rollout=rollout, train=_KEPT)
 
 
 def _papo(gamma: float, eta: float, beta: float = 0.01, clip_high: float = 0.3) -> ObjectiveConfig:
@@ -107,6 +110,7 @@ _VPPO = Config(
     ),
     corruption=CorruptionConfig(ratio=0.5),
     rollout=replace(_DAPO_ROLLOUT, group_size=8),
+    train=_KEPT,
 )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from papo_fast.config import Config
 from papo_fast.data.corruption import PromptCorruption
@@ -174,6 +175,8 @@ class Trainer:
         if self.config.eval.corrupted:
             corrupted = self.evaluator.run("with corrupted images", corrupted=True)
             entries |= corrupted.corrupted_summary(when)
+        for alarm in self.scorer.alarms():
+            self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
         return entries
 
     def summary(self, before: dict, after: dict) -> dict:

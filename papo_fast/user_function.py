@@ -1,40 +1,131 @@
-"""A function of the user's own, named on the command line as `FILE.py:name`."""
+"""Functions of the user's own: `FILE.py:name` on the command line, plain ones in Python.
+
+Settings are text. A function that a Python program hands over is kept here under a name of its own,
+`python:NAME`, so that from there on both kinds go the same way.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from papo_fast.errors import InputError
 
+PYTHON = "python:"
+FORM = "FILE.py:name"
+"""How a function of a file is named."""
+
+_given: dict[str, Any] = {}
+
+
+def name_given(function: Any) -> str:
+    """The name under which `load_function` finds what a Python program has handed over.
+
+    A later function of the same name takes the place of an earlier one.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    name = name if name.isidentifier() else "function"  # a lambda is called <lambda>
+    _given[PYTHON + name] = function
+    return PYTHON + name
+
+
+def is_given(named: str) -> bool:
+    """Whether a name is of a function that a Python program hands over."""
+    return named.startswith(PYTHON)
+
 
 def load_function(named: str, setting: str) -> Callable[..., Any]:
     """The function `name` of the file in `named`, "FILE.py:name"; the file is run to find it.
+
+    A file is run once, until `forget_files`. `python:NAME` is what `name_given` was given.
 
     Args:
         setting: whose value `named` is, for the message.
 
     Raises `InputError` where there is no such file, it cannot be run, or has no such function.
     """
-    file, colon, name = named.rpartition(":")
-    if not colon or not file.endswith(".py") or not name.isidentifier():
-        raise InputError(f"{setting}: {named!r} is not of the form FILE.py:name")
-    path = Path(file)
-    if not path.is_file():
-        raise InputError(f"{setting}: {file} is not a file (looked for from {Path.cwd()})")
-    # a name of its own: a user's file may be called like a module of Python
-    loader = SourceFileLoader(f"papo_fast_user_{path.stem}", str(path))
-    module = ModuleType(loader.name)
-    module.__file__ = str(path)
+    if is_given(named):
+        if named not in _given:
+            raise InputError(
+                f"{setting}: {named} was handed over by a Python program: hand it to "
+                f"papo_fast.train again, or write it into a file and name it {FORM}"
+            )
+        return _given[named]
+    path, name = _parts(named, setting)
     try:
-        loader.exec_module(module)
+        module = _module(path)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{setting}: {named.rpartition(':')[0]} is not a file (looked for from {Path.cwd()})"
+        ) from error
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{setting}: {file} cannot be run ({what})") from error
+        raise InputError(f"{setting}: {path} cannot be run ({what})") from error
+    return _function_of(module, name, setting)
+
+
+def forget_files() -> None:
+    """Read files anew from here on. A run reads each once: a file that is edited or deleted while
+    the run lasts changes nothing in it."""
+    _module.cache_clear()
+
+
+def source_of(named: str, setting: str) -> tuple[str, str, bytes]:
+    """Path, name and the file's text of FILE.py:name, for `function_of_source` elsewhere."""
+    path, name = _parts(named, setting)
+    return str(path), name, path.read_bytes()
+
+
+def function_of_source(path: str, name: str, source: bytes) -> Callable[..., Any]:
+    """The function that `source_of` names, from the text as it was then."""
+    return _function_of(_run(Path(path), source), name, path)
+
+
+def _parts(named: str, setting: str) -> tuple[Path, str]:
+    file, colon, name = named.rpartition(":")
+    if not colon or not file.endswith(".py") or not name.isidentifier():
+        raise InputError(f"{setting}: {named!r} is not of the form {FORM}")
+    return Path(file).absolute(), name
+
+
+def _function_of(module: ModuleType, name: str, setting: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"{setting}: {file} has no function {name}")
+        raise InputError(f"{setting}: {module.__file__} has no function {name}")
     return function
+
+
+def split_weight(entry: str, setting: str) -> tuple[str, float | None]:
+    """`NAME=WEIGHT` in two; None where no number stands behind an equals sign.
+
+    Raises `InputError` for a weight that is not finite.
+    """
+    name, equals, behind = entry.rpartition("=")
+    try:
+        weight = float(behind) if equals else None
+    except ValueError:
+        weight = None  # the sign is a part of the name, as in a URL
+    if weight is None:
+        return entry.strip(), None
+    if not math.isfinite(weight):
+        raise InputError(f"{setting}: {entry!r} has the weight {behind}: expected a number")
+    return name.strip(), weight
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return _run(path, path.read_bytes())
+
+
+def _run(path: Path, source: bytes) -> ModuleType:
+    # a name of its own: a user's file may be called like a module of Python
+    module = ModuleType(f"papo_fast_user_{path.stem}")
+    module.__file__ = str(path)
+    exec(compile(source, path, "exec"), vars(module))
+    return module

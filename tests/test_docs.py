@@ -41,6 +41,14 @@ MODELS = {  # folders of the commands → whose config.json stands for it
 }
 
 
+OWN = """
+def short(response): return 0
+def noise(pixel_values, image_grid_thw, seed): return pixel_values
+def drift(batch, config): return batch.logprobs
+def seen(batch, config): return batch.dependency
+"""  # functions that commands name as mine.py:NAME
+
+
 def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
@@ -185,6 +193,12 @@ def desk(tmp_path, monkeypatch):
     for folder, config in MODELS.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
+    (tmp_path / "mine.py").write_text(OWN)
+    settings = {"model": {"path": "M"}, "data": {"train": "questions.jsonl"}}
+    finished = tmp_path / "runs" / "papo-g-3b-seed0"
+    (finished / "model").mkdir(parents=True)
+    for file in (finished / "config.json", tmp_path / "run.yaml"):
+        file.write_text(json.dumps({"preset": "papo-g-3b", **settings}))
     monkeypatch.chdir(tmp_path)
     asked = []
 
@@ -198,7 +212,7 @@ def desk(tmp_path, monkeypatch):
 
     stand_in("launch", "train")
     stand_in("launch", "serve")
-    stand_in("evaluate", "evaluate_checkpoint")
+    stand_in("launch", "evaluate")
     stand_in("report", "print_run")
     return asked
 
@@ -522,11 +536,12 @@ def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
     assert set(runs) == {*("from-python", "own-reward", "own-corruption", "own-term", "own-weight")}
     rows = {name: json.loads(path.read_text().splitlines()[0]) for name, path in runs.items()}
     assert set(rows["from-python"]) <= set(documented_keys())
-    assert set(rows["own-term"]) - set(documented_keys()) == {"drift"}
+    assert set(rows["own-term"]) - set(documented_keys()) == {"term_drift"}
     # of the tokens that VPPO keeps, at least four fifths, the page's weight may drop any
     assert set(rows["own-weight"]) >= weigher_keys() and rows["own-weight"]["token_weight"] < 1
     # 0.1 / (1 + length / 200) for a response of some length, where the built-in reward gives 0
     assert rows["from-python"]["reward"] == 0 and 0.05 < rows["own-reward"]["reward"] < 0.1
+    assert set(rows["own-reward"]) - set(documented_keys()) == {"reward_short"}
     assert rows["own-corruption"]["kl_prcp"] != rows["own-reward"]["kl_prcp"]
 
 

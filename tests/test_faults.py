@@ -191,7 +191,7 @@ def test_answers_that_hang_or_crash_the_comparison_cost_their_reward_only(
     def crash_at_a_fraction(self, reference, candidate):
         if "frac" in candidate:
             if self.process is None:
-                self._start()
+                self.start()
             self.process.kill()  # as the system's memory killer does
         return asked(self, reference, candidate)
 

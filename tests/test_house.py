@@ -62,10 +62,10 @@ def test_no_two_test_files_share_a_name():
 FLOORS = (
     {"errors"},
     {"user_function"},
-    {"weight_settings"},
+    {"corruption_settings", "reward_settings", "term_settings", "weight_settings"},
     {"config", "consoles", "machine", "setting_bounds"},
-    {"config_checks", "presets", "parallel", "token_batch"},
-    {"rewards", "run", "estimators"},
+    {"config_checks", "config_file", "hand_over", "presets", "parallel", "token_batch"},
+    {"methods", "rewards", "run", "estimators"},
     {"data", "dependency", "view_terms"},
     {"objective", "samples", "token_weights"},
     {"model"},

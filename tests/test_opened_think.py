@@ -89,9 +89,8 @@ def test_training_evaluation_and_report_read_on_from_the_opened_tag(config, monk
 
 
 def test_the_evaluation_of_a_checkpoint_reads_on_from_the_opened_tag(config, monkeypatch):
-    tokenizer = PromptEncoder(config.model.path, config.data).tokenizer
-    monkeypatch.setattr(evaluate, "HFRollout", lambda *_: Says(tokenizer))
-    summary = evaluate.evaluate_checkpoint(config, Console(file=io.StringIO()))
+    monkeypatch.setattr(evaluate, "make_engine", lambda c, p, encoder, f: Says(encoder.tokenizer))
+    summary = launch.evaluate(config, Console(file=io.StringIO()))
     assert summary["reasoning_errors_after"] == 0.5 and summary["perception_errors_after"] == 0
 
 

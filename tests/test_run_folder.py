@@ -534,7 +534,10 @@ def test_steps_before_the_first_checkpoint_are_done_again_aloud(config, monkeypa
     said = io.StringIO()
     train(config, Console(file=said, width=500))
     assert "warning: no checkpoint yet: the first 2 steps are done again" in said.getvalue()
-    assert steps_of(folder) == [1, 2, 3] and len(whole) == 3
+    more, said = with_train(config, steps=4), io.StringIO()
+    train(more, Console(file=said, width=500))
+    assert f"resuming {folder} after step 2, from {folder}/checkpoints/step-2" in said.getvalue()
+    assert steps_of(folder) == [1, 2, 3, 4] and len(whole) == 3
 
 
 def test_data_that_nobody_touched_is_not_read_again_and_any_other_is_noticed(

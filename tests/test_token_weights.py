@@ -201,7 +201,7 @@ def mine(batch, config):
 class Different(Scorer):
     """The random model answers nothing right: rewards that differ give it advantages."""
 
-    def score(self, responses, answers):
+    def score(self, responses, answers, questions=None):
         scores = super().score(responses, answers)
         return [
             dataclasses.replace(score, reward=(sum(map(ord, text)) % 7) / 7)

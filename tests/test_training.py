@@ -169,7 +169,7 @@ def test_the_dynamic_filter_asks_until_it_is_full_and_says_when_it_cannot_or_top
 
     score, calls = Scorer.score, []
 
-    def sometimes_right(self, responses, answers):
+    def sometimes_right(self, responses, answers, questions):
         scores = score(self, responses, answers)
         calls.append(len(scores))
         # in every second group one response is right
@@ -313,6 +313,7 @@ def test_presets_are_the_papers_and_valid():
         assert rollout.filter_unfilled == "error", name
     for name, (_, config) in PRESETS.items():
         assert config.preset == name
+        assert (config.train.checkpoint_every > 0) == (not config.digits.enabled), name
         check(
             dataclasses.replace(
                 config,

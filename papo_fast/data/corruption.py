@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from papo_fast.config import CorruptionConfig
+from papo_fast.corruption_settings import CORRUPTIONS, CorruptionConfig, load_corruption
 from papo_fast.data.encoder import PromptEncoder, black_pixel
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
@@ -170,6 +170,37 @@ def _check_ratio(ratio: float) -> None:
         raise InputError(f"corruption.ratio is {ratio}: it must be between 0 and 1")
 
 
+@dataclass(frozen=True)
+class _Own:
+    """A corruption of the user's, which gets copies, and whose result is looked at."""
+
+    name: str
+    function: Callable[..., Any]
+
+    def of_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
+        found = self.function(pixel_values.clone(), image_grid_thw.clone(), seed)
+        shape = tuple(pixel_values.shape)
+        if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
+            got = (
+                f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
+            )
+            raise InputError(
+                f"corruption.kind: {self.name} returned {got:.200}, expected a tensor {shape} of "
+                "floating-point numbers, as pixel_values is"
+            )
+        return found.detach().to(pixel_values)
+
+    def of_images(self, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
+        found = self.function([image.copy() for image in images], seed)
+        sizes = [image.size for image in images]
+        if not isinstance(found, Sequence) or [getattr(x, "size", None) for x in found] != sizes:
+            raise InputError(
+                f"corruption.kind: {self.name} returned {found!r:.200}, expected a list of "
+                f"{len(sizes)} pictures of the sizes {sizes}"
+            )
+        return [to_rgb(image) for image in found]
+
+
 class PromptCorruption:
     """(prompt, seed) → pixels of the `aug` stream, of the same shape as the prompt's own.
 
@@ -194,6 +225,11 @@ class PromptCorruption:
         if images is None and pixels is None:
             if config.kind == "official":
                 self.on_images = OfficialCorruption(config.ratio)
+            elif config.kind not in CORRUPTIONS:
+                function, on = load_corruption(config.kind)
+                own = _Own(config.kind, function)
+                self.on_pixels = own.of_pixels if on == "pixels" else None
+                self.on_images = own.of_images if on == "images" else None
             else:
                 self.on_pixels = PatchCorruption.of(encoder.image_processor, config.ratio)
 

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Prompt:
     """Token ids and patches of problem, suffix and images."""
     reading: str | None = None
     """What the picture says, where the data has such a column."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns, as the data has them; None where a row lacks one."""
 
 
 class PromptDataset(Dataset):
@@ -93,13 +95,15 @@ class PromptDataset(Dataset):
                 self._rows[0]
             except BadSample as bad:
                 raise InputError(f"{self.source} has no row that can be read: {bad}") from bad
+        used = (config.problem_key, config.answer_key, config.images_key)
+        self._others = sorted(columns - set(used))
         names = printable(", ".join(sorted(columns)), 1000)
-        for field in ("problem", "answer"):
-            key = getattr(config, f"{field}_key")
+        for what in ("problem", "answer"):
+            key = getattr(config, f"{what}_key")
             if key not in columns:
                 raise InputError(
                     f"{self.source} has no column {key!r}; it has {names}. "
-                    f"Name the column that holds the {field} with --data.{field}-key"
+                    f"Name the column that holds the {what} with --data.{what}-key"
                 )
         if config.images_key not in columns:
             _log.warning(
@@ -162,7 +166,8 @@ class PromptDataset(Dataset):
         except InputError as error:
             raise BadSample("prompt", str(error)) from error
         kind = as_kind(row.get(config.kind_key))
-        return Prompt(index, problem, answer, kind, images, encoded, reading)
+        others = {name: row.get(name) for name in self._others}
+        return Prompt(index, problem, answer, kind, images, encoded, reading, others)
 
 
 def steps_of_epochs(config: Config, rows: int) -> int:

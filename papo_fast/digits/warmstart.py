@@ -171,7 +171,9 @@ def warm_start(
     rng = random.Random(config.seed)
     accuracy = 0.0
     total = config.digits.warm_max_steps
-    with Scorer(config.reward) as scorer, progress.task("warm start", total=total) as advance:
+    # a user's reward functions have no say in it
+    only_accuracy = replace(config.reward, functions=("accuracy",))
+    with Scorer(only_accuracy) as scorer, progress.task("warm start", total=total) as advance:
         for step in range(1, total + 1):
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1.0, step / 50)

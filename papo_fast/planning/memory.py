@@ -14,7 +14,8 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.planning.sizes import ModelSizes, Part
 from papo_fast.planning.workload import Lengths, MicroBatch, micro_batch, update_streams
-from papo_fast.rewards import answer_check
+from papo_fast.reward_settings import rewarded
+from papo_fast.rewards import answer_check, function_worker
 from papo_kernels.rows import CHUNK_ELEMENTS
 
 FULL = 4  # bytes of master weights, gradients and moments
@@ -296,7 +297,7 @@ def plan_memory(
         update=update,
         rollout=rollout,
         host=host,
-        scoring=config.reward.workers * answer_check.MEMORY_LIMIT,
+        scoring=config.reward.workers * _of_a_reward_worker(config),
         loading=FULL * sizes.parameters,
         logits=2 * FULL * scored * sizes.vocab,
         batch=batch,
@@ -322,3 +323,9 @@ def sampling_bytes(
 def vllm_least(sizes: ModelSizes) -> float:
     """Bytes that vLLM needs at least: bfloat16 weights, and something for keys and values."""
     return 2 * sizes.parameters * 1.05 + 2**31
+
+
+def _of_a_reward_worker(config: Config) -> int:
+    """Bytes: of a process that compares answers, and of one that calls functions, if there are."""
+    own = any(one.is_own for one in rewarded(config.reward))
+    return answer_check.MEMORY_LIMIT + own * function_worker.MEMORY_LIMIT

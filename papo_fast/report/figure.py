@@ -28,6 +28,7 @@ from papo_fast.report.curves import (
 from papo_fast.report.examples import Strip, before_training, choose, how_chosen
 from papo_fast.report.heldout import Bars
 from papo_fast.report.naming import NamedRun, name_runs
+from papo_fast.report.page import write_page
 from papo_fast.report.wording import (
     DPI,
     GREY,
@@ -58,6 +59,8 @@ END_FONT = FontProperties(family="DejaVu Sans", size=8.5, weight="bold")
 def write_report(run_dir: Path, beside: Sequence[Path] = ()) -> Path:
     """Draw `report.png` of a run, finished or not, from its files; returns the picture's path.
 
+    `report.html` is written beside it, with the picture and every example.
+
     Args:
         beside: other runs, whose curves and accuracies stand beside its own.
 
@@ -75,6 +78,7 @@ def write_report(run_dir: Path, beside: Sequence[Path] = ()) -> Path:
             partial.replace(path)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from error
+    write_page(run)
     return path
 
 

@@ -15,7 +15,7 @@ from papo_fast.report.figure import write_report
 from papo_fast.report.heldout import kinds
 from papo_fast.report.naming import NamedRun, name_runs
 from papo_fast.report.wording import duration, kind_name
-from papo_fast.run.files import METRICS, read_run
+from papo_fast.run.files import METRICS, PAGE, read_run
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
@@ -121,6 +121,7 @@ def print_run(run_dir: Path, console: Console, beside: Sequence[Path] = ()) -> N
         for note in entry.run.notes:
             console.print(Text(f"Note on {entry.name}: {note}", style="yellow"))
     console.print(Text(f"Picture: {path}"), soft_wrap=True)
+    console.print(Text(f"Every example: {path.with_name(PAGE)}"), soft_wrap=True)
 
 
 def print_beside(named: Sequence[NamedRun], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Rewards of responses: a right answer in \\boxed{}, and the <think>…</think> format.
+"""Rewards of responses: a right answer in \\boxed{}, the <think>…</think> format, and others.
 
 Answers are read first (`papo_fast.rewards.answers`). Those that need algebra are compared by
 math-verify in worker processes with a limit of CPU time, if they are neither too long nor too large
@@ -10,34 +10,27 @@ module, and with it torch, in every one of them, again after each kill.
 from __future__ import annotations
 
 import json
-import os
-import queue
 import re
-import select
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import IO, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from papo_fast.config import RewardConfig
 from papo_fast.errors import InputError
+from papo_fast.reward_settings import RewardConfig, rewarded
 from papo_fast.rewards import answer_check
 from papo_fast.rewards.answers import Algebra, judge
+from papo_fast.rewards.functions import Question, RewardFunctions, arguments_of
 from papo_fast.rewards.reading import tight
-
-START_LIMIT = 600.0
-"""Seconds a worker may take to start; a busy machine imports sympy slowly."""
-WALL_FACTOR = 10.0
-"""A worker that uses no CPU time, so that its own limit never comes, is killed after this many
-times the limit."""
-PATIENCE = 4
-"""Timeouts of one call of `score` after which each further one costs `LOWERED` of the limit."""
-LOWERED = 0.1
-"""The share of the time limit that is left for an answer after `PATIENCE` timeouts."""
+from papo_fast.rewards.workers import (
+    LOWERED,
+    PATIENCE,
+    WALL_FACTOR,
+    Outcome,
+    Worker,
+    Workers,
+    ask_in_order,
+)
 
 Verdict = Literal["right", "wrong", "timeout", "failure"]
 
@@ -51,7 +44,7 @@ class Score:
     """What one response earned."""
 
     reward: float
-    """accuracy_weight × accuracy + format_weight × format."""
+    """Σ weight × value over `reward.functions`."""
     accuracy: float
     """1 if the last \\boxed{} equals the reference, else 0."""
     format: float
@@ -59,6 +52,8 @@ class Score:
     timed_out: bool
     """The comparison exceeded its time limit, or would have: the answer was too long or too large a
     number. Accuracy is 0."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What functions and services gave, by the name of their metric."""
 
 
 class Scorer:
@@ -68,9 +63,10 @@ class Scorer:
         timeouts: comparisons that used more than `config.timeout` seconds of CPU time, and answers
             beyond the limits of size in `answer_check`, which are not compared at all. The limit is
             on CPU time, so that a busy machine gives the same rewards. After `PATIENCE` of them in
-            one call of `score`, `LOWERED` of it is left to each further answer of that call.
+            one call of `score`, `LOWERED` of it is left to each further answer of that call. Calls
+            of reward functions that took too long count here too.
         failures: comparisons in which math-verify raised, ran out of memory or crashed; they score
-            0. `last_failure` says how.
+            0. `last_failure` says how. Calls of reward functions that failed count here too.
         prompt_end: how the prompts end, in text, for the check of the format: a chat template may
             have opened <think> already.
     """
@@ -81,9 +77,9 @@ class Scorer:
         self.failures = 0
         self.last_failure = ""
         self.prompt_end = ""
-        self._workers: list[_Worker] = []
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self.entries = rewarded(config)
+        self._functions = RewardFunctions(config, self.entries)
+        self._pool = Workers(lambda: _Worker(config.timeout), config.workers, "answer-check")
 
     def __enter__(self) -> Scorer:
         return self
@@ -93,26 +89,34 @@ class Scorer:
 
     def close(self) -> None:
         """End the worker processes; a later `score` starts new ones."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-            self._threads = None
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
-        self._idle = queue.SimpleQueue()
+        self._pool.close()
+        self._functions.close()
+
+    @property
+    def _workers(self) -> list[_Worker]:
+        return self._pool.all
 
     def alarms(self) -> list[str]:
         """What the user should hear since the last call."""
         failure, self.last_failure = self.last_failure, ""
-        return [f"an answer could not be compared: {failure}"] if failure else []
+        said, self._functions.said = self._functions.said, []
+        return [f"an answer could not be compared: {failure}"] * bool(failure) + said
 
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[Score]:
+    def score(
+        self,
+        responses: Sequence[str],
+        answers: Sequence[str],
+        questions: Sequence[Question] | None = None,
+    ) -> list[Score]:
         """Scores of `responses` against the reference `answers`, one for each.
 
         A reference may be plain, in `$…$` or in \\boxed{}; several boxes are one answer of several
         parts, in a response too where only `and`, `or` or a comma stands between them. Raises
         `InputError` for an empty one and where the numbers differ; `RuntimeError` if the workers
         cannot start.
+
+        Args:
+            questions: what reward functions may know of each response's question; None: nothing.
         """
         if len(responses) != len(answers):
             raise InputError(
@@ -137,52 +141,61 @@ class Scorer:
         verdicts.update((pair, compared[algebra]) for pair, algebra in undecided.items())
         self.timeouts += sum(verdicts[pair] == "timeout" for pair in pairs)
         self.failures += sum(verdicts[pair] == "failure" for pair in pairs)
+        own = self._own(responses, candidates, answers, questions)
         return [
-            self._score(response, verdicts[pair])
-            for response, pair in zip(responses, pairs, strict=True)
+            self._score(response, verdicts[pair], {name: own[name][i] for name in own})
+            for i, (response, pair) in enumerate(zip(responses, pairs, strict=True))
         ]
 
-    def _score(self, response: str, verdict: Verdict) -> Score:
+    def _own(
+        self,
+        responses: Sequence[str],
+        candidates: Sequence[str | None],
+        answers: Sequence[str],
+        questions: Sequence[Question] | None,
+    ) -> dict[str, list[float]]:
+        """Values of the functions that are not built in, by label."""
+        functions = self._functions
+        if not functions.own:
+            return {}
+        asked: Sequence[Question | None] = questions or [None] * len(responses)
+        timeouts, failures = functions.timeouts, functions.failures
+        calls = map(arguments_of, responses, candidates, answers, asked)
+        values = functions.values(list(calls))
+        self.timeouts += functions.timeouts - timeouts
+        self.failures += functions.failures - failures
+        return values
+
+    def _score(self, response: str, verdict: Verdict, own: dict[str, float]) -> Score:
         accuracy, format_ = float(verdict == "right"), float(has_format(response, self.prompt_end))
-        reward = self.config.accuracy_weight * accuracy + self.config.format_weight * format_
-        return Score(reward, accuracy, format_, verdict == "timeout")
+        values = {"accuracy": accuracy, "format": format_, **own}
+        reward = sum((one.weight * values[one.label] for one in self.entries), 0.0)
+        return Score(reward, accuracy, format_, verdict == "timeout", own)
 
     def _compare(self, pairs: list[Algebra]) -> dict[Algebra, Verdict]:
         if not pairs:
             return {}
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.config.workers, "answer-check")
-            self._workers = [_Worker(self.config.timeout) for _ in range(self.config.workers)]
-            for worker in self._workers:
-                self._idle.put(worker)
-        late = [False] * len(pairs)
+        workers = self._pool
+
+        def ask(i: int, limit: float) -> Outcome:
+            worker = workers.idle.get()
+            try:
+                worker.timeout = limit
+                verdict, reason = worker.compare(*pairs[i])
+                if verdict == "timeout" or verdict == "failure":
+                    return Outcome(verdict, reason=reason, late=verdict == "timeout")
+                return Outcome("value", verdict, worker.seconds)
+            finally:
+                workers.idle.put(worker)
 
         def limit(timeouts: int) -> float:
             return self.config.timeout * (LOWERED if timeouts >= PATIENCE else 1.0)
 
-        def ask(i: int) -> tuple[Verdict, str, float]:
-            worker = self._idle.get()
-            try:
-                worker.timeout = limit(sum(late[:i]))
-                verdict, reason = worker.compare(*pairs[i])
-                late[i] = verdict == "timeout"
-                return verdict, reason, worker.seconds
-            finally:
-                self._idle.put(worker)
-
-        results = list(self._threads.map(ask, range(len(pairs))))
-        # What an answer is allowed follows from the ones before it, all of them, and not from those
-        # that had ended when it started: a score does not depend on the number of workers.
-        verdicts: dict[Algebra, Verdict] = {}
-        timeouts = 0
-        for pair, (verdict, reason, seconds) in zip(pairs, results, strict=True):
-            if verdict == "failure":
-                self.last_failure = reason
-            elif seconds > limit(timeouts):
-                verdict = "timeout"
-            timeouts += verdict == "timeout"
-            verdicts[pair] = verdict
-        return verdicts
+        outcomes = ask_in_order(len(pairs), ask, limit, workers.threads)
+        reasons = [outcome.reason for outcome in outcomes if outcome.kind == "failure"]
+        self.last_failure = reasons[-1] if reasons else self.last_failure
+        verdicts = [x.value if x.kind == "value" else x.kind for x in outcomes]
+        return dict(zip(pairs, verdicts, strict=True))
 
 
 def has_format(response: str, prompt: str = "") -> bool:
@@ -281,90 +294,33 @@ def _reference(answer: str, i: int) -> str:
     return reference
 
 
-class _Worker:
-    """One process that runs `answer_check`, started again after each time it had to be killed."""
+class _Worker(Worker):
+    """One process that runs `answer_check`."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
         """Seconds of CPU time for the next answer."""
         self.seconds = 0.0
         """What the last one took, if it was compared."""
-        self.process: subprocess.Popen[bytes] | None = None
+        super().__init__(
+            # -P: the package's own folder on sys.path would shadow other libraries' modules.
+            [sys.executable, "-P", answer_check.__file__],
+            # Sets of strings inside sympy would otherwise be visited in another order each time.
+            {"PYTHONHASHSEED": "0"},
+            "cannot start a process that checks answers: {reason}. It needs math-verify: "
+            "pip install 'math-verify[antlr4_13_2]'",
+        )
 
     def compare(self, reference: str, candidate: str) -> tuple[Verdict, str]:
         """The verdict and, for a failure, its reason."""
-        process = self.process or self._start()
         self.seconds = 0.0
         request = json.dumps([reference, candidate, self.timeout]).encode() + b"\n"
-        try:
-            stdin, _ = _pipes(process)
-            stdin.write(request)
-            stdin.flush()
-            line = _read_line(process, WALL_FACTOR * self.timeout)
-        except BrokenPipeError:
-            line = b""
-        if line is None:
-            self.kill()
+        reply = self.ask(request, WALL_FACTOR * self.timeout)
+        if reply is None or reply == -answer_check.LIMIT_SIGNAL:
             return "timeout", ""
-        if not line:
-            status = process.wait()
-            self.kill()
-            if status == -answer_check.LIMIT_SIGNAL:
-                return "timeout", ""
-            return "failure", f"the worker died with exit status {status}"
-        reply = json.loads(line)
+        if isinstance(reply, int):
+            return "failure", f"the worker died with exit status {reply}"
         self.seconds = reply["seconds"]
         if "error" in reply:
             return "failure", reply["error"]
         return ("right" if reply["right"] else "wrong"), ""
-
-    def kill(self) -> None:
-        """End the process at once, if there is one."""
-        if self.process is None:
-            return
-        self.process.kill()
-        self.process.wait()
-        stdin, stdout = _pipes(self.process)
-        stdout.close()
-        with suppress(BrokenPipeError):  # part of a request was still buffered; its reader is dead
-            stdin.close()
-        self.process = None
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the package's own folder on sys.path would shadow other libraries' modules.
-        command = [sys.executable, "-P", answer_check.__file__]
-        # Sets of strings inside sympy would otherwise be visited in another order each time.
-        environment = {**os.environ, "PYTHONHASHSEED": "0"}
-        self.process = process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
-        line = _read_line(process, START_LIMIT)
-        reply = json.loads(line) if line else {}
-        if not reply.get("ready"):
-            self.kill()
-            reason = reply.get("error", "it ended or hung while starting, see its message above")
-            raise RuntimeError(
-                f"cannot start a process that checks answers: {reason}. It needs math-verify: "
-                "pip install 'math-verify[antlr4_13_2]'"
-            )
-        return process
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
-    """Its stdin and stdout."""
-    assert process.stdin is not None and process.stdout is not None
-    return process.stdin, process.stdout
-
-
-def _read_line(process: subprocess.Popen[bytes], limit: float) -> bytes | None:
-    """One line of its output, b"" if it has ended, None if `limit` seconds pass first."""
-    stdout, deadline, line = _pipes(process)[1].fileno(), time.monotonic() + limit, b""
-    while not line.endswith(b"\n"):
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([stdout], [], [], left)[0]:
-            return None
-        chunk = os.read(stdout, 65536)
-        if not chunk:
-            return b""
-        line += chunk
-    return line

@@ -51,10 +51,9 @@ class Sampler:
             for group in drawn
         ]
         flat = [sample for group in samples for sample in group]
-        answers = [prompt.answer for prompt in mine for _ in range(n)]
-        for sample, score in zip(
-            flat, self.scorer.score([s.text for s in flat], answers), strict=True
-        ):
+        asked = [prompt for prompt in mine for _ in range(n)]
+        texts, answers = [s.text for s in flat], [prompt.answer for prompt in asked]
+        for sample, score in zip(flat, self.scorer.score(texts, answers, asked), strict=True):
             sample.score = score
         everybodys = gather_in_order(samples, len(prompts))
         return [Group(p, group) for p, group in zip(prompts, everybodys, strict=True)]

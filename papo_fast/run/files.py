@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from papo_fast.config_file import CONFIG as CONFIG
 from papo_fast.errors import InputError
 from papo_fast.run.metrics import Row, json_line, read_json_lines, read_metrics
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-EXAMPLES, REPORT = "examples.jsonl", "report.png"
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+EXAMPLES, REPORT, PAGE = "examples.jsonl", "report.png", "report.html"
 
 
 @dataclass(frozen=True)

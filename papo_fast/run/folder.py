@@ -16,8 +16,9 @@ from papo_fast.run.clock import Clock
 from papo_fast.run.files import CONFIG
 from papo_fast.run.lock import LOCK, Locked, locked
 from papo_fast.run.resume import check_settings
+from papo_fast.run.trackers import LEFT
 
-_OF_NO_STEP = {LOCK, "vllm_server.log", "server_weights"}
+_OF_NO_STEP = {LOCK, "vllm_server.log", "server_weights", *LEFT}
 """What a run leaves that ended before its first step began."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from papo_fast.run.folder import write_json
 from papo_fast.run.hack_alarms import HackMonitor, StandstillMonitor
 from papo_fast.run.metrics import MetricsLog, Row, json_line, read_metrics
 from papo_fast.run.resume import check_that_nothing_is_lost, rows_until
+from papo_fast.run.step_lines import StepLines
 from papo_fast.run.stop import StopRequest
+from papo_fast.run.trackers import Tracking
 
 BEFORE = "before.json"
 
@@ -51,6 +54,8 @@ class Journal:
         self._monitors = (CollapseMonitor(), HackMonitor(kl_clip=kl_clip), StandstillMonitor())
         self._rewards: list[float] = []  # since the last checkpoint
         self._log: MetricsLog | None = None
+        self._lines = StepLines()
+        self._tracking: Tracking | None = None
         self._state: dict[str, Any] = {}
         self._weights_moved = False  # since the last step ended
         self._tried = 0  # the step whose checkpoint was written last, or failed
@@ -79,6 +84,11 @@ class Journal:
             )
             if again:
                 self.say(f"[yellow]warning:[/yellow] {again}")
+            else:
+                self.say(f"nothing to resume in {self.folder}: the run starts at step 1")
+        else:
+            checkpoint = self._store.folder / f"step-{self.done}"
+            self.say(f"resuming {self.folder} after step {self.done}, from {checkpoint}")
         rows = rows_until(rows, self.done, path)
         wait_for_all()  # everybody has read the rows
         if is_main():  # steps after the checkpoint will be made again
@@ -97,6 +107,12 @@ class Journal:
         self._state = state
         if is_main():
             self._log = MetricsLog(self.folder / METRICS, resume=self.config.resume)
+            self._tracking = Tracking(self.config.track, self.folder, asdict(self.config))
+
+    def close(self) -> None:
+        """Nothing more is written."""
+        if self._tracking is not None:
+            self._tracking.close()
 
     def alarms(self, row: Row, response: str = "") -> list[str]:
         """What a row, before it is entered, should warn the user of; `response` is one of it."""
@@ -112,9 +128,12 @@ class Journal:
         """
         if self._log is not None:
             self._log.append(row)
+        if self._tracking is not None:
+            self._tracking.log(row)
         self._rewards.append(row["reward"])
         self.done, self._state, self._weights_moved = row["step"], state, False
-        self.say(step_line(row, steps))
+        for line in self._lines.of(row, steps):
+            self.say(line)
         for alarm in row["alarms"]:
             self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
 
@@ -160,24 +179,3 @@ class Journal:
         if self._stop is not None:
             self._stop.raise_if_requested()
         return entries
-
-
-def step_line(row: Row, steps: int) -> str:
-    """One line of a step's metrics."""
-    parts = [f"step {row['step']:>3}/{steps}"]
-    for name, label, form in (
-        ("reward", "reward", ".3f"),
-        ("accuracy", "acc", ".3f"),
-        ("kl_prcp", "KL_prcp", ".3f"),
-        ("kl_ref", "KL_ref", ".4f"),
-        ("entropy", "H", ".3f"),
-        ("aug_entropy", "H_aug", ".3f"),
-        ("clip_fraction_high", "clip", ".3f"),
-        ("grad_norm", "grad", ".2f"),
-        ("response_length", "len", ".1f"),
-    ):
-        if row.get(name) is not None:
-            parts.append(f"{label} {row[name]:{form}}")
-    phases = ("sync", "rollout", "experience", "update")
-    seconds = sum(row.get(f"{phase}_seconds", 0) for phase in phases)
-    return "  ".join([*parts, f"{seconds:.1f} s"])

@@ -13,7 +13,7 @@ from papo_fast.run.files import CONFIG, METRICS, SUMMARY
 from papo_fast.run.metrics import Row, json_line
 
 # Settings that may differ between a run and its continuation: none of them changes a step.
-_FREE = ("resume", "overwrite", "out", "name", "device", "preset")
+_FREE = ("resume", "overwrite", "out", "name", "device", "preset", "track")
 _FREE_IN_TRAIN = ("checkpoint_every", "keep_checkpoints", "max_tokens")
 # Under a linear schedule the number of steps decides every step's learning rate.
 _FREE_WHERE_LR_IS_CONSTANT = ("steps", "epochs")
@@ -21,6 +21,9 @@ _FREE_IN_ROLLOUT = (
     *("gpu_memory", "tensor_parallel"),
     *("server_urls", "server_timeout", "server_weights", "server_token_file"),
 )
+# How long and how often a service is asked, and by how many.
+_FREE_IN_REWARD = ("http_timeout", "http_retries", "http_parallel")
+_FREE_IN_EVAL = ("examples",)
 # A bad row that stopped a run may be skipped from there on.
 _FREE_IN_DATA = ("on_bad_sample",)
 
@@ -38,6 +41,7 @@ def check_settings(config: Config, folder: Path) -> None:
         return
     before, now = _settings(path), json.loads(json.dumps(asdict(config)))
     free = {"": _FREE, "train": _FREE_IN_TRAIN, "rollout": _FREE_IN_ROLLOUT, "data": _FREE_IN_DATA}
+    free |= {"reward": _FREE_IN_REWARD, "eval": _FREE_IN_EVAL}
     if config.train.lr_schedule == "constant":
         free["train"] += _FREE_WHERE_LR_IS_CONSTANT
     if config.digits.enabled:  # filled in from the cache
@@ -114,11 +118,12 @@ def rows_until(rows: list[Row], done: int, path: Path) -> list[Row]:
 def check_that_nothing_is_lost(rows: list[Row], every: int, folder: Path) -> str | None:
     """For a run without a checkpoint: None where it has done nothing, or what is done again.
 
-    Raises `InputError` where more steps than lie between checkpoints would be done again.
+    Raises `InputError` where more steps than lie between checkpoints would be done again, or a
+    finished run's.
     """
     if not rows:
         return None
-    if len(rows) > every:
+    if len(rows) > every or (folder / SUMMARY).is_file():
         raise InputError(
             f"{folder} has done {len(rows)} steps and left no checkpoint to resume from: "
             "--overwrite does them again from the start, or choose another --name"

@@ -1,0 +1,158 @@
+"""A configuration from a YAML or JSON file, such as a run's own config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from papo_fast.config import Config
+from papo_fast.errors import InputError
+from papo_fast.setting_bounds import leaves
+
+CONFIG = "config.json"
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """What a .yaml, .yml or .json file, or the config.json of a run's folder, holds.
+
+    Raises `InputError` where it cannot be read or holds no mapping.
+    """
+    path = Path(file)
+    path = path / CONFIG if path.is_dir() else path
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise InputError(f"{path}: expected a .yaml, .yml or .json file, or the folder of a run")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    found = _parsed(path, text)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}, expected settings by name")
+    return found
+
+
+def _parsed(path: Path, text: str) -> Any:
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+    import yaml
+
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> Config:
+    """`config` changed by `settings`: nested by section, or by dotted names.
+
+    Raises `InputError` that names the key, and the nearest known one, or what a value should be.
+    """
+    known = [name for name, _, _ in leaves(config)]
+    return _changed(config, settings, "", source, known)
+
+
+def _changed(
+    config: Any, settings: Mapping[str, Any], prefix: str, source: str, known: list[str]
+) -> Any:
+    hints = get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in settings.items():
+        name, _, rest = str(key).partition(".")
+        if name not in hints:
+            raise InputError(f"{source}: unknown key {prefix}{key}{_nearest(prefix, key, known)}")
+        inner = changes.get(name, getattr(config, name))
+        where = f"{prefix}{name}"
+        if dataclasses.is_dataclass(inner):
+            part = {rest: value} if rest else value
+            if not isinstance(part, Mapping):
+                raise InputError(
+                    f"{source}: {where} is {value!r:.80}, expected settings by name, such as "
+                    f"{where}.{dataclasses.fields(inner)[0].name}"
+                )
+            changes[name] = _changed(inner, part, f"{where}.", source, known)
+        elif rest:
+            raise InputError(f"{source}: unknown key {prefix}{key}{_nearest(prefix, key, known)}")
+        else:
+            changes[name] = _value(hints[name], value, f"{source}: {where}")
+    return dataclasses.replace(config, **changes)
+
+
+def _nearest(prefix: str, key: Any, known: list[str]) -> str:
+    wanted = f"{prefix}{key}"
+    names = {name.rpartition(".")[2]: name for name in known}
+    last = wanted.rpartition(".")[2]
+    near = [names[last]] if last in names else []  # it stands in another section
+    near = near or difflib.get_close_matches(wanted, known, 1, 0.5)
+    near = near or [names[n] for n in difflib.get_close_matches(last, list(names), 1)]
+    return f"; the nearest known one is {near[0]}" if near else ""
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as a setting of type `hint` holds it."""
+    kinds = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    (kind,) = [k for k in kinds if k is not type(None)]
+    if get_origin(kind) is Literal:
+        # YAML reads a bare `off` and `on` as truth values
+        value = {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+        if value not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise InputError(f"{where} is {value!r:.80}: expected one of {choices}")
+        return value
+    if get_origin(kind) is tuple:
+        return _tuple(get_args(kind), value, where)
+    convert, expected = _PLAIN[kind]
+    try:
+        return convert(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} is {value!r:.80}: expected {expected}") from error
+
+
+def _tuple(parts: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where} is {value!r:.80}: expected a list")
+    if parts[-1] is not Ellipsis and len(value) != len(parts):
+        raise InputError(f"{where} is {value!r:.80}: expected a list of {len(parts)}")
+    return tuple(_value(parts[0], x, where) for x in value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list) or value is None:
+        raise TypeError
+    return str(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)  # YAML reads 1e-6, which has no dot, as a text
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+_PLAIN: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    str: (_text, "a text"),
+    int: (_integer, "an integer"),
+    float: (_number, "a number"),
+    bool: (_truth, "true or false"),
+}

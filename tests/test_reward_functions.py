@@ -1,0 +1,304 @@
+"""Reward functions of the user's and services: what they get, what they give, how they fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from papo_fast.errors import InputError
+from papo_fast.reward_settings import RewardConfig, check_rewards, rewarded
+from papo_fast.rewards import service
+from papo_fast.rewards.functions import GIVE_UP
+from papo_fast.rewards.scorer import Scorer
+from papo_fast.rewards.workers import PATIENCE
+from papo_fast.user_function import forget_files, name_given
+
+RIGHT = "<think>two</think>\\boxed{2}"
+WRONG = "\\boxed{3}"
+
+
+@dataclass
+class Asked:
+    problem: str = "How many?"
+    images: list = field(default_factory=list)
+    columns: dict = field(default_factory=dict)
+
+
+@pytest.fixture
+def file_of(tmp_path, monkeypatch):
+    """Writes a file of functions in the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="mine.py"):
+        (tmp_path / name).write_text(text)
+        return name
+
+    return write
+
+
+def scores_of(functions, responses, questions=None, answers=None, **settings):
+    config = RewardConfig(functions=tuple(functions), workers=1, **settings)
+    with Scorer(config) as scorer:
+        found = scorer.score(responses, answers or ["2"] * len(responses), questions)
+        return found, scorer, scorer.alarms()
+
+
+def test_the_default_reward_is_accuracy_and_format():
+    (right, wrong), _, alarms = scores_of(RewardConfig().functions, [RIGHT, WRONG])
+    assert right.reward == 0.9 + 0.1 and wrong.reward == 0 and right.values == {} and not alarms
+    (right, _), _, _ = scores_of(["format=0.25", "accuracy=2"], [RIGHT, WRONG])
+    assert right.reward == 2.25 and (right.accuracy, right.format) == (1, 1)
+    (one,), _, _ = scores_of([], [RIGHT])
+    assert one.reward == 0 and one.accuracy == 1
+
+
+def test_a_function_gets_everything_by_name_and_is_weighted(file_of):
+    file_of(
+        "def all_of(response, answer, reference, prompt, images, level, **others):\n"
+        "    assert answer == '2' and reference == 'the 2', (answer, reference)\n"
+        "    assert prompt == 'How many?' and others == {'source': 'atlas'}, others\n"
+        "    return len(response) + images[0].size[0] + level\n"
+        "def short(response, longest=10):\n"
+        "    return len(response) <= longest\n"
+    )
+    picture = Image.new("RGB", (100, 50))
+    asked = Asked(images=[picture], columns={"level": 1000, "source": "atlas"})
+    functions = ["accuracy=1", "mine.py:all_of=0.5", "mine.py:short=-1"]
+    (score,), scorer, alarms = scores_of(functions, ["it is \\boxed{2}"], [asked], ["the 2"])
+    assert not alarms and scorer.failures == 0
+    assert score.values == {"all_of": 15 + 100 + 1000, "short": 0}
+    assert score.reward == score.accuracy + 0.5 * 1115
+
+
+def test_a_function_may_draw_on_the_pictures_of_one_call_only(file_of):
+    file_of(
+        "def dark(images):\n"
+        "    value = images[0].getpixel((0, 0))[0]\n"
+        "    images[0].putpixel((0, 0), (0, 0, 0))\n"
+        "    return value\n"
+    )
+    pictures = [[Image.new("RGB", (4, 4), (n, n, n))] for n in (7, 9)]
+    asked = [Asked(images=pictures[n]) for n in (0, 0, 1, 1, 0)]
+    scores, _, _ = scores_of(["mine.py:dark"], [RIGHT] * 5, asked)
+    assert [s.values["dark"] for s in scores] == [7, 7, 9, 9, 7]
+
+
+BAD = """
+import os, time
+
+def bad(response):
+    if response == "raise": raise KeyError("nothing here")
+    if response == "nan": return float("nan")
+    if response == "huge": return 1e300
+    if response == "none": return None
+    if response == "text": return "1"
+    if response == "exit": raise SystemExit(0)
+    if response == "crash": os._exit(3)
+    if response == "segfault": os.kill(os.getpid(), 11)
+    if response == "spin":
+        while True: pass
+    if response == "sleep": time.sleep(1000)
+    if response == "print": print('{"value": 5}', flush=True)
+    if response == "memory": return len(bytearray(1 << 40))
+    return 1
+"""
+FAILURES = "raise nan huge none text exit crash segfault memory".split()
+
+
+def test_a_function_that_fails_gives_nothing_and_is_counted_and_the_next_call_is_right(
+    file_of, monkeypatch
+):
+    file_of(BAD)
+    monkeypatch.setattr("papo_fast.rewards.functions.WALL_FACTOR", 2.0)
+    responses = [r for bad in (*FAILURES, "spin", "sleep", "print") for r in (bad, "fine")]
+    started = time.monotonic()
+    scores, scorer, alarms = scores_of(["mine.py:bad"], responses, timeout=0.5)
+    assert time.monotonic() - started < 120
+    got = dict(zip(responses, [s.values["bad"] for s in scores], strict=True))
+    assert got == {**dict.fromkeys((*FAILURES, "spin", "sleep"), 0), "fine": 1, "print": 1}
+    assert (scorer.failures, scorer.timeouts) == (len(FAILURES), 2)
+    assert all(s.reward == s.values["bad"] for s in scores)
+    (alarm,) = alarms
+    assert "mine.py:bad gave no reward for 11 of 24 responses" in alarm
+    assert "nothing here" in alarm and scorer.alarms() == []
+
+
+def test_a_function_that_always_hangs_costs_a_bounded_time(file_of):
+    file_of("def spin(response):\n    while True: pass\n")
+    limit = 0.2
+    started = time.monotonic()
+    scores, scorer, _ = scores_of(["mine.py:spin"], [RIGHT] * 300, timeout=limit)
+    assert scorer.timeouts == 300 and {s.reward for s in scores} == {0.0}
+    # GIVE_UP processes were started and ended, and no more
+    assert time.monotonic() - started < PATIENCE * limit + GIVE_UP * 5
+
+
+def test_a_file_is_read_once(file_of, tmp_path):
+    file_of("def one(response): return 1\n")
+    with Scorer(RewardConfig(functions=("mine.py:one",), workers=1)) as scorer:
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1
+        file_of("def one(response): return 2\n")
+        scorer._functions._workers.all[0].kill()  # and the next call starts another process
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1
+        (tmp_path / "mine.py").unlink()
+        scorer._functions._workers.all[0].kill()
+        assert scorer.score([RIGHT], ["2"])[0].reward == 1 and scorer.failures == 0
+    file_of("def one(response): return 3\n")
+    forget_files()  # as each command does where it starts
+    assert scores_of(["mine.py:one"], [RIGHT])[0][0].reward == 3
+
+
+def test_plain_functions_of_python_run_in_the_workers_too():
+    bonus = 3
+
+    def mine(response):
+        import os
+
+        return bonus + (os.getpid() == parent)
+
+    import os
+
+    parent = os.getpid()
+    (score,), _, alarms = scores_of([name_given(mine)], [RIGHT])
+    assert not alarms and score.values == {"mine": 3}
+
+
+def test_a_function_that_cannot_be_sent_says_what_to_do():
+    numbers = (n for n in range(3))
+
+    def mine(response):
+        return next(numbers)
+
+    with pytest.raises(InputError, match=r"mine cannot be sent.*FILE.py:name"):
+        Scorer(RewardConfig(functions=(name_given(mine),)))
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        (["acuracy"], "neither accuracy, format, nor FILE.py:name"),
+        (["mine.py:ok", "other.py:ok"], "would be logged as reward_ok"),
+        (["mine.py:ok=nan"], "has the weight nan"),
+        (["mine.py:gone"], "has no function gone"),
+        (["none.py:ok"], "none.py is not a file"),
+        (["mine.py:timeouts"], "reward_timeouts, which is taken"),
+        (["mine.py:nameless"], "takes response by its place alone"),
+        (["python:unknown"], "handed over by a Python program"),
+        (["http:///x"], "not of the form http://HOST:PORT/PATH"),
+    ],
+)
+def test_entries_that_cannot_work_are_refused(functions, said, file_of):
+    file_of("def ok(response): return 1\ndef nameless(response, /): return 1\n")
+    file_of("def ok(response): return 1\n", "other.py")
+    with pytest.raises(InputError, match=said.replace(".", r"\.")):
+        check_rewards(RewardConfig(functions=tuple(functions)))
+
+
+def test_an_argument_that_is_no_column_is_named(file_of):
+    file_of("def ok(response, levle): return 1\n")
+    asked = Asked(columns={"level": 1, "source": 2})
+    with pytest.raises(InputError, match=r"asks for levle.* which has level, source"):
+        scores_of(["mine.py:ok"], [RIGHT], [asked])
+
+
+def test_weights_behind_urls():
+    config = RewardConfig(functions=("http://h:1/judge?k=v=0.5", "http://h:1/other?x=y"))
+    assert [(x.name, x.label, x.weight) for x in rewarded(config)] == [
+        ("http://h:1/judge?k=v", "judge", 0.5),
+        ("http://h:1/other?x=y", "other", 1.0),
+    ]
+
+
+# --- services -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(answer):
+    """A service on this machine; `answer(body, n)` gives status and text of the n-th request."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, text = answer(bodies[-1], len(bodies))
+            with suppress(OSError):  # whoever asked has gone
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/judge", bodies
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_service_judges_each_response_by_everything_there_is():
+    def answer(body, n):
+        assert body["reference"] == "2" and body["level"] == 4 and body["prompt"] == "How many?"
+        assert body["images"][0].startswith("iVBOR")  # a PNG in base64
+        number = len(body["response"])
+        return 200, json.dumps({"reward": number} if number % 2 else number)
+
+    asked = Asked(images=[Image.new("RGB", (2, 2))], columns={"level": 4})
+    with serving(answer) as (url, bodies):
+        scores, _, alarms = scores_of([f"{url}=0.5"], ["abc", "abcd"], [asked] * 2)
+    assert [s.reward for s in scores] == [1.5, 2.0] and not alarms and len(bodies) == 2
+    assert [s.values for s in scores] == [{"judge": 3}, {"judge": 4}]
+
+
+def test_no_proxy_stands_before_a_service_of_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serving(lambda body, n: (200, "1")) as (url, _):
+        scores, _, alarms = scores_of([url], ["a"], http_retries=0)
+    assert scores[0].reward == 1 and not alarms
+
+
+def test_a_service_is_asked_again_unless_it_refuses(monkeypatch):
+    monkeypatch.setattr(service, "PAUSE", 0.0)
+    asked = {}
+
+    def answer(body, n):
+        word = body["response"]
+        asked[word] = asked.get(word, 0) + 1
+        if word == "busy":
+            return (503, "") if asked[word] < 3 else (200, "0.5")
+        return {"refused": (401, ""), "odd": (200, '"fine"'), "nan": (200, "NaN")}[word]
+
+    with serving(answer) as (url, _):
+        words = ["busy", "refused", "odd", "nan"]
+        scores, scorer, alarms = scores_of([url], words, http_retries=2)
+    assert [s.reward for s in scores] == [0.5, 0, 0, 0]
+    assert asked == {"busy": 3, "refused": 1, "odd": 3, "nan": 3}
+    assert (scorer.failures, scorer.timeouts) == (3, 0)
+    assert "HTTP status 401" in alarms[0]
+
+
+def test_a_service_that_is_silent_or_gone_costs_a_bounded_time(monkeypatch):
+    monkeypatch.setattr(service, "PAUSE", 0.0)
+
+    def answer(body, n):
+        time.sleep(1)
+        return 200, "1"
+
+    with serving(answer) as (url, _):
+        _, scorer, _ = scores_of([url], ["a", "b"], http_timeout=0.2, http_retries=0)
+        assert (scorer.failures, scorer.timeouts) == (0, 2)
+    _, scorer, alarms = scores_of([url], ["a"] * 500, http_retries=0)  # nobody listens any more
+    assert scorer.failures + scorer.timeouts == 500 and scorer.failures >= GIVE_UP
+    assert "refused" in alarms[0].lower()
