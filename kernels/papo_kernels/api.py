@@ -14,6 +14,8 @@ from papo_kernels.rows import Options
 
 log = logging.getLogger("papo_kernels")
 
+# Asked once, since `torch.compile` cannot look into `find_spec`.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "torch", "reference")
 BUDGETS = ("call", "token")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -173,7 +175,7 @@ def _choose_backend(backend, operands, vocab_group):
 
 
 def _lacks_triton(device, operands, vocab_group):
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"hidden is on {device}, and the kernels need a GPU"

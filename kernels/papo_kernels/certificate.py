@@ -149,12 +149,11 @@ def choose_levels(counts, highest_entropy, tightness, known, budget, most):
 
 
 def _after(x):
-    """(T, 256): what (T, 256) `x` adds up to from the next level on, without cancellation.
-
-    A product and no cumsum: that of CUDA has no deterministic form for floats.
-    """
-    later = torch.ones(LEVELS, LEVELS, dtype=x.dtype, device=x.device).tril(-1)
-    return x @ later
+    """(T, 256): what (T, 256) `x` adds up to from the next level on, without cancellation."""
+    if x.device.type == "cuda":  # whose cumsum has no deterministic form for floats
+        return x @ torch.ones(LEVELS, LEVELS, dtype=x.dtype, device=x.device).tril(-1)
+    shifted = torch.nn.functional.pad(x[:, 1:], (0, 1))
+    return shifted.flip(1).cumsum(1).flip(1)
 
 
 def learn_tightness(before, dropped, bound, enough):
