@@ -21,6 +21,7 @@ from update_memory import write_checkpoint as write_memory_checkpoint
 
 from papo_fast.model.attention import NAME
 from papo_fast.model.batching import tree_flops
+from papo_fast.model.picture_attention import attend_inside_pictures
 from papo_fast.model.policy import Policy
 from papo_fast.update import Updater
 
@@ -173,6 +174,7 @@ def _update_of_layers(recorder, case, profile_it):
         model = AutoModelForImageTextToText.from_config(
             case.model_config(), attn_implementation=attention, dtype=torch.float32
         )
+    attend_inside_pictures(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model, [], torch.bfloat16).to("cuda")
     groups = experience(case)

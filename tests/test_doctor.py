@@ -182,9 +182,9 @@ def test_the_attention_of_each_kind_of_machine(monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", found.get)
     assert attention.chosen_path("cpu", torch.bfloat16).run is attention._sdpa
     assert attention.chosen_path("cuda", torch.float32).run is attention._sdpa
-    assert attention.chosen_path("cuda", torch.bfloat16).run is attention._flash_varlen
+    assert attention.chosen_path("cuda", torch.bfloat16).kernel is attention._flash_varlen
     found.clear()
-    assert attention.chosen_path("cuda", torch.bfloat16).run is attention._torch_varlen
+    assert attention.chosen_path("cuda", torch.bfloat16).kernel is attention._torch_varlen
 
 
 def test_engines_do_not_import_the_doctor():

@@ -33,6 +33,11 @@ MOST_WASTE = 0.25
 CALL_PAIRS = 1 << 17
 
 
+# (q, k, v) of (T, heads, D), where sequences begin in queries and keys, their most tokens, the
+# scale, and whether attention is causal -> (T, heads, D)
+VariableLength = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool], Tensor]
+
+
 class Segment(NamedTuple):
     """Tokens [start, start + length) and the prefix that they may also attend to, if any."""
 
@@ -245,30 +250,51 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float) -> Te
     return joined.index_select(0, position).view_as(q)
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float) -> Tensor:
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
-    t = tree.varlen
-    k, v = k.index_select(0, t.kv_index), v.index_select(0, t.kv_index)
     repeat, gqa = q.shape[1] // k.shape[1], {}
     if repeat > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         gqa = {"enable_gqa": True}
     elif repeat > 1:  # torch 2.11
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
     # a window of (-1, 0) is causal, aligned with the end of the keys
+    window = (-1, 0 if causal else -1)
     return varlen_attn(
-        q, k, v, t.cu_q, t.cu_k, t.max_q, t.max_k, scale=scale, window_size=(-1, 0), **gqa
-    )
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window, **gqa
+    )  # fmt: skip
 
 
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float) -> Tensor:
+def _flash_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
     from flash_attn import flash_attn_varlen_func
 
-    t = tree.varlen
-    k, v = k.index_select(0, t.kv_index), v.index_select(0, t.kv_index)
     return flash_attn_varlen_func(
-        q, k, v, t.cu_q, t.cu_k, t.max_q, t.max_k, softmax_scale=scale, causal=True
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal
     )
+
+
+def _by(kernel: VariableLength) -> Callable[[Tensor, Tensor, Tensor, TreeLayout, float], Tensor]:
+    """Attention of packed trees by a variable-length kernel."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float) -> Tensor:
+        t = tree.varlen
+        k, v = k.index_select(0, t.kv_index), v.index_select(0, t.kv_index)
+        return kernel(q, k, v, t.cu_q, t.cu_k, t.max_q, t.max_k, scale, True)
+
+    return run
+
+
+def variable_length(device: str, dtype: torch.dtype) -> VariableLength | None:
+    """The variable-length kernel for operands like these; None where there is none."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return _torch_varlen if importlib.util.find_spec("flash_attn") is None else _flash_varlen
 
 
 class Path(NamedTuple):
@@ -276,17 +302,19 @@ class Path(NamedTuple):
 
     run: Callable[[Tensor, Tensor, Tensor, TreeLayout, float], Tensor]
     name: str
+    kernel: VariableLength | None = None
 
 
 def chosen_path(device: str, dtype: torch.dtype) -> Path:
     """Which attention packed trees of this dtype run on a device of this type."""
     if device != "cuda":
         return Path(_sdpa, "SDPA on padded blocks of segments")
-    if dtype not in (torch.float16, torch.bfloat16):
+    kernel = variable_length(device, dtype)
+    if kernel is None:
         return Path(_sdpa, f"SDPA on padded blocks: variable-length kernels do not take {dtype}")
-    if importlib.util.find_spec("flash_attn") is not None:
-        return Path(_flash_varlen, "flash-attn's variable-length kernel")
-    return Path(_torch_varlen, "torch.nn.attention.varlen (flash-attn is not installed)")
+    if kernel is _flash_varlen:
+        return Path(_by(kernel), "flash-attn's variable-length kernel", kernel)
+    return Path(_by(kernel), "torch.nn.attention.varlen (flash-attn is not installed)", kernel)
 
 
 @functools.cache

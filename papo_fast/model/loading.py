@@ -18,6 +18,7 @@ from papo_fast.config import ModelConfig
 from papo_fast.data.model_folder import first_line, read_object
 from papo_fast.errors import InputError
 from papo_fast.model.attention import NAME as TREE_ATTENTION
+from papo_fast.model.picture_attention import attend_inside_pictures
 
 
 def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
@@ -46,6 +47,7 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
             f"model.path = {config.path!r}: the model cannot be built from config.json and its "
             f"weights: {first_line(error)}"
         ) from error
+    attend_inside_pictures(model)
     text = model.config.text_config
     sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if sliding or text.attention_dropout:
