@@ -20,6 +20,7 @@ from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate_checkpoint
 from papo_fast.hand_over import Given, hand_over
 from papo_fast.parallel import (
+    exact_convolutions,
     gather,
     is_main,
     main_first,
@@ -81,7 +82,7 @@ def train(
     config = resolve(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with process_group(pick_device(config.device)):
+    with process_group(pick_device(config.device)), exact_convolutions():
         return _train(config, console if is_main() else Console(quiet=True))
 
 
@@ -95,7 +96,7 @@ def evaluate(config: Config, console: Console) -> dict[str, Any]:
     config = resolve(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with process_group(pick_device(config.device)):
+    with process_group(pick_device(config.device)), exact_convolutions():
         console = console if is_main() else Console(quiet=True)
         if config.digits.enabled and not Path(config.data.test).is_file():
             from papo_fast.digits.warmstart import prepare  # which loads scikit-learn
