@@ -83,7 +83,12 @@ def test_autocast_gives_the_kernel_one_dtype(monkeypatch):
 def test_convolutions_are_exact_inside_a_run_and_as_before_after_it():
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
-    with pytest.raises(KeyError), exact_convolutions():
+
+    @exact_convolutions()
+    def run():
         assert conv.fp32_precision == "ieee"
         raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
     assert conv.fp32_precision == before
