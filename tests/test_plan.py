@@ -370,3 +370,13 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main(["plan", "--model.path", str(tmp_path)]) == 2
     assert "cannot be read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_plan_knows_the_sizes_of_the_gpu_kernels():
+    pytest.importorskip("triton")
+    from papo_fast.planning import memory
+    from papo_kernels import rows
+    from papo_kernels.triton import backward, launch
+
+    assert (memory.TILE_ROWS, memory.GROUP_ROWS) == (launch.TILE, backward.GROUP_ROWS)
+    assert backward.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == memory.CHUNK_ELEMENTS

@@ -24,6 +24,10 @@ RESERVE_BYTES, RESERVE_SHARE = 3 * 2**30 // 2, 0.05
 
 Bytes = dict[str, float]
 
+# Rows of a tile, which have a byte for each word, and of a group of tiles, as
+# `papo_kernels.triton` has them; it cannot be imported where triton is not installed.
+TILE_ROWS, GROUP_ROWS = 32, 2048
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -217,8 +221,13 @@ class _Model:
         columns = 0 if self.lora else FULL * s.vocab * s.decoder.hidden
         if self.compute == 2:
             columns += 2 * s.vocab * s.decoder.hidden
-        if self.cuda:  # logits stay in registers; a byte per tile of 64 rows and word
-            return columns + b.response_tokens / 64 * s.vocab
+        if self.cuda:
+            # products and their gradients of a chunk, or of a group's words beside their weights
+            words = min(s.vocab, CHUNK_ELEMENTS // s.decoder.hidden)
+            group = b.streams * min(b.response_tokens, GROUP_ROWS) * words
+            each = FULL + self.compute
+            most = each * max(b.streams * CHUNK_ELEMENTS, group + words * s.decoder.hidden)
+            return columns + most + b.response_tokens / TILE_ROWS * s.vocab
         chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
         return columns + 4 * FULL * chunk
 
