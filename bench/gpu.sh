@@ -17,7 +17,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 peers=()
 # Nothing else of what lies there: a second transformers would have to fit this Python's packages.
-wheels=$(compgen -G "$root/wheels/*.whl" | grep -E '/(liger_kernel|cut_cross_entropy|trl)-' || true)
+wheels=$(compgen -G "$root/wheels/*.whl" | grep -E '/(liger_kernel|cut_cross_entropy|trl|datasets|dill|multiprocess)-' || true)
 if [ -n "$wheels" ]; then
   folder=$root/wheels/installed
   rm -rf "$folder"
