@@ -25,6 +25,7 @@ import carry_states  # noqa: E402
 import gpu  # noqa: E402
 import gpu_check  # noqa: E402
 import gpu_run  # noqa: E402
+import gpu_sweep  # noqa: E402
 import gpu_table  # noqa: E402
 import gpu_tools  # noqa: E402
 import states  # noqa: E402
@@ -45,16 +46,6 @@ def by_torch(scale):
         return stats._replace(entropy=stats.entropy * scale)
 
     return call
-
-
-@pytest.mark.slow
-def test_right_kernels_pass_every_check(run, monkeypatch):
-    monkeypatch.setattr(gpu_check, "token_stats", by_torch(1.0))
-    gpu_check.first(run)
-    run.section = "checks"
-    gpu_check.others(run)
-    assert gpu_table.failed(run.content) == []
-    assert len(run.content["checks"]) == 3 * len(gpu_check.CASES) + 3
 
 
 def test_wrong_kernels_fail_and_the_next_checks_run(run, monkeypatch):
@@ -209,7 +200,7 @@ def test_an_unknown_section_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_of_it_runs_interpreted_and_its_winners_can_be_pasted(tmp_path, small_carried):
+def test_all_of_it_runs_interpreted(tmp_path, small_carried):
     done = start(tmp_path, "--device", "cpu", "--seconds", "1500", "--carried", str(small_carried))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     saved = json.loads((tmp_path / "gpu.json").read_text())
@@ -217,7 +208,9 @@ def test_all_of_it_runs_interpreted_and_its_winners_can_be_pasted(tmp_path, smal
         (name, "done") for name in gpu.SECTIONS
     ]
     checked = {c["what"] for c in saved["checks"]}
-    assert {f"{case}, float16" for case in gpu_check.CASES} <= checked
+    dtypes = ("float32", "bfloat16", "float16")
+    assert {f"{case}, {dtype}" for case in gpu_check.CASES for dtype in dtypes} <= checked
+    assert gpu_table.failed(saved) == []
     assert "out of time" not in {x["reason"] for x in saved["left_out"]}
     names = ("synthetic-0.6", "smollm2-0.6", "smollm2-0.6-wide", "smollm2-1.1")
     timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
@@ -226,12 +219,15 @@ def test_all_of_it_runs_interpreted_and_its_winners_can_be_pasted(tmp_path, smal
     assert all(0 < r["kept"] <= 1 and r["rows"] == r["N"] for r in ours)
     profiled = {p["what"].split(", ")[0] + p["what"].split(":")[-1] for p in saved["profiles"]}
     assert profiled == {f"{s} {way}" for s in names[:3] for way in ("forward", "backward")}
-    assert all(s["failure"] == "" for s in saved["sweep"]) and len(saved["winners"]) == 1
+    assert all(s["failure"] == "" for s in saved["sweep"])
+    assert {s["what"] for s in saved["sweep"]} >= {*gpu_sweep.CANDIDATES, "TILE", "GROUP_ROWS"}
     written = (tmp_path / "table.md").read_text()
     assert "| / six matmuls |" in written and written in done.stdout
+    if not saved["winners"]:  # which noise decides here
+        return
     pasted = written.split("```python\n")[1].split("```")[0]
     table = ast.parse("{" + pasted + "}", mode="eval").body
-    assert [ast.literal_eval(k) for k in table.keys] == [tuple(saved["winners"][0]["key"])]
+    assert [ast.literal_eval(k) for k in table.keys] == [w["kernel"] for w in saved["winners"]]
 
 
 @pytest.fixture
