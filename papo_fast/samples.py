@@ -62,8 +62,8 @@ class Group:
     prompt: Prompt
     samples: list[Sample]
     aug_pixels: Tensor | None = None
-    """The corrupted pictures, shaped as the prompt's own; None for a prompt without pictures, whose
-    corrupted stream is the same as the real one, and where no such stream is asked for."""
+    """The corrupted pictures, shaped as the prompt's own; None where no such stream is asked for,
+    where its text sees no picture, and for a prompt without pictures."""
 
 
 def all_samples(groups: Iterable[Group]) -> list[Sample]:

@@ -40,6 +40,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "data.min_pixels": (1, 10**8),
     "data.max_pixels": (1, 10**8),
     "corruption.ratio": (0, 1),
+    "corruption.noise_std": (0, 1e6),
+    "corruption.noise_step": (0, 999),
+    "corruption.noise_anneal": (0, 1000),
+    "corruption.blur_sigma": (0.1, 1000),
     "rollout.prompts": (1, _MANY),
     # 1 is refused with its reason in config_checks
     "rollout.group_size": (1, 10**6),

@@ -69,7 +69,8 @@ def pack(
 
     Args:
         positions: M-RoPE positions of a prompt, (3, L); `Policy.prompt_positions`.
-        full, aug: the streams: real pictures, corrupted pictures. At least one of them.
+        full, aug: the streams: real pictures, corrupted pictures. At least one of them. Without
+            `Group.aug_pixels` text in the aug stream does not attend to pictures.
     """
     pictures = _Pictures()
     axes_of = [positions(group.prompt.encoded) for group in groups]
@@ -82,11 +83,13 @@ def pack(
             prompt = group.prompt.encoded
             pixels = prompt.pixel_values if stream == "full" else group.aug_pixels
             pictures.add(pixels, prompt.image_grid_thw)
-            root = Segment(start, len(prompt))
-            ids.append(prompt.input_ids)
-            places.append(axes)
+            # text that sees no picture: its tokens, which nothing would attend to, are left out
+            kept = (prompt.mm_token_type_ids == 0) | (pixels is not None)
+            ids.append(prompt.input_ids[kept])
+            places.append(axes[:, kept])
+            root = Segment(start, len(ids[-1]))
             segments.append(root)
-            start += len(prompt)
+            start += root.length
             after = int(axes.max()) + 1
             for sample in group.samples:
                 n = len(sample)
