@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from papo_fast.config import CorruptionConfig, DataConfig
 from papo_fast.corruption_settings import check_corruption
 from papo_fast.data.boxes import BoxCorruption, Rect, boxes_of, control_boxes
-from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.corruption import CorruptedViews, PromptCorruption
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.prompts import Prompt
@@ -248,10 +248,24 @@ def test_attention_changes_no_picture_and_its_prompt_has_none(encoder):
 def test_a_second_view_is_another_corruption_with_the_same_numbers(encoder):
     config = CorruptionConfig(kind="evidence", second="control", box_fill="mean")
     prompt = asked(encoder, [picture(61, 117)], boxes=[[5, 5, 30, 40]])
-    second = PromptCorruption.second(config, encoder)
-    alone = PromptCorruption(CorruptionConfig(kind="control", box_fill="mean"), encoder)
-    assert torch.equal(second(prompt, 4), alone(prompt, 4))
-    assert PromptCorruption.second(CorruptionConfig(), encoder) is None
+    both = CorruptedViews(config, encoder)(prompt, 4)
+    for kind, found in zip(("evidence", "control"), both, strict=True):
+        alone = PromptCorruption(CorruptionConfig(kind=kind, box_fill="mean"), encoder)
+        assert torch.equal(found, alone(prompt, 4))
+    assert CorruptedViews(CorruptionConfig(), encoder)(prompt, 4)[1] is None
+
+
+def test_noise_falls_over_the_run(encoder):
+    prompt = asked(encoder, [picture(112, 112)])
+    config = CorruptionConfig(kind="patch", second="diffusion", noise_anneal=10.0)
+    views, changes = CorruptedViews(config, encoder), []
+    for progress in (0.0, 0.5, 1.0):
+        views.at(progress)
+        changes.append((views(prompt, 4)[1] - prompt.encoded.pixel_values).std().item())
+    assert changes[0] > 2 * changes[1] > 20 * changes[2]
+
+
+def test_a_second_view_must_be_another_one():
     with pytest.raises(InputError, match=r"corruption\.second is 'patch', as corruption\.kind is"):
         check_corruption(CorruptionConfig(second="patch"))
     with pytest.raises(InputError, match=r"corruption\.second is 'fog': expected one of patch"):

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -266,6 +266,7 @@ class PromptCorruption:
             self.on_pixels = BlurCorruption(config.blur_sigma, PatchGrid.of(processor))
         elif self.kind in OF_BOXES:
             black, grid = black_pixel(processor), PatchGrid.of(processor)
+            place: Literal["evidence", "control"]
             place = "evidence" if self.kind == "evidence" else "control"
             self.on_boxes = BoxCorruption(place, config.box_fill, black, grid)
 
@@ -273,13 +274,6 @@ class PromptCorruption:
         config = self.config
         step = diffusion_step(config.noise_step, config.noise_anneal, self.progress)
         return DiffusionCorruption(step)(images, seed)
-
-    @classmethod
-    def second(cls, config: CorruptionConfig, encoder: PromptEncoder) -> PromptCorruption | None:
-        """That of the second view; None where there is none."""
-        if not config.second:
-            return None
-        return cls(replace(config, kind=config.second, second=""), encoder)
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
@@ -308,6 +302,29 @@ class PromptCorruption:
         if pixels is None or grid is None:
             return None
         return self.encoder.to_images(pixels, grid[:1])[0]
+
+
+class CorruptedViews:
+    """(prompt, seed) → pixels of the `aug` stream and of the second view, None without one.
+
+    Attributes:
+        first, second: the corruption of each; None without a second view.
+    """
+
+    def __init__(self, config: CorruptionConfig, encoder: PromptEncoder):
+        self.first = PromptCorruption(config, encoder)
+        self.second = None
+        if config.second:
+            self.second = PromptCorruption(replace(config, kind=config.second), encoder)
+
+    def at(self, progress: float) -> None:
+        """Go on to a share of the run, in [0, 1], for noise that falls over it."""
+        for view in (self.first, self.second):
+            if view is not None:
+                view.progress = progress
+
+    def __call__(self, prompt: Prompt, seed: int) -> tuple[Tensor | None, Tensor | None]:
+        return self.first(prompt, seed), None if self.second is None else self.second(prompt, seed)
 
 
 def without_pictures(encoded: EncodedPrompt) -> EncodedPrompt:
