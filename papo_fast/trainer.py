@@ -108,6 +108,8 @@ class Trainer:
         encoder = PromptEncoder(config.model.path, data, trust_remote_code=remote_code)
         self.encoder = encoder
         self.train_data = PromptDataset(data.train, data, encoder)
+        self.views = CorruptedViews(config.corruption, encoder)
+        self.views.check(self.train_data.columns)
         self.policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
         self.reference = self.policy.reference(config)
         self.steps = config.train.steps or steps_of_epochs(config, len(self.train_data))
@@ -116,7 +118,6 @@ class Trainer:
         self.engine = make_engine(config, self.policy, encoder, folder)
         self.stream = PromptStream.of(config, self.train_data)
         sampler = Sampler(self.engine, encoder, scorer)
-        self.views = CorruptedViews(config.corruption, encoder)
         self.collector = Collector(config, sampler, self.views)
         self.evaluator = Evaluator(config, sampler, self.views.first, progress)
         self.journal = Journal(config, folder, clock, self.say)

@@ -64,6 +64,8 @@ def test_the_margin_trains_and_repeats_itself(checkpoints, questions_with_boxes,
 
 
 def test_a_run_without_the_column_says_which_one_it_needs(checkpoints, questions, tmp_path):
+    """Before anything is sampled: the run has not even an evaluation with corrupted pictures."""
     config = preset("cgpo", checkpoints["qwen2_5_vl"], questions, tmp_path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=""))
     with pytest.raises(InputError, match="no column 'boxes'"):
         run(config)

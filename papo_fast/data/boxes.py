@@ -7,7 +7,7 @@ matched control removes as much of the picture where no evidence is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -92,12 +92,7 @@ def boxes_of(prompt: Prompt, key: str, grid: PatchGrid) -> list[list[Rect]]:
     Raises `InputError`, naming the row and the column, where there is no such column, or where it
     holds something else.
     """
-    if key not in prompt.columns:
-        raise InputError(
-            f"the data has no column {key!r} with boxes of evidence; it has "
-            f"{', '.join(sorted(prompt.columns)) or 'no other columns'}: name it with "
-            "--corruption.boxes-key"
-        )
+    check_column(prompt.columns, key)
     where = f"row {prompt.index}, column {key!r}"
     value, n = prompt.columns[key], len(prompt.images)
     if value is None:
@@ -127,6 +122,16 @@ def boxes_of(prompt: Prompt, key: str, grid: PatchGrid) -> list[list[Rect]]:
         to = (h * grid.patch, w * grid.patch)
         found.append([_rect(box, prompt.images[i].size, to, where) for box in boxes])
     return found
+
+
+def check_column(columns: Collection[str], key: str) -> None:
+    """Raise `InputError` where the data has no column of boxes."""
+    if key not in columns:
+        raise InputError(
+            f"the data has no column {key!r} with boxes of evidence; it has "
+            f"{', '.join(sorted(columns)) or 'no other columns'}: name it with "
+            "--corruption.boxes-key"
+        )
 
 
 def _is_box(value: object) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -26,7 +26,7 @@ from papo_fast.corruption_settings import (
     CorruptionConfig,
     load_corruption,
 )
-from papo_fast.data.boxes import BoxCorruption, boxes_of
+from papo_fast.data.boxes import BoxCorruption, boxes_of, check_column
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, black_pixel
 from papo_fast.data.noise import (
     BlurCorruption,
@@ -316,6 +316,12 @@ class CorruptedViews:
         self.second = None
         if config.second:
             self.second = PromptCorruption(replace(config, kind=config.second), encoder)
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise `InputError` where a corruption needs a column that the data does not have."""
+        for view in (self.first, self.second):
+            if view is not None and view.on_boxes is not None:
+                check_column(columns, view.config.boxes_key)
 
     def at(self, progress: float) -> None:
         """Go on to a share of the run, in [0, 1], for noise that falls over it."""
