@@ -15,7 +15,8 @@ from typing import Literal
 
 from papo_fast.corruption_settings import CorruptionConfig as CorruptionConfig
 from papo_fast.reward_settings import RewardConfig as RewardConfig
-from papo_fast.term_settings import OF_AUG, own_terms
+from papo_fast.term_settings import OF_AUG, OF_SECOND, own_terms
+from papo_fast.view_settings import ViewTermSettings
 from papo_fast.weight_settings import TokenWeightSettings
 
 Estimator = Literal["sampled", "exact"]
@@ -145,7 +146,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig(TokenWeightSettings):
+class ObjectiveConfig(TokenWeightSettings, ViewTermSettings):
     parity: Literal["ours", "official", "paper"] = "ours"
     """`ours`: exact terms; `official`: the authors' code; `paper`: the paper's printed equations.
     Sets every field below whose default is None, and nothing else."""
@@ -229,7 +230,14 @@ class ObjectiveConfig(TokenWeightSettings):
     @property
     def has_aug_terms(self) -> bool:
         own = any(name in OF_AUG for term in own_terms(self.terms) for name in term.needs)
-        return own or self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
+        built_in = self.kl_prcp_coef != 0 or self.aug_entropy_coef != 0
+        return own or built_in or self.needs_second
+
+    @property
+    def needs_second(self) -> bool:
+        """A second corrupted view, which runs as the first one does."""
+        own = any(name in OF_SECOND for term in own_terms(self.terms) for name in term.needs)
+        return own or self.has_dvrp_term or self.margin_coef != 0
 
     @property
     def needs_aug(self) -> bool:
@@ -246,6 +254,12 @@ class ObjectiveConfig(TokenWeightSettings):
         if self.aug is None:
             raise ValueError("the objective is not resolved: pass config.resolved()")
         return self.aug
+
+    @property
+    def streams_at_once(self) -> int:
+        """Streams in the largest forward pass of an update."""
+        views = 2 if self.needs_second else 1
+        return {"trained": 1 + views, "frozen": views}.get(self.aug_stream, 1)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,17 @@ def check(config: Config) -> None:
             f"rollout.max_new_tokens = {rollout.max_new_tokens}"
         )
     check_objective(objective)
+    second = config.corruption.second
+    if objective.needs_second and not second:
+        raise InputError(
+            "corruption.second is empty, but objective.dvrp_*, objective.margin_coef or one of "
+            "objective.terms compares two corrupted views: name the second one, such as diffusion"
+        )
+    if second and not objective.needs_second:
+        raise InputError(
+            f"corruption.second is {second!r}, but no term looks at a second view: set "
+            "objective.dvrp_robustness or objective.margin_coef"
+        )
     low, high = rollout.filter_range
     if not low < high:
         raise InputError(f"rollout.filter_range is ({low}, {high}): expected low < high")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -157,8 +157,7 @@ class Evaluator:
             return evaluate(self.sampler, prompts, self.config, advance)
 
     def _corrupted(self, prompt: Prompt) -> Prompt:
-        pixels = self.corrupt(prompt, self.corruption_seed(prompt))
-        return replace(prompt, encoded=replace(prompt.encoded, pixel_values=pixels))
+        return self.corrupt.prompt(prompt, self.corruption_seed(prompt))
 
     def corruption_seed(self, prompt: Prompt) -> int:
         return prompt_seed(self.config.seed, 0, prompt.index)

@@ -32,7 +32,7 @@ class Collector:
         self,
         config: Config,
         sampler: Sampler,
-        corrupt: Callable[[Prompt, int], Tensor | None],
+        corrupt: Callable[[Prompt, int], tuple[Tensor | None, Tensor | None]],
     ):
         self.config = config
         self.sampler = sampler
@@ -81,7 +81,7 @@ class Collector:
             for group in batch:
                 # one corruption per prompt and step, shared by its responses
                 seed = prompt_seed(self.config.seed, step, group.prompt.index)
-                group.aug_pixels = self.corrupt(group.prompt, seed)
+                group.aug_pixels, group.second_pixels = self.corrupt(group.prompt, seed)
         return batch, sampling_metrics(all_samples(sampled)) | {
             "groups_kept": len(kept) / len(sampled),
             "groups_differ": sum(_differ(group) for group in sampled) / len(sampled),
@@ -150,7 +150,8 @@ def add_logprobs(
     if reference is not None and config.objective.kl_estimator == "sampled":
         _score(groups, "ref", reference, policy, config)
     if config.objective.aug_stream == "stored":
-        _score(groups, "aug", policy, policy, config)
+        for view in ("aug", "second") if config.objective.needs_second else ("aug",):
+            _score(groups, view, policy, policy, config)
     if config.old_logprobs_from == "sampler":
         for sample in samples:
             sample.old = torch.tensor(sample.completion.logprobs)
@@ -163,7 +164,7 @@ def add_logprobs(
 
 def _score(
     groups: Sequence[Group],
-    field: Literal["old", "ref", "aug"],
+    field: Literal["old", "ref", "aug", "second"],
     scorer: Policy | SharedReference,
     policy: Policy,
     config: Config,
@@ -171,11 +172,11 @@ def _score(
     """Fill in one field of all samples; each rank scores its share."""
     # a pass without gradient runs one stream at a time and keeps no activations
     batches = distribute(groups, config.train.max_tokens, 1, policy.shape, world_size())[rank()]
-    aug = field == "aug"
+    stream = {field: True, "full": False} if field in ("aug", "second") else {}
     samples = all_samples(groups)
     with inference(policy):
         for some in batches:
-            batch = pack(some, policy.prompt_positions, full=not aug, aug=aug).to(policy.device)
+            batch = pack(some, policy.prompt_positions, **stream).to(policy.device)
             stats, _ = scorer.stats(batch, temperature=config.rollout.temperature)
             logprobs = stats.logprobs.cpu().split([len(s) for s in batch.samples])
             for sample, of_sample in zip(batch.samples, logprobs, strict=True):

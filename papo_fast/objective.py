@@ -27,6 +27,7 @@ from papo_fast.estimators import (
 )
 from papo_fast.term_settings import OwnTerm, own_terms
 from papo_fast.token_batch import Denominators, Metrics, Scalar, TokenBatch
+from papo_fast.view_terms import dvrp_term, evidence_kls, margin_losses
 
 # --- terms: (batch, config) → (N,) values ---------------------------------------------------------
 
@@ -106,6 +107,32 @@ def sft_loss(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:  # noqa: ARG
     return -batch.logprobs
 
 
+def dvrp(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """DVRP's four terms with their weights (`papo_fast.view_terms.dvrp_term`)."""
+    masked, noised = (_aug(batch.vector(f"{x}_logprobs"), config) for x in ("aug", "second"))
+    return dvrp_term(
+        batch.logprobs,
+        masked,
+        noised,
+        sensitivity=config.dvrp_sensitivity,
+        robustness=config.dvrp_robustness,
+        masked_entropy=config.dvrp_masked_entropy,
+        noised_entropy=config.dvrp_noised_entropy,
+    )
+
+
+def margin(batch: TokenBatch, config: ObjectiveConfig) -> Tensor:
+    """Loss of the margin of evidence over control of the token's response (`margin_losses`)."""
+    views = [_aug(batch.vector(f"{x}_logprobs"), config) for x in ("aug", "second")]
+    losses = margin_losses(
+        *evidence_kls(batch, *views, penalty=config.margin_penalty),
+        margin_bound=config.margin_bound,
+        kl_bound=config.margin_kl_bound,
+        transform=config.margin_transform,
+    )
+    return losses[batch.sequence_index]
+
+
 def _aug(values: Tensor, config: ObjectiveConfig) -> Tensor:
     return values if config.aug == "trained" else values.detach()
 
@@ -136,6 +163,15 @@ def entropy_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominato
     if config.parity == "official":
         config = dataclasses.replace(config, average="token")
     return mean_weights(batch, config, over)
+
+
+def response_weights(
+    batch: TokenBatch,
+    config: ObjectiveConfig,  # noqa: ARG001  as all weights
+    over: Denominators,
+) -> Tensor:
+    """The mean over responses, whatever the average."""
+    return 1 / (batch.lengths * over.sequences)
 
 
 def sft_weights(batch: TokenBatch, config: ObjectiveConfig, over: Denominators) -> Tensor:
@@ -214,9 +250,24 @@ TERMS = (
 )
 
 
+_VIEWS = ("aug_logprobs", "second_logprobs")
+VIEW_TERMS = (
+    Term("dvrp", lambda c: float(c.has_dvrp_term), dvrp, lambda c: _VIEWS, monitored=False),
+    Term(
+        "margin_loss",
+        lambda c: c.margin_coef,
+        margin,
+        lambda c: _VIEWS,
+        response_weights,
+        monitored=False,
+    ),
+)
+"""Terms of two corrupted views."""
+
+
 def terms_of(config: ObjectiveConfig) -> tuple[Term, ...]:
-    """`TERMS`, and those of `config.terms`."""
-    return TERMS + tuple(_as_term(own) for own in own_terms(config.terms))
+    """`TERMS`, `VIEW_TERMS`, and those of `config.terms`."""
+    return TERMS + VIEW_TERMS + tuple(_as_term(own) for own in own_terms(config.terms))
 
 
 def _as_term(own: OwnTerm) -> Term:

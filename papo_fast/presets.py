@@ -2,7 +2,9 @@
 
 PAPO's values are those of arXiv 2507.06448 and its authors' scripts: 384 prompts x 5 responses per
 rollout, 3 updates of 128 prompts, lr 1e-6, 2 epochs of ViRL39K. VPPO's are those of arXiv
-2510.09285 and of its authors' script for 7B, with PAPO's batch sizes.
+2510.09285 and of its authors' script for 7B, with PAPO's batch sizes. The other methods have the
+values of their papers, with the estimators of the code that there is; docs/implementations.md says
+where they differ from what was published.
 """
 
 from __future__ import annotations
@@ -114,6 +116,66 @@ _VPPO = Config(
 )
 
 
+_EACH_512 = RolloutConfig(prompts=512, group_size=12)
+"""EasyR1's own batch, which ToR and VEPO took."""
+
+_PGPO = Config(
+    objective=replace(_baseline(0.0, 0.28), token_weights="pgpo", dependency="sampled-k3"),
+    corruption=CorruptionConfig(kind="attention"),
+    rollout=_DAPO_ROLLOUT,
+    train=_KEPT,
+)
+
+
+def _tor(base: ObjectiveConfig, dynamic_filter: bool) -> Config:
+    """Theirs takes the picture out of the prompt; ours hides it from the text."""
+    return Config(
+        objective=replace(base, token_weights="tor", dependency="sampled-k1"),
+        corruption=CorruptionConfig(kind="attention"),
+        rollout=replace(_EACH_512, dynamic_filter=dynamic_filter),
+        train=replace(_KEPT, epochs=15),
+    )
+
+
+# Theirs removes the boxes that each response names, and rewards consistent ones; ours removes those
+# that the data has.
+_CGPO = Config(
+    objective=replace(_baseline(0.04, 0.2), token_weights="cgpo", dependency="sampled-k3"),
+    corruption=CorruptionConfig(kind="evidence", box_fill="mean"),
+    rollout=RolloutConfig(group_size=8),
+    train=replace(_KEPT, steps=200),
+)
+
+# The entropy is raised here, by .001. The noise has the strength that the paper says.
+_VEPO = Config(
+    model=ModelConfig(train_vision=False),
+    objective=replace(
+        _baseline(0.0, 0.2), token_weights="vepo", entropy_coef=-0.001, clip_dual=None
+    ),
+    corruption=CorruptionConfig(kind="gaussian", noise_std=2.0),
+    rollout=_EACH_512,
+    train=replace(_KEPT, update_prompts=256, epochs=20),
+)
+
+
+def _dvrp(base: ObjectiveConfig, rollout: RolloutConfig) -> Config:
+    return Config(
+        objective=replace(
+            base,
+            aug="stored",
+            kl_prcp_estimator="sampled",
+            entropy_estimator="sampled",
+            dvrp_sensitivity=0.01,
+            dvrp_robustness=0.01,
+            dvrp_masked_entropy=0.05,
+            dvrp_noised_entropy=0.05,
+        ),
+        corruption=CorruptionConfig(second="diffusion", noise_step=500.0, noise_anneal=10.0),
+        rollout=rollout,
+        train=replace(_KEPT, epochs=3),
+    )
+
+
 PRESETS: dict[str, tuple[str, Config]] = {
     name: (help_text, replace(config, preset=name))
     for name, help_text, config in (
@@ -166,6 +228,41 @@ PRESETS: dict[str, tuple[str, Config]] = {
             "vppo-7b",
             "VPPO on DAPO, Qwen2.5-VL-7B: advantages go to tokens that depend on the picture.",
             _VPPO,
+        ),
+        (
+            "pgpo",
+            "PGPO on DAPO (3B and 7B): advantage moves to tokens that need the picture.",
+            _PGPO,
+        ),
+        (
+            "tor-g",
+            "ToR on GRPO, Qwen2.5-VL-7B: tokens of reasoning and of perception alone learn.",
+            _tor(_baseline(0.01, 0.2), False),
+        ),
+        (
+            "tor-d",
+            "ToR on DAPO, Qwen2.5-VL-7B.",
+            _tor(_baseline(0.0, 0.28), True),
+        ),
+        (
+            "cgpo",
+            "CGPO on GRPO (7B and 8B), with boxes of evidence from the data.",
+            _CGPO,
+        ),
+        (
+            "vepo-7b",
+            "VEPO on GRPO, Qwen2.5-VL-7B: a fifth of each response's tokens learns.",
+            _VEPO,
+        ),
+        (
+            "dvrp-g",
+            "DVRP on GRPO (3B and 7B): a masked and a noised view.",
+            _dvrp(_baseline(0.0), RolloutConfig()),
+        ),
+        (
+            "dvrp-d",
+            "DVRP on DAPO (3B and 7B).",
+            _dvrp(_baseline(0.0, 0.28), _DAPO_ROLLOUT),
         ),
     )
 }

@@ -42,6 +42,8 @@ class Sample:
     """log π_ref."""
     aug: Tensor | None = None
     """log π given the corrupted picture, where that stream is stored and not run by the update."""
+    second: Tensor | None = None
+    """The same given the second view."""
     seen: dict[str, Tensor] | None = None
     """What token weights read of the policy that sampled: vectors of `TokenBatch` by name."""
     weights: Tensor | None = None
@@ -62,8 +64,10 @@ class Group:
     prompt: Prompt
     samples: list[Sample]
     aug_pixels: Tensor | None = None
-    """The corrupted pictures, shaped as the prompt's own; None for a prompt without pictures, whose
-    corrupted stream is the same as the real one, and where no such stream is asked for."""
+    """The corrupted pictures, shaped as the prompt's own; None where no such stream is asked for,
+    where its text sees no picture, and for a prompt without pictures."""
+    second_pixels: Tensor | None = None
+    """The same for the second view."""
 
 
 def all_samples(groups: Iterable[Group]) -> list[Sample]:

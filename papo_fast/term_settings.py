@@ -10,6 +10,7 @@ from papo_fast.errors import InputError
 from papo_fast.user_function import load_function, split_weight
 
 OF_AUG = ("aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
+OF_SECOND = ("second_logprobs",)
 OF_REFERENCE = ("ref_logprobs", "ref_kl")
 ALWAYS = ("entropy", "correct")
 """Vectors of a `TokenBatch` that a term may need besides those that are never missing."""
@@ -40,7 +41,7 @@ def own_terms(entries: Sequence[str]) -> tuple[OwnTerm, ...]:
         name, coef = split_weight(entry, "objective.terms")
         function = load_function(name, "objective.terms")
         needs = getattr(function, "needs", ())
-        known = (*ALWAYS, *OF_AUG, *OF_REFERENCE)
+        known = (*ALWAYS, *OF_AUG, *OF_SECOND, *OF_REFERENCE)
         if not isinstance(needs, tuple) or not set(needs) <= set(known):
             raise InputError(
                 f"objective.terms: {name} has needs = {needs!r}, expected a tuple of names out of "

@@ -46,6 +46,8 @@ class TokenBatch:
     """Exact KL(π ‖ π_aug), in nats."""
     kl_reverse: Tensor | None = None
     """Exact KL(π_aug ‖ π), in nats."""
+    second_logprobs: Tensor | None = None
+    """log π of the same tokens given the picture corrupted in a second way."""
     ref_logprobs: Tensor | None = None
     """log π_ref of the sampled tokens."""
     ref_kl: Tensor | None = None

@@ -19,7 +19,7 @@ import torch
 from rich.markup import escape
 
 from papo_fast.config import Config
-from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.corruption import CorruptedViews
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
 from papo_fast.evaluate import Evaluator
@@ -51,6 +51,7 @@ class Trainer:
         with self.progress.task("training", total=self.steps) as advance:
             advance(self.journal.done)
             for step in range(self.journal.done + 1, self.steps + 1):
+                self.views.at((step - 1) / self.steps)
                 self.journal.enter(self.step(step), self.state(), self.steps)
                 stopping = any(gather(stop.requested))
                 if stopping or self.checkpoint_is_due(step):
@@ -107,6 +108,8 @@ class Trainer:
         encoder = PromptEncoder(config.model.path, data, trust_remote_code=remote_code)
         self.encoder = encoder
         self.train_data = PromptDataset(data.train, data, encoder)
+        self.views = CorruptedViews(config.corruption, encoder)
+        self.views.check(self.train_data.columns)
         self.policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
         self.reference = self.policy.reference(config)
         self.steps = config.train.steps or steps_of_epochs(config, len(self.train_data))
@@ -115,9 +118,8 @@ class Trainer:
         self.engine = make_engine(config, self.policy, encoder, folder)
         self.stream = PromptStream.of(config, self.train_data)
         sampler = Sampler(self.engine, encoder, scorer)
-        corrupt = PromptCorruption(config.corruption, encoder)
-        self.collector = Collector(config, sampler, corrupt)
-        self.evaluator = Evaluator(config, sampler, corrupt, progress)
+        self.collector = Collector(config, sampler, self.views)
+        self.evaluator = Evaluator(config, sampler, self.views.first, progress)
         self.journal = Journal(config, folder, clock, self.say)
         self.updates_sampled: int | None = None  # whose weights the engine has
         if config.resume:

@@ -76,7 +76,7 @@ class Updater:
         self.weigher.weigh(groups)
         self.policy.train()
         self.optimizer.zero_grad(set_to_none=True)
-        streams = 2 if config.objective.aug_stream == "trained" else 1
+        streams = config.objective.streams_at_once
         room, shape = config.train.max_tokens, self.policy.shape
         metrics: list[Metrics] = []
         for some in distribute(groups, room, streams, shape, ranks)[rank()]:
@@ -102,12 +102,13 @@ class Updater:
         """The policy's statistics of the groups' tokens beside what was stored of them."""
         config, goal, device = self.config, self.config.objective, self.policy.device
         positions = self.policy.prompt_positions
-        batch = pack(groups, positions, aug=goal.aug_stream == "trained").to(device)
-        frozen_aug = None
+        views = {"aug": True, "second": goal.needs_second}
+        trained = views if goal.aug_stream == "trained" else {}
+        batch, frozen_aug = pack(groups, positions, **trained).to(device), None
         if goal.aug_stream == "frozen":
-            frozen_aug = pack(groups, positions, full=False, aug=True).to(device)
+            frozen_aug = pack(groups, positions, full=False, **views).to(device)
         exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
-        stats, ref_kl = self.policy.stats(
+        stats, ref_kl, second = self.policy.stats_of_views(
             batch,
             frozen_aug=frozen_aug,
             kl_to=self.reference if exact_ref else None,
@@ -119,7 +120,7 @@ class Updater:
             return torch.cat(known).to(device) if known else None
 
         metrics: Metrics = {}
-        samples = batch.samples
+        samples, is_stored = batch.samples, goal.aug_stream == "stored"
         sampler = stored([torch.tensor(s.completion.logprobs) for s in samples])
         old = stored([s.old for s in samples])
         if old is None:  # the only update of this rollout: its policy is the old one
@@ -140,9 +141,8 @@ class Updater:
             advantages=advantages[batch.sequence_ids_N],
             sequence_ids=batch.sequence_ids_N,
             entropy=stats.entropy,
-            aug_logprobs=stored([s.aug for s in samples])
-            if goal.aug_stream == "stored"
-            else stats.aug_logprobs,
+            aug_logprobs=stored([s.aug for s in samples]) if is_stored else stats.aug_logprobs,
+            second_logprobs=stored([s.second for s in samples]) if is_stored else second,
             aug_entropy=stats.aug_entropy,
             kl_prcp=stats.kl_prcp,
             kl_reverse=stats.kl_reverse,

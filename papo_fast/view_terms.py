@@ -1,8 +1,8 @@
 """Loss terms of methods that look at a picture in three ways; each over (N,) log-probs.
 
 DVRP, arXiv 2601.06801: a masked and a noised view. The margin of evidence over control (a public
-driving trainer, no paper): the evidence removed, or an area of the same size elsewhere. `Trainer`
-runs one corrupted view, so these are for loops that run two.
+driving trainer, no paper): the evidence removed, or an area of the same size elsewhere. In a run
+the two views are those of `corruption.kind` and `corruption.second`.
 """
 
 from __future__ import annotations
@@ -105,17 +105,34 @@ def margin_loss(
             f"evidence_kl, control_kl, valid have shapes {tuple(evidence_kl.shape)}, "
             f"{tuple(control_kl.shape)}, {tuple(valid.shape)}: expected (B,) each"
         )
+    loss = margin_losses(
+        evidence_kl,
+        control_kl,
+        margin_bound=margin_bound,
+        kl_bound=kl_bound,
+        transform=transform,
+    )
+    # a product with `valid` would carry NaN over from responses that do not count
+    return coef * torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def margin_losses(
+    evidence_kl: Tensor,
+    control_kl: Tensor,
+    *,
+    margin_bound: float = 10.0,
+    kl_bound: float | None = None,
+    transform: Literal["linear", "softplus"] = "linear",
+) -> Tensor:
+    """(B,) what `margin_loss` is the mean of, before its coefficient."""
     if kl_bound is not None:
         evidence_kl, control_kl = evidence_kl.clamp(max=kl_bound), control_kl.clamp(max=kl_bound)
     margin = (evidence_kl - control_kl).clamp(-margin_bound, margin_bound)
     if transform == "linear":
-        loss = -margin
-    elif transform == "softplus":
-        loss = torch.nn.functional.softplus(-margin)
-    else:
-        raise InputError(f"transform is {transform!r}: expected linear or softplus")
-    # a product with `valid` would carry NaN over from responses that do not count
-    return coef * torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)
+        return -margin
+    if transform == "softplus":
+        return torch.nn.functional.softplus(-margin)
+    raise InputError(f"transform is {transform!r}: expected linear or softplus")
 
 
 def _check_shapes(logprobs: Tensor, **views: Tensor) -> None:

@@ -507,8 +507,9 @@ def keys_of_the_code():
 
     row = json.loads((TESTS / "data" / "metrics_row.json").read_text())
     zeros = torch.zeros(1)
+    terms = (*objective.TERMS, *objective.VIEW_TERMS)
     _, of_weights = estimators.truncated_weights(zeros, zeros, 2.0)
-    return set(row) | {term.name for term in objective.TERMS} | set(of_weights) | weigher_keys()
+    return set(row) | {x.name for x in terms} | set(of_weights) | weigher_keys()
 
 
 def weigher_keys():

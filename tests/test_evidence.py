@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.evidence import choice, protocol, report  # noqa: E402
-from bench.evidence.arms import ARMS, BASELINE  # noqa: E402
+from bench.evidence.arms import ADDED, ARMS, BASE_OF_ADDED, BASELINE  # noqa: E402
 from bench.evidence.one_run import configure, train  # noqa: E402
-from bench.evidence.outcomes import OUTCOMES, differences, results_of_test  # noqa: E402
+from bench.evidence.outcomes import OUTCOMES, Outcome, differences, results_of_test  # noqa: E402
 from bench.evidence.protocol import Cell, cells, collapse, largest_kl  # noqa: E402
 from bench.evidence.runner import Plan, result_of, work  # noqa: E402
 from bench.evidence.statistics import bootstrap, difference, holm, paired_p  # noqa: E402
@@ -100,6 +100,9 @@ FORMS = {
     "both": ("exact", "trained"),
     "forward": ("exact", "frozen"),
     "reverse": ("exact", "frozen"),
+    # of token weights alone, which are measured after sampling
+    "vppo": ("exact", "none"),
+    "pgpo": ("exact", "none"),
 }
 
 
@@ -121,6 +124,59 @@ def test_arms_and_settings_are_options_that_the_command_line_knows(tmp_path):
             if goal.needs_aug:
                 assert (goal.kl_prcp_estimator, goal.aug_stream) == FORMS[base_of(arm)]
             assert config.digits.held_out == "dev" and config.seed == 10
+
+
+def test_the_arms_of_the_addendum_are_dapo_with_a_token_weight(tmp_path):
+    def config(name):
+        arm = ARMS[name]
+        return configure(Cell("test", "digits", arm, arm.settings[0], 100), tmp_path)
+
+    assert ADDED == ("vppo", "pgpo") and list(ARMS)[-2:] == list(ADDED)
+    dapo = config(BASE_OF_ADDED)
+    for name in ADDED:
+        goal = config(name).objective
+        assert goal.weight_names == (name,) and goal.dependency == "sampled-k3"
+        assert goal.kl_prcp_coef == 0 and not goal.has_aug_terms
+        plain = dataclasses.replace(goal, token_weights="", dependency="exact")
+        assert plain == dapo.objective
+        assert ARMS[name].settings == ARMS["grpo"].settings and not ARMS[name].beyond
+    assert (config("vppo").corruption.kind, config("vppo").corruption.ratio) == ("patch", 0.5)
+    assert config("pgpo").corruption.kind == "attention"
+
+
+def test_every_arm_is_measured_with_the_same_corruption(tmp_path):
+    from bench.evidence.one_run import MEASURED_WITH, shared_file
+
+    files = set()
+    for arm in ARMS.values():
+        config = configure(Cell("test", "digits", arm, arm.settings[0], 100), tmp_path)
+        files.add(shared_file(config, tmp_path))
+        if arm.name not in ADDED:
+            assert config.corruption == MEASURED_WITH  # as before the addendum
+    assert len(files) == 1
+
+
+def test_the_addendum_leaves_what_other_arms_say(tmp_path):
+    """p of the fourteen is corrected over them alone, and the addendum's over its two."""
+
+    def of(names):
+        found = {}
+        for i, name in enumerate(names):
+            for seed in range(6):
+                share = 0.5 + 0.01 * i + 0.003 * ((seed * (i + 2)) % 5)
+                found.setdefault(name, {})[seed] = share
+        return found
+
+    outcome = Outcome("x", lambda share: share, 1)
+    before = differences(outcome, of(["grpo", "dapo", "official"]))
+    after = differences(outcome, of(["grpo", "dapo", "official", "vppo", "pgpo"]))
+    assert {name: after[name] for name in before} == before
+    assert after["vppo"].adjusted == pytest.approx(min(1, 2 * after["vppo"].p), rel=1e-9) or (
+        after["vppo"].adjusted == pytest.approx(max(after["vppo"].p, 2 * after["pgpo"].p))
+    )
+    against_dapo = differences(outcome, of(["grpo", "dapo", "official", "vppo"]), "dapo")
+    assert against_dapo["vppo"].adjusted == against_dapo["vppo"].p
+    assert "dapo" not in against_dapo
 
 
 def test_seeds_of_another_stage_are_refused(capsys):
@@ -291,7 +347,7 @@ def page(tmp_path):
 def test_the_report_of_nothing_says_so(tmp_path, page):
     report.write_report(tmp_path / "results", page, tmp_path / "images")
     text = page.read_text()
-    assert "0 of 280 test runs" not in text and "0 of 140 test runs are there" in text
+    assert "0 of 320 test runs" not in text and "0 of 160 test runs are there" in text
     assert "No development run yet." in text and "No test run of the baseline yet." in text
 
 
@@ -310,7 +366,7 @@ def test_the_report_shows_differences_and_names_what_is_missing(tmp_path, page):
     for _ in range(2):  # and again: what was written is replaced
         said = report.write_report(results, page, tmp_path / "images")
     text = page.read_text()
-    assert "6 of 140 test runs are there; 0 of 14 arms have all 10 seeds." in text
+    assert "6 of 160 test runs are there; 0 of 16 arms have all 10 seeds." in text
     assert "`dapo`: 0 of 10 seeds (it has no setting yet)" in text
     assert text.count("+4.0 [+3.0, +5.0] p 0.02") >= 1
     assert "3 of 3" in text  # five points below GRPO's honesty check, on every seed

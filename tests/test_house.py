@@ -62,7 +62,7 @@ def test_no_two_test_files_share_a_name():
 FLOORS = (
     {"errors"},
     {"user_function"},
-    {"corruption_settings", "reward_settings", "term_settings", "weight_settings"},
+    {"corruption_settings", "reward_settings", "term_settings", "weight_settings", "view_settings"},
     {"config", "consoles", "machine", "setting_bounds"},
     {"config_checks", "config_file", "hand_over", "presets", "parallel", "token_batch"},
     {"methods", "rewards", "run", "estimators"},

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from papo_fast.config import ParallelConfig
+from papo_fast.config import ObjectiveConfig, ParallelConfig
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.parallel import backend
 from support import SUPPORT
@@ -40,14 +40,23 @@ def job(tmp_path_factory):
         train=dataclasses.replace(preset.train, lr=3e-4, max_tokens=300, update_prompts=2),
     )
 
+    def groups_of(goal):
+        """Where the objective has none of PAPO's terms, text in the first view sees no picture."""
+        groups = fixed_groups(encoder)
+        for group in groups * (goal.kl_prcp_coef == 0):
+            clean = group.prompt.encoded.pixel_values
+            group.aug_pixels = None
+            group.second_pixels = None if clean is None else clean.flip(0)
+        return groups
+
     @functools.cache
-    def run(ranks, name, resume=None, weights="", **parallel):
-        goal = dataclasses.replace(config.objective, token_weights=weights)
+    def run(ranks, name, resume=None, weights="", goal=config.objective, **parallel):
+        goal = dataclasses.replace(goal, token_weights=weights)
         layout = ParallelConfig(**parallel)
         job = {
             "config": dataclasses.replace(config, objective=goal, parallel=layout),
             "bans": encoder.banned_token_ids,
-            "groups": fixed_groups(encoder),
+            "groups": groups_of(goal),
             "checkpoint": ranks > 1,
             "resume": resume and str(folder / resume),
         }
@@ -96,6 +105,20 @@ def test_ranks_weigh_tokens_as_one_process_does(job):
         assert 0 < a["tokens_left_out"] < 1
         assert a["tokens_left_out"] == pytest.approx(b["tokens_left_out"], abs=1e-9)
         assert a["token_weight"] == pytest.approx(b["token_weight"], rel=1e-5)
+
+
+@pytest.mark.parametrize("robustness", [0.0, 0.5], ids=["one view", "two views"])
+def test_ranks_run_views_without_pictures_as_one_process_does(job, robustness):
+    """A stream in which no rank has a picture, and one beside it that has."""
+    _, (usual, *_), run = job
+    goal = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0, aug="frozen", dependency_of="current")
+    goal = dataclasses.replace(goal, dvrp_robustness=robustness)
+    one, rows_of_one, _ = run(1, f"one-view-{robustness}", weights="pgpo", goal=goal)
+    two, rows, _ = run(2, f"two-view-{robustness}", weights="pgpo", goal=goal)
+    assert max((one[n] - usual[n]).abs().max().item() for n in one) > 1e-5
+    assert max((two[n] - one[n]).abs().max().item() for n in one) < 1e-5
+    for a, b in zip(rows, rows_of_one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and ("dvrp" in a) == (robustness > 0)
 
 
 def test_one_process_goes_on_where_two_stopped(job):

@@ -93,14 +93,14 @@ def test_parity_modes_run_and_only_official_keeps_gradient_out_of_the_corrupted_
     from papo_fast.model.policy import Policy
 
     streams = []
-    stats = Policy.stats
+    stats = Policy.stats_of_views
 
     def spy(self, batch, **kwargs):
         result = stats(self, batch, **kwargs)
         streams.append((len(batch.predictors) == 2, result[0].logprobs.requires_grad))
         return result
 
-    monkeypatch.setattr(Policy, "stats", spy)
+    monkeypatch.setattr(Policy, "stats_of_views", spy)
     config = small(every_term(), checkpoints["qwen2_5_vl"], questions, tmp_path, overwrite=True)
     aug = "trained" if parity == "ours" else None  # the other two have their own
     objective = dataclasses.replace(config.objective, parity=parity, aug=aug)

@@ -71,6 +71,37 @@ SAMPLED = ("--objective.entropy-coef", "0.03", "--objective.aug-entropy-coef", "
 EXACT = ("--objective.entropy-coef", "0.001", "--objective.aug-entropy-coef", "0.001")
 
 BASELINE = "grpo"
+BASE_OF_ADDED = "dapo"
+"""What the arms of the addendum change, and are compared with."""
+DAPO = ("--objective.kl-coef", "0", "--objective.clip-high", "0.28")
+_ADDED = (
+    Arm(
+        "vppo",
+        "VPPO on DAPO: advantages stay on the .4 of each response that depend most, k3",
+        (
+            *DAPO, "--objective.token-weights", "vppo", "--objective.dependency", "sampled-k3",
+            "--objective.vppo-top-p", "0.4", "--objective.vppo-scaling-min", "0.9",
+            "--corruption.ratio", "0.5",
+        ),
+        settings=RATES,
+        beyond=(),
+        needs=("token_weights",),
+    ),
+    Arm(
+        "pgpo",
+        "PGPO on DAPO: advantage moves to tokens that depend on the picture, k3",
+        (
+            *DAPO, "--objective.token-weights", "pgpo", "--objective.dependency", "sampled-k3",
+            "--corruption.kind", "attention",
+        ),
+        settings=RATES,
+        beyond=(),
+        needs=("token_weights",),
+    ),
+)  # fmt: skip
+ADDED = tuple(arm.name for arm in _ADDED)
+"""Arms of the addendum to the protocol. They are corrected among themselves, so that what the other
+arms say does not change."""
 _WITHOUT_ENTROPIES = (
     Arm("official", "the authors' code: sampled k3, q stored", OFFICIAL),
     Arm("paper", "the printed equations: sampled k3, gradient into q", PAPER),
@@ -103,10 +134,11 @@ ARMS: dict[str, Arm] = {
         Arm(
             "dapo",
             "DAPO: no reference KL, clip-higher .28",
-            ("--objective.kl-coef", "0", "--objective.clip-high", "0.28"),
+            DAPO,
             settings=RATES,
             beyond=(),
         ),
         *(a for arm in _WITHOUT_ENTROPIES for a in (arm, _with_entropies(arm))),
+        *_ADDED,
     )
 }

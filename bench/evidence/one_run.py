@@ -27,8 +27,9 @@ from rich.console import Console
 
 from bench.evidence.measures import Measures
 from bench.evidence.protocol import FIRST, LAST, ROOT, Cell, collapse, largest_kl, mean
-from papo_fast.config import Config
+from papo_fast.config import Config, CorruptionConfig
 from papo_fast.config_checks import resolve
+from papo_fast.data.corruption import PromptCorruption
 from papo_fast.digits.warmstart import cache_folder, prepare
 from papo_fast.presets import PRESETS
 from papo_fast.rewards.scorer import Scorer
@@ -43,6 +44,8 @@ from papo_fast.trainer import Trainer
 CURVES = ("reward", "kl_prcp", "kl_ref", "entropy", "aug_entropy", "response_length")
 CURVE_STEPS = 10
 """Steps that a point of a curve is the mean of."""
+MEASURED_WITH = CorruptionConfig()
+"""The corruption of the honesty check and the ruler, whatever an arm trains with."""
 CODE = ("papo_fast", "kernels", "bench/evidence")
 """What a result depends on."""
 
@@ -108,7 +111,7 @@ class EvidenceTrainer(Trainer):
 
 def shared_file(config: Config, scratch: Path) -> Path:
     """The evaluation before training: of one warm start, by these settings of the evaluation."""
-    settings = [config.eval, config.corruption, config.rollout.max_new_tokens, config.reward]
+    settings = [config.eval, MEASURED_WITH, config.rollout.max_new_tokens, config.reward]
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     return scratch / "before" / f"{cache_folder(config).name}-{key}.json"
 
@@ -127,6 +130,7 @@ def train(cell: Cell, config: Config, scratch: Path, scorer: Scorer) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METRICS).unlink(missing_ok=True)  # of a run that was killed
     trainer = EvidenceTrainer(config, folder, scorer, progress, clock)
+    trainer.evaluator.corrupt = PromptCorruption(MEASURED_WITH, trainer.encoder)
     laps["loading"] = time.perf_counter() - started - laps["warm_start"]
     trainer.shared, trainer.measured, trainer.laps = shared_file(config, scratch), {}, laps
     with closing(trainer.engine):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.evidence.arms import ARMS, BASELINE
+from bench.evidence.arms import ADDED, ARMS, BASELINE
 from bench.evidence.protocol import RESAMPLES, TEST_SEEDS, Cell
 from bench.evidence.runner import result_of
 from bench.evidence.statistics import Difference, difference, holm
@@ -92,16 +92,21 @@ def by_seed(outcome: Outcome, runs: dict[int, dict]) -> dict[int, float]:
 
 
 def differences(
-    outcome: Outcome, results: dict[str, dict[int, dict]]
+    outcome: Outcome, results: dict[str, dict[int, dict]], baseline: str = BASELINE
 ) -> dict[str, Difference | None]:
-    """Arm → its paired difference to the baseline, with p corrected over the arms."""
-    baseline = by_seed(outcome, results.get(BASELINE, {}))
+    """Arm → its paired difference to the baseline, with p corrected over the arms.
+
+    The arms of the addendum are corrected apart from the others.
+    """
+    against = by_seed(outcome, results.get(baseline, {}))
     found = {
-        name: difference(by_seed(outcome, runs), baseline, RESAMPLES)
+        name: difference(by_seed(outcome, runs), against, RESAMPLES)
         for name, runs in results.items()
-        if name != BASELINE
+        if name != baseline
     }
-    adjusted = holm({name: d.p for name, d in found.items() if d is not None})
+    p = {name: d.p for name, d in found.items() if d is not None}
+    adjusted = holm({name: x for name, x in p.items() if name not in ADDED})
+    adjusted |= holm({name: x for name, x in p.items() if name in ADDED})
     return {
         name: None if d is None else Difference(d.seeds, d.mean, d.low, d.high, d.p, adjusted[name])
         for name, d in found.items()

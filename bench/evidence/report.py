@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evidence.arms import ARMS, BASELINE
+from bench.evidence.arms import ADDED, ARMS, BASE_OF_ADDED, BASELINE
 from bench.evidence.choice import chosen_settings
 from bench.evidence.figures import draw_differences, draw_gammas
 from bench.evidence.outcomes import OUTCOMES, by_seed, differences, honesty, results_of_test
@@ -53,6 +53,7 @@ def write_report(results: Path, page: Path = PAGE, images: Path = IMAGES) -> str
             content += _picture(f"differences to GRPO on {task}", drawn[-1])
         text = replaced(text, f"{task} outcomes", content)
         text = replaced(text, f"{task} looking", looking_table(found))
+        text = replaced(text, f"{task} added", added_table(task, found))
     page.write_text(text, encoding="utf-8")
     return "\n".join(str(path) for path in (page, *drawn))
 
@@ -124,6 +125,21 @@ def outcome_table(task: str, found: dict[str, dict[int, dict]], chosen: dict[str
         + "\n\nFirst row: per cent. Other rows: points more or fewer than GRPO's on the same seeds,"
         " with the 95 % interval, and p after Holm's correction over the arms."
     )
+
+
+def added_table(task: str, found: dict[str, dict[int, dict]]) -> str:
+    """The arms of the addendum: their paired differences to the arm that they change."""
+    added = {name: runs for name, runs in found.items() if name in (*ADDED, BASE_OF_ADDED)}
+    if BASE_OF_ADDED not in added or len(added) == 1:
+        return "No test run of the addendum yet."
+    outcomes = OUTCOMES[task]
+    against = {key: differences(x, added, BASE_OF_ADDED) for key, x in outcomes.items()}
+    rows = [
+        [f"`{name}`", str(len(runs)), *(_difference(against[key][name]) for key in outcomes)]
+        for name, runs in added.items()
+        if name != BASE_OF_ADDED
+    ]
+    return table(["arm", "seeds", *(o.says for o in outcomes.values())], rows)
 
 
 def looking_table(found: dict[str, dict[int, dict]]) -> str:

@@ -2,24 +2,39 @@
 
 `patch` blackens rows of the processed pixels, so a corrupted patch is exactly one input of the
 vision tower and no other patch changes. `official` is the authors' way: squares of the raw image,
-blackened before the processor resizes it, so its squares and the patches do not line up.
+blackened before the processor resizes it, so its squares and the patches do not line up. Noise and
+blur are in `papo_fast.data.noise`, boxes of evidence in `papo_fast.data.boxes`. The kind
+`attention` changes no picture: text does not see it (PGPO, arXiv 2604.01840).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from papo_fast.corruption_settings import CORRUPTIONS, CorruptionConfig, load_corruption
-from papo_fast.data.encoder import PromptEncoder, black_pixel
+from papo_fast.corruption_settings import (
+    CORRUPTIONS,
+    OF_BOXES,
+    CorruptionConfig,
+    load_corruption,
+)
+from papo_fast.data.boxes import BoxCorruption, boxes_of, check_column
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, black_pixel
+from papo_fast.data.noise import (
+    BlurCorruption,
+    DiffusionCorruption,
+    GaussianCorruption,
+    diffusion_step,
+)
+from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
@@ -205,10 +220,13 @@ class PromptCorruption:
     """(prompt, seed) → pixels of the `aug` stream, of the same shape as the prompt's own.
 
     Args:
-        config: which corruption, and its ratio.
+        config: which corruption, and its numbers.
         encoder: the model's image processor.
         pixels, images: a corruption of one's own, of processed patches or of raw images, in place
             of the one `config` names.
+
+    Attributes:
+        progress: share of the run that is done, for noise that falls over it.
     """
 
     def __init__(
@@ -219,30 +237,64 @@ class PromptCorruption:
         pixels: Corruption | None = None,
         images: ImageCorruption | None = None,
     ):
+        self.config = config
         self.encoder = encoder
+        self.progress = 0.0
+        self.kind = "own" if pixels or images else config.kind
         self.on_images = images
         self.on_pixels = pixels
-        if images is None and pixels is None:
-            if config.kind == "official":
-                self.on_images = OfficialCorruption(config.ratio)
-            elif config.kind not in CORRUPTIONS:
-                function, on = load_corruption(config.kind)
-                own = _Own(config.kind, function)
-                self.on_pixels = own.of_pixels if on == "pixels" else None
-                self.on_images = own.of_images if on == "images" else None
-            else:
-                self.on_pixels = PatchCorruption.of(encoder.image_processor, config.ratio)
+        self.on_boxes: BoxCorruption | None = None
+        if self.kind in CORRUPTIONS:
+            self._built_in()
+        elif self.kind != "own":
+            function, on = load_corruption(config.kind)
+            own = _Own(config.kind, function)
+            self.on_pixels = own.of_pixels if on == "pixels" else None
+            self.on_images = own.of_images if on == "images" else None
+
+    def _built_in(self) -> None:
+        config, processor = self.config, self.encoder.image_processor
+        if self.kind == "official":
+            self.on_images = OfficialCorruption(config.ratio)
+        elif self.kind == "diffusion":
+            self.on_images = self._diffusion
+        elif self.kind == "patch":
+            self.on_pixels = PatchCorruption.of(processor, config.ratio)
+        elif self.kind == "gaussian":
+            self.on_pixels = GaussianCorruption(config.noise_std)
+        elif self.kind == "blur":
+            self.on_pixels = BlurCorruption(config.blur_sigma, PatchGrid.of(processor))
+        elif self.kind in OF_BOXES:
+            black, grid = black_pixel(processor), PatchGrid.of(processor)
+            place: Literal["evidence", "control"]
+            place = "evidence" if self.kind == "evidence" else "control"
+            self.on_boxes = BoxCorruption(place, config.box_fill, black, grid)
+
+    def _diffusion(self, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
+        config = self.config
+        step = diffusion_step(config.noise_step, config.noise_anneal, self.progress)
+        return DiffusionCorruption(step)(images, seed)
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
-        """(P, C*T*p*p) float32, or None for a prompt without pictures."""
+        """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
         pixels, grid = prompt.encoded.pixel_values, prompt.encoded.image_grid_thw
-        if pixels is None or grid is None:
+        if pixels is None or grid is None or self.kind == "attention":
             return None
         if self.on_images is not None:
             corrupted, _ = self.encoder.process_images(self.on_images(prompt.images, seed))
             return corrupted
+        if self.on_boxes is not None:
+            boxes = boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
+            return self.on_boxes(pixels, grid, boxes, seed)
         assert self.on_pixels is not None
         return self.on_pixels(pixels, grid, seed)
+
+    def prompt(self, prompt: Prompt, seed: int) -> Prompt:
+        """The prompt with corrupted pictures, to sample from; without any for `attention`."""
+        pixels, encoded = self(prompt, seed), prompt.encoded
+        if pixels is None:
+            return replace(prompt, encoded=without_pictures(encoded))
+        return replace(prompt, encoded=replace(encoded, pixel_values=pixels))
 
     def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
         """The first corrupted picture as the model gets it, for people to look at."""
@@ -250,3 +302,38 @@ class PromptCorruption:
         if pixels is None or grid is None:
             return None
         return self.encoder.to_images(pixels, grid[:1])[0]
+
+
+class CorruptedViews:
+    """(prompt, seed) → pixels of the `aug` stream and of the second view, None without one.
+
+    Attributes:
+        first, second: the corruption of each; None without a second view.
+    """
+
+    def __init__(self, config: CorruptionConfig, encoder: PromptEncoder):
+        self.first = PromptCorruption(config, encoder)
+        self.second = None
+        if config.second:
+            self.second = PromptCorruption(replace(config, kind=config.second), encoder)
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise `InputError` where a corruption needs a column that the data does not have."""
+        for view in (self.first, self.second):
+            if view is not None and view.on_boxes is not None:
+                check_column(columns, view.config.boxes_key)
+
+    def at(self, progress: float) -> None:
+        """Go on to a share of the run, in [0, 1], for noise that falls over it."""
+        for view in (self.first, self.second):
+            if view is not None:
+                view.progress = progress
+
+    def __call__(self, prompt: Prompt, seed: int) -> tuple[Tensor | None, Tensor | None]:
+        return self.first(prompt, seed), None if self.second is None else self.second(prompt, seed)
+
+
+def without_pictures(encoded: EncodedPrompt) -> EncodedPrompt:
+    """The prompt's text alone; the tokens in front of and behind a picture stay."""
+    text = encoded.mm_token_type_ids == 0
+    return EncodedPrompt(encoded.input_ids[text], encoded.mm_token_type_ids[text], None, None)

@@ -28,6 +28,7 @@ from papo_fast.data.model_folder import (
     load,
     optional_file,
 )
+from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.pictures import to_rgb
 from papo_fast.errors import InputError
 from papo_fast.rewards.reading import end_of_prompt
@@ -225,18 +226,12 @@ class PromptEncoder:
         Exact where the patches are of 8-bit pictures, corrupted ones included. Takes the first
         n of the patches' pictures for a `grid_thw` of (n, 3).
         """
-        m, p, frames = self.merge_size, self.patch_size, self.temporal_patch_size
         mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
         std = torch.tensor(self.image_processor.image_std)[:, None, None]
-        images, start = [], 0
-        for t, h, w in grid_thw.tolist():
-            # the processors' order of patches: groups of m x m neighbours, row by row
-            patches = pixel_values[start : start + t * h * w]
-            patches = patches.reshape(t, h // m, w // m, m, m, 3, frames, p, p)
-            image = patches[0, ..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * p, w * p)
-            values = (image * std + mean).clamp(0, 1).mul(255).round()
+        images = []
+        for frames in PatchGrid.of(self).pictures(pixel_values, grid_thw):
+            values = (frames[0] * std + mean).clamp(0, 1).mul(255).round()
             images.append(Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8)))
-            start += t * h * w
         return images
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:

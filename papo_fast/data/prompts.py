@@ -96,6 +96,7 @@ class PromptDataset(Dataset):
             except BadSample as bad:
                 raise InputError(f"{self.source} has no row that can be read: {bad}") from bad
         used = (config.problem_key, config.answer_key, config.images_key)
+        self.columns = columns
         self._others = sorted(columns - set(used))
         names = printable(", ".join(sorted(columns)), 1000)
         for what in ("problem", "answer"):

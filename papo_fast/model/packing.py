@@ -64,29 +64,33 @@ def pack(
     *,
     full: bool = True,
     aug: bool = False,
+    second: bool = False,
 ) -> PackedBatch:
     """One batch of the groups' trees.
 
     Args:
         positions: M-RoPE positions of a prompt, (3, L); `Policy.prompt_positions`.
-        full, aug: the streams: real pictures, corrupted pictures. At least one of them.
+        full, aug, second: the streams: real pictures, corrupted ones, those of the second view. At
+            least one of them. Text in a corrupted stream without pixels attends to no picture.
     """
     pictures = _Pictures()
     axes_of = [positions(group.prompt.encoded) for group in groups]
     ids, places, segments = [], [], []
     predictors: list[list[Tensor]] = []
     start = 0
-    for stream in ("full",) * full + ("aug",) * aug:
+    for stream in ("full",) * full + ("aug",) * aug + ("second",) * second:
         predictors.append([])
         for group, axes in zip(groups, axes_of, strict=True):
             prompt = group.prompt.encoded
-            pixels = prompt.pixel_values if stream == "full" else group.aug_pixels
+            pixels = prompt.pixel_values if stream == "full" else getattr(group, f"{stream}_pixels")
             pictures.add(pixels, prompt.image_grid_thw)
-            root = Segment(start, len(prompt))
-            ids.append(prompt.input_ids)
-            places.append(axes)
+            # text that sees no picture: its tokens, which nothing would attend to, are left out
+            kept = (prompt.mm_token_type_ids == 0) | (pixels is not None)
+            ids.append(prompt.input_ids[kept])
+            places.append(axes[:, kept])
+            root = Segment(start, len(ids[-1]))
             segments.append(root)
-            start += len(prompt)
+            start += root.length
             after = int(axes.max()) + 1
             for sample in group.samples:
                 n = len(sample)

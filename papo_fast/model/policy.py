@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class Policy(nn.Module):
             mesh,
             dtype=dtype,
             offload=parallel.offload,
-            forwards=("stats", "hidden_and_head"),
+            forwards=("stats", "stats_of_views", "hidden_and_head"),
         )
 
     def reference(self, config: Config) -> Policy | SharedReference | None:
@@ -138,41 +139,46 @@ class Policy(nn.Module):
         mixed = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed)
 
-    def stats(
+    def stats(self, batch: PackedBatch, **options: Any) -> tuple[TokenStats, Tensor | None]:
+        """What `stats_of_views` returns but for the second view."""
+        # the class's own, because FSDP wraps that of a sharded policy as it does this one
+        return Policy.stats_of_views(self, batch, **options)[:2]
+
+    def stats_of_views(
         self,
         batch: PackedBatch,
         *,
         frozen_aug: PackedBatch | None = None,
         kl_to: Policy | SharedReference | None = None,
         temperature: float = 1.0,
-    ) -> tuple[TokenStats, Tensor | None]:
-        """Statistics of the batch's N response tokens, (N,) float32 each, and the exact KL.
+    ) -> tuple[TokenStats, Tensor | None, Tensor | None]:
+        """Statistics of the batch's N response tokens, (N,) float32 each, the exact KL, and the
+        tokens' log-probs given the second view, (N,) float32, or None without one.
 
         Args:
-            batch: trees of one stream, or of the full and the aug stream in one forward pass.
-            frozen_aug: the aug stream as a batch of its own, which is a constant in every gradient;
-                `batch` then holds the full stream alone.
+            batch: trees of one stream, or of the full and the corrupted ones in one forward pass.
+            frozen_aug: the corrupted streams as a batch of their own, which are constants in every
+                gradient; `batch` then holds the full stream alone.
             kl_to: a reference policy; the second result is then KL(policy || reference) of each
                 token, exact over the vocabulary, (N,) float32, else None. Needs `batch` to hold
                 one stream or the full stream first.
             temperature: the sampling temperature; statistics are those of the sampled policy.
         """
-        hidden_ND, *aug = self._hidden(batch)
+        hidden_ND, *views = self._hidden(batch)
+        frozen, kl, second = frozen_aug is not None, None, None
         if frozen_aug is not None:
             with torch.no_grad():
-                aug = self._hidden(frozen_aug)
-        stats = token_stats(
-            hidden_ND,
-            self._head_weight(),
-            batch.targets_N,
-            aug_hidden=aug[0] if aug else None,
-            aug_constant=frozen_aug is not None,
-            bias=self.banned_V,
-            temperature=temperature,
-        )
-        if kl_to is None:
-            return stats, None
-        return stats, self._exact_kl(kl_to, hidden_ND, batch, temperature)
+                views = self._hidden(frozen_aug)
+        head = (self._head_weight(), batch.targets_N)
+        options = {"bias": self.banned_V, "temperature": temperature}
+        aug = views[0] if views else None
+        stats = token_stats(hidden_ND, *head, aug_hidden=aug, aug_constant=frozen, **options)
+        if len(views) > 1:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                second = token_stats(views[1], *head, **options).logprobs
+        if kl_to is not None:
+            kl = self._exact_kl(kl_to, hidden_ND, batch, temperature)
+        return stats, kl, second
 
     def _exact_kl(
         self,

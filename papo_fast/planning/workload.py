@@ -62,7 +62,7 @@ class MicroBatch:
 
 
 def update_streams(config: Config) -> int:
-    return 2 if config.objective.aug_stream == "trained" else 1
+    return config.objective.streams_at_once
 
 
 def micro_batch(config: Config, lengths: Lengths, merge: int, ranks: int) -> MicroBatch:
@@ -121,7 +121,7 @@ def step_work(config: Config, lengths: Lengths, shape: ModelShape) -> StepWork:
     passes = (
         (objective.needs_reference and objective.kl_estimator == "sampled")
         + (config.old_logprobs_from == "pass")
-        + (objective.aug_stream == "stored")
+        + (objective.aug_stream == "stored") * (1 + objective.needs_second)
         + 2 * (objective.weighs_on == "rollout")  # both streams
     )
     again = int(model.gradient_checkpointing)

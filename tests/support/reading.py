@@ -20,7 +20,12 @@ STEP = {
     "papo_fast/rollout/sampler.py": ("Sampler",),
     "papo_fast/update.py": ("Updater.update", "Updater._token_batch"),
     "papo_fast/model/packing.py": ("PackedBatch", "pack", "_Pictures"),
-    "papo_fast/model/policy.py": ("Policy.stats", "Policy._hidden", "Policy._encoded_images"),
+    "papo_fast/model/policy.py": (
+        "Policy.stats",
+        "Policy.stats_of_views",
+        "Policy._hidden",
+        "Policy._encoded_images",
+    ),
     "papo_fast/objective.py": (
         "_log_ratio",
         "_policy_losses",
