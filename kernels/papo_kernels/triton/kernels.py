@@ -52,13 +52,14 @@ def head(acc, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS: tl.constexpr, CA
         ban = tl.where(bias <= LOG_ZERO, -float("inf"), 0.0)
         acc += bias + ban
     if CAP:
+        # What is taken off |acc|, or off the cap, is small and has no cancellation: half a unit in
+        # the last place is lost, where softcap * tanh(t) by exponentials loses three.
         t = tl.abs(acc) / softcap
-        shrink = precise_exp(-2.0 * t)
-        size = softcap * (1.0 - shrink) / (1.0 + shrink)
-        # far below the cap 1 - shrink has few bits left: Taylor, to 1e-8 where t < 1/4
         u = t * t
-        series = 1.0 - u * (1 / 3 - u * (2 / 15 - u * (17 / 315 - u * (62 / 2835))))
-        size = tl.where(t < 0.25, tl.abs(acc) * series, size)
+        below = u * (45045 + u * (2772 + u * 27)) / (135135 + u * (62370 + u * (3150 + u * 28)))
+        shrink = precise_exp(-2.0 * t)
+        near_cap = softcap - 2.0 * softcap * (shrink / (1.0 + shrink))
+        size = tl.where(t < 1.0, tl.abs(acc) - tl.abs(acc) * below, near_cap)
         acc = tl.where(acc < 0, -size, size)
         if HAS_BIAS:  # the cap turns -inf into a number
             acc += ban
