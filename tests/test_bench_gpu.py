@@ -208,17 +208,17 @@ def test_all_of_it_runs_interpreted(tmp_path, small_carried):
         (name, "done") for name in gpu.SECTIONS
     ]
     checked = {c["what"] for c in saved["checks"]}
-    dtypes = ("float32", "bfloat16", "float16")
-    assert {f"{case}, {dtype}" for case in gpu_check.CASES for dtype in dtypes} <= checked
+    assert {f"{case}, float32" for case in gpu_check.CASES} <= checked
+    assert {"NaN in other rows, float16", "odd sizes, ignored rows, bfloat16"} <= checked
     assert gpu_table.failed(saved) == []
     assert "out of time" not in {x["reason"] for x in saved["left_out"]}
-    names = ("synthetic-0.6", "smollm2-0.6", "smollm2-0.6-wide", "smollm2-1.1")
+    names = ("synthetic-0.6", "smollm2-0.6-wide")
     timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
     assert timed >= {(s, w) for s in names for w in (ways.OURS, ways.FLOOR, "backward alone")}
     ours = [r for r in saved["times"] if r["way"] == ways.OURS]
     assert all(0 < r["kept"] <= 1 and r["rows"] == r["N"] for r in ours)
     profiled = {p["what"].split(", ")[0] + p["what"].split(":")[-1] for p in saved["profiles"]}
-    assert profiled == {f"{s} {way}" for s in names[:3] for way in ("forward", "backward")}
+    assert profiled == {f"{s} {way}" for s in names for way in ("forward", "backward")}
     assert all(s["failure"] == "" for s in saved["sweep"])
     assert {s["what"] for s in saved["sweep"]} >= {*gpu_sweep.CANDIDATES, "TILE", "GROUP_ROWS"}
     written = (tmp_path / "table.md").read_text()
