@@ -132,7 +132,7 @@ def real_states(run):
             found[-1].essentials(profiled=extended is not None or source == "smollm2-0.6")
     for timed in found:
         _errors(run, timed.states)
-    for timed in found:
+    for timed in found if not run.interpreted else []:  # it has had them in the section `main`
         timed.rest()
 
 
