@@ -65,22 +65,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """float32 convolutions are float32's own inside it.
-
-    By default cuDNN rounds their operands to TF32, which has 10 bits of 23. A vision tower begins
-    with one. On an H200 the gradients of float32 updates were off by 2 to 5e-4, which is its size.
-    """
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
-
-
 def backend(device: torch.device) -> str:
     """Of processes on such devices; what lies in the CPU's memory, as offloaded gradients do, is
     reduced there."""

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 
-from papo_fast.config import DataConfig, ModelConfig
-from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.packing import pack
-from papo_fast.model.policy import Policy
-from support.family_checkpoints import FAMILIES, write_checkpoint
-from support.groups import group_of, token_ids
-
-DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
+from support.family_checkpoints import FAMILIES
+from support.groups import group_of, load_policy, token_ids
+from support.whole_logits import picture
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
-    path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
-    encoder = PromptEncoder(path, DATA)
-    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
-    return Policy.load(config, encoder.banned_token_ids, torch.device("cpu")), encoder
-
-
-def picture(width, height, seed):
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
+    return load_policy(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def groups_with_pictures(encoder):

@@ -6,37 +6,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from papo_fast.config import DataConfig, ModelConfig
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.errors import InputError
 from papo_fast.model import attention
 from papo_fast.model.attention import Segment, TreeLayout, tree_attention
 from papo_fast.model.batching import distribute, tree_flops, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.packing import pack
-from papo_fast.model.policy import Policy
 from papo_fast.samples import all_samples
-from support.family_checkpoints import FAMILIES, write_checkpoint
-from support.groups import group_of, token_ids
+from support.family_checkpoints import FAMILIES
+from support.groups import group_of, load_policy, token_ids
+from support.whole_logits import picture
 
-DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp")
 property_test = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def policy_and_encoder(request, tmp_path_factory):
-    path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
-    encoder = PromptEncoder(path, DATA)
-    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
-    return Policy.load(config, encoder.banned_token_ids, torch.device("cpu")), encoder
-
-
-def picture(width, height, seed):
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
+    return load_policy(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @st.composite

@@ -6,7 +6,6 @@ from transformers import AutoModelForImageTextToText
 
 from papo_fast.model import picture_attention
 from papo_fast.model.picture_attention import attend_inside_pictures
-from papo_fast.parallel import exact_convolutions
 from support.family_checkpoints import byte_tokenizer, family_config
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -78,17 +77,3 @@ def test_autocast_gives_the_kernel_one_dtype(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         features_and_gradients(tower("qwen2_5_vl", ours=True))
     assert seen == [{torch.bfloat16}] * 2
-
-
-def test_convolutions_are_exact_inside_a_run_and_as_before_after_it():
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-
-    @exact_convolutions()
-    def run():
-        assert conv.fp32_precision == "ieee"
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        run()
-    assert conv.fp32_precision == before

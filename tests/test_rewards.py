@@ -20,14 +20,8 @@ from papo_fast.rewards import answer_check
 from papo_fast.rewards import scorer as scorer_module
 from papo_fast.rewards.answers import Algebra, judge
 from papo_fast.rewards.reading import reading
-from papo_fast.rewards.scorer import (
-    LOWERED,
-    PATIENCE,
-    Scorer,
-    equal_as_text,
-    has_format,
-    last_boxed,
-)
+from papo_fast.rewards.scorer import Scorer, equal_as_text, has_format, last_boxed
+from papo_fast.rewards.workers import LOWERED, PATIENCE
 
 LIMIT = 1.0
 """Seconds of CPU time per answer."""

@@ -6,24 +6,20 @@ import dataclasses
 
 import pytest
 import torch
-from PIL import Image
 
-from papo_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import check, resolve
 from papo_fast.corruption_settings import CorruptionConfig
 from papo_fast.data.corruption import CorruptedViews
-from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.experience import add_logprobs
-from papo_fast.model.policy import Policy
 from papo_fast.planning.workload import update_streams
 from papo_fast.presets import PRESETS
 from papo_fast.samples import all_samples
 from papo_fast.update import Updater
-from support.family_checkpoints import write_checkpoint
-from support.groups import group_of, token_ids
+from support.groups import group_of, load_policy, token_ids
+from support.whole_logits import picture
 
-DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 TERMS = {
     "dvrp": dict(
         dvrp_sensitivity=0.3, dvrp_robustness=0.2, dvrp_masked_entropy=0.05,
@@ -36,15 +32,7 @@ TERMS = {
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def loaded(request, tmp_path_factory):
-    path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
-    encoder = PromptEncoder(path, DATA)
-    config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
-    return Policy.load(config, encoder.banned_token_ids, torch.device("cpu")), encoder
-
-
-def picture(width, height, seed):
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.manual_seed(seed))
-    return Image.fromarray(pixels.to(torch.uint8).numpy())
+    return load_policy(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def groups_in_three_views(encoder):

@@ -49,10 +49,9 @@ def picture_attention(
     kernel = None if dropout else variable_length(query.device.type, query.dtype)
     if kernel is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        starts = cu_seq_lens_q.to(torch.int32)
-        return kernel(q, k, v, starts, starts, max_length_q, max_length_q, scaling, False)[
-            None
-        ], None
+        starts, most = cu_seq_lens_q.to(torch.int32), max_length_q
+        found = kernel(q, k, v, starts, starts, most, most, scaling, False)
+        return found[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     found = [

@@ -21,12 +21,12 @@ from papo_fast.rewards.function_worker import HELD
 from papo_fast.rewards.service import ask_service
 from papo_fast.rewards.workers import (
     LOWERED,
-    PATIENCE,
     WALL_FACTOR,
     Outcome,
     Worker,
     Workers,
     ask_in_order,
+    patient,
 )
 from papo_fast.user_function import is_given, load_function, source_of
 
@@ -137,9 +137,7 @@ class RewardFunctions:
         return ask_in_order(len(calls), ask, self._limit, self._clients)
 
     def _limit(self, late: int) -> float:
-        if late >= GIVE_UP:
-            return 0.0
-        return self.config.timeout * (LOWERED if late >= PATIENCE else 1.0)
+        return patient(self.config.timeout, late) if late < GIVE_UP else 0.0
 
     def _count(self, one: Rewarded, outcomes: Sequence[Outcome]) -> None:
         timeouts = sum(x.kind == "timeout" for x in outcomes)

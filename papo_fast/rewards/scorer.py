@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from papo_fast.errors import InputError
@@ -23,13 +24,12 @@ from papo_fast.rewards.answers import Algebra, judge
 from papo_fast.rewards.functions import Question, RewardFunctions, arguments_of
 from papo_fast.rewards.reading import tight
 from papo_fast.rewards.workers import (
-    LOWERED,
-    PATIENCE,
     WALL_FACTOR,
     Outcome,
     Worker,
     Workers,
     ask_in_order,
+    patient,
 )
 
 Verdict = Literal["right", "wrong", "timeout", "failure"]
@@ -188,9 +188,7 @@ class Scorer:
             finally:
                 workers.idle.put(worker)
 
-        def limit(timeouts: int) -> float:
-            return self.config.timeout * (LOWERED if timeouts >= PATIENCE else 1.0)
-
+        limit = partial(patient, self.config.timeout)
         outcomes = ask_in_order(len(pairs), ask, limit, workers.threads)
         reasons = [outcome.reason for outcome in outcomes if outcome.kind == "failure"]
         self.last_failure = reasons[-1] if reasons else self.last_failure

@@ -26,6 +26,11 @@ LOWERED = 0.1
 """The share of the time limit that is left for an answer after `PATIENCE` timeouts."""
 
 
+def patient(limit: float, late: int) -> float:
+    """The time limit of a call after `late` timeouts of those before it."""
+    return limit * (LOWERED if late >= PATIENCE else 1.0)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one question."""

@@ -11,7 +11,8 @@ PACKAGE = Path(papo_kernels.__file__).parent
 WAYS = ("eager", "cpu", "triton")
 # Each of them may import those before it.
 BELOW_THE_WAYS = (
-    "reference", "rows", "certificate", "equations", "sizes", "chunked_forward", "chunked_backward",
+    "precision", "reference", "rows", "certificate", "equations", "sizes", "chunked_forward",
+    "chunked_backward",
 )  # fmt: skip
 
 

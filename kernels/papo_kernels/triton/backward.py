@@ -21,12 +21,13 @@ from papo_kernels.certificate import (
     StreamSums,
     record,
 )
+from papo_kernels.precision import exact_float32
 from papo_kernels.rows import each, make_wanted, unpack
 from papo_kernels.sizes import Wholes
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch
 from papo_kernels.triton.forward import names
-from papo_kernels.triton.launch import LAUNCHES, exact_products, kernel_operands
+from papo_kernels.triton.launch import LAUNCHES, kernel_operands
 from papo_kernels.triton.words import Backward, GradientSum, Words, add, gradients_of_states
 
 # Rows of a group. More of them share more words that one of them alone wants; fewer of them read
@@ -47,7 +48,7 @@ def backward(call, saved, upstream, needs):
 
     saved: `rows.Saved` as the forward made it. upstream: Upstream of (N,). needs: four bools.
     """
-    with torch.cuda.device_of(call.hidden), exact_products():
+    with torch.cuda.device_of(call.hidden), exact_float32(torch.backends.cuda.matmul):
         scale = _scale(call, upstream)
         upstream = each(lambda x: x * scale, upstream)
         run = _backward_of(call, saved, upstream, needs)
@@ -109,7 +110,7 @@ def _dense(run, left, total):
         at = left.rows[some]
         states = run.states(at)
         found = gradients_of_states(run, states, total)
-        size = max(64, rows.CHUNK_ELEMENTS // len(at) // 64 * 64)
+        size = launch.even_down(rows.CHUNK_ELEMENTS // len(at))
         for words in Words(0, run.operands.v).split(size):
             skip = None
             if left.done is not None:
@@ -168,7 +169,7 @@ def _sparse(run, budget, total):
     if certificate.recording():
         _record(run, good, done, share)
     left = (~good)[tile].nonzero().squeeze(1)
-    return Left(at[left], done, left // (GROUP_ROWS))
+    return Left(at[left], done, left // GROUP_ROWS)
 
 
 def _counts(levels):
@@ -215,7 +216,7 @@ def _more_words(run, levels, level, asked, at, done):
     asks = torch.nn.functional.pad(asked, (0, missing)).view(groups, tiles).any(1)
     targets = run.targets[at]
     targets = torch.where((targets >= 0) & (targets < vocab), targets, 0)
-    group = torch.arange(len(at), device=at.device) // (GROUP_ROWS)
+    group = torch.arange(len(at), device=at.device) // GROUP_ROWS
     wanted[group, targets] = True
     return wanted & asks[:, None] & ~done
 
@@ -223,7 +224,7 @@ def _more_words(run, levels, level, asked, at, done):
 def _add_groups(run, at, more, sums, total):
     """Adds the gradients of every group's words in (G, V) `more`."""
     listed = more.nonzero()[:, 1].to(torch.int32)
-    size = max(64, GATHERED_ELEMENTS // max(1, run.operands.d))
+    size = launch.even_down(GATHERED_ELEMENTS // max(1, run.operands.d))
     groups = zip(listed.split(more.sum(1).tolist()), at.split(GROUP_ROWS), strict=True)
     for words, some in groups:
         if not len(words):

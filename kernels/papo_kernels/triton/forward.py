@@ -4,9 +4,10 @@ import torch
 import triton
 
 from papo_kernels import rows
+from papo_kernels.precision import exact_float32
 from papo_kernels.rows import Saved, kept_first, saved_names
 from papo_kernels.triton import kernels, launch
-from papo_kernels.triton.launch import LAUNCHES, exact_products, kernel_operands, multiply
+from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
 
 # Below it, a KL's terms of second order are more exact than the difference of first-order sums.
 CLOSE = 0.25
@@ -24,7 +25,7 @@ def levels_shape(n, vocab, keep_levels):
 
 def forward(call, keep_levels):
     """`Saved` of a `Call`; keep_levels: whether the backward may be sparse."""
-    with torch.cuda.device_of(call.hidden), exact_products():
+    with torch.cuda.device_of(call.hidden), exact_float32(torch.backends.cuda.matmul):
         return _forward(call, kernel_operands(call), keep_levels)
 
 

@@ -1,6 +1,5 @@
 """Launch sizes of the Triton kernels, operands as they want them, and the products beside them."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -92,18 +91,6 @@ def _say_once(given, dtype):
     )
 
 
-@contextlib.contextmanager
-def exact_products():
-    """Products of float32 operands are float32's own inside it, whatever TF32 flags a user set."""
-    flags = torch.backends.cuda.matmul
-    before = flags.fp32_precision
-    flags.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before
-
-
 def multiply(a, b, out):
     """Writes the float32 product of (A, K) and (K, B) of one dtype into (A, B) `out`.
 
@@ -135,3 +122,8 @@ def padded(rows, words, dtype, device):
 def even_up(words):
     """`words`, or the next multiple of EVEN."""
     return triton.cdiv(words, EVEN) * EVEN
+
+
+def even_down(words):
+    """`words`, or the multiple of EVEN before; EVEN at least."""
+    return max(1, words // EVEN) * EVEN
