@@ -27,6 +27,7 @@ from papo_fast.parallel import (
     process_group,
     world_size,
 )
+from papo_fast.report import has_report, write_report
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.protocol import RolloutError
 from papo_fast.rollout.vllm_guard import read_or_make_token
@@ -121,6 +122,9 @@ def _train(config: Config, console: Console) -> Path:
         folder, done = gather((folder, done))[0]
         if done is not None:
             console.print(f"{folder} is finished after {done} steps: nothing is left to do")
+            if is_main() and not has_report(folder):
+                picture = write_report(folder)
+                console.print(f"its report was not finished; it is now {picture}")
             return folder
         return _train_in(folder, config, console)
 

@@ -89,6 +89,24 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_metrics(config, c
     assert not list(folder.rglob("*.partial"))
 
 
+def test_a_run_killed_between_its_summary_and_its_report_draws_it_later(config, child, tmp_path):
+    folder = tmp_path / "a" / "run"
+    process = child(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
+    while not (folder / "report.png.partial").exists():
+        assert process.exitcode is None, "it ended before it could be killed"
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (folder / "summary.json").exists() and not (folder / "report.html").exists()
+    quiet_train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
+    assert (folder / "report.png").stat().st_size > 10_000
+    assert (folder / "report.html").exists()
+    assert not list(folder.rglob("*.partial"))
+    drawn = (folder / "report.html").stat().st_mtime_ns
+    quiet_train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2)))
+    assert (folder / "report.html").stat().st_mtime_ns == drawn  # a whole one stays
+
+
 def test_sigterm_writes_a_checkpoint_and_exits_with_zero(config, child, tmp_path):
     config = resumable(config, steps=500, checkpoint_every=0)
     process = child(config)

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from papo_fast.whole_files import written_whole
+
 CELL = 28
 MARGIN = 2
 # Every picture has this many cells, and the question stands in front of it: what is read at one
@@ -155,9 +157,8 @@ def write_questions(
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)
 
 
 def response(question_reading: str, answer: str) -> str:

@@ -39,7 +39,8 @@ from papo_fast.report.wording import (
     text_width,
     wrap,
 )
-from papo_fast.run.files import REPORT, Run, read_run
+from papo_fast.run.files import PAGE, REPORT, SUMMARY, Run, read_run
+from papo_fast.whole_files import written_whole
 
 WIDTH = 10.0
 MARGIN = 0.35
@@ -70,16 +71,24 @@ def write_report(run_dir: Path, beside: Sequence[Path] = ()) -> Path:
     run = read_run(run_dir)
     others = [read_run(other) for other in beside]
     path = run.path / REPORT
-    partial = run.path / (REPORT + ".partial")
     with style.context("default", after_reset=True):  # a user's usetex or dark theme stays out
         picture = draw(run, others)
         try:
-            picture.savefig(partial, format="png", dpi=DPI, facecolor="white")
-            partial.replace(path)
+            with written_whole(path) as partial:
+                picture.savefig(partial, format="png", dpi=DPI, facecolor="white")
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from error
     write_page(run)
     return path
+
+
+def has_report(run_dir: Path) -> bool:
+    """Whether the report of a finished run is there, and no older than its summary.
+
+    It is not where the process was killed between writing the one and the other.
+    """
+    page = run_dir / PAGE  # what `write_report` writes last
+    return page.is_file() and page.stat().st_mtime >= (run_dir / SUMMARY).stat().st_mtime
 
 
 def draw(run: Run, others: Sequence[Run] = ()) -> Figure:

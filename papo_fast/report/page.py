@@ -17,6 +17,7 @@ from papo_fast.report.examples import before_training, is_lucky, is_right
 from papo_fast.report.wording import duration, kind_name
 from papo_fast.run.files import PAGE, REPORT, Run
 from papo_fast.run.metrics import Row
+from papo_fast.whole_files import written_whole
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em;
@@ -43,11 +44,10 @@ def write_page(run: Run) -> Path:
     Raises `InputError` where it cannot be written.
     """
     path = run.path / PAGE
-    partial = path.with_suffix(".partial")
     try:
-        # half an emoji, which a model may say, is no UTF-8
-        partial.write_text(page(run), encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
+        with written_whole(path) as partial:
+            # half an emoji, which a model may say, is no UTF-8
+            partial.write_text(page(run), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     return path

@@ -33,10 +33,11 @@ from torch.distributed.tensor import DTensor
 from papo_fast.errors import InputError
 from papo_fast.parallel import gather, is_main, wait_for_all
 from papo_fast.run.shards import SafePlanner, SafeReader, damage, write_manifest
+from papo_fast.whole_files import PARTIAL
 
 _log = logging.getLogger(__name__)
 
-PARTIAL, DAMAGED = ".partial", ".damaged"
+DAMAGED = ".damaged"
 # a run of one process is no mistake
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 

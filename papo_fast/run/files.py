@@ -12,6 +12,7 @@ from typing import Any
 from papo_fast.config_file import CONFIG as CONFIG
 from papo_fast.errors import InputError
 from papo_fast.run.metrics import Row, json_line, read_json_lines, read_metrics
+from papo_fast.whole_files import written_whole
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 EXAMPLES, REPORT, PAGE = "examples.jsonl", "report.png", "report.html"
@@ -213,6 +214,5 @@ def save_examples(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
                 files[key] = f"examples/{row['when']}-{index:03d}{suffix}.png"
                 row[key].convert("RGB").save(run_dir / files[key])
         kept.append({**row, **files})
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json_line(row) + "\n" for row in kept), encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text("".join(json_line(row) + "\n" for row in kept), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from papo_fast.run.files import CONFIG
 from papo_fast.run.lock import LOCK, Locked, locked
 from papo_fast.run.resume import check_settings
 from papo_fast.run.trackers import LEFT
+from papo_fast.whole_files import written_whole
 
 _OF_NO_STEP = {LOCK, "vllm_server.log", "server_weights", *LEFT}
 """What a run leaves that ended before its first step began."""
@@ -127,9 +127,8 @@ def as_json(value: object) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(as_json(value))
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(as_json(value))
 
 
 def git_commit() -> str | None:

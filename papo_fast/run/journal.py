@@ -28,6 +28,7 @@ from papo_fast.run.resume import check_that_nothing_is_lost, rows_until
 from papo_fast.run.step_lines import StepLines
 from papo_fast.run.stop import StopRequest
 from papo_fast.run.trackers import Tracking
+from papo_fast.whole_files import written_whole
 
 BEFORE = "before.json"
 
@@ -92,9 +93,8 @@ class Journal:
         rows = rows_until(rows, self.done, path)
         wait_for_all()  # everybody has read the rows
         if is_main():  # steps after the checkpoint will be made again
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json_line(row) + "\n" for row in rows))
-            partial.replace(path)
+            with written_whole(path) as partial:
+                partial.write_text("".join(json_line(row) + "\n" for row in rows))
         for row in rows:
             for monitor in self._monitors:
                 monitor.update(row)
