@@ -216,7 +216,9 @@ leave(0)
 
 
 def test_the_main_process_goes_first_without_waiting_for_the_others(tmp_path):
-    launch(2, ["-c", MAIN_FIRST, str(tmp_path / "made")])
+    script = tmp_path / "main_first.py"
+    script.write_text(MAIN_FIRST)
+    launch(2, [str(script), str(tmp_path / "made")])
 
 
 GOODBYE = """

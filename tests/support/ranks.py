@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -14,13 +18,16 @@ from papo_fast.config import DataConfig
 from papo_fast.data.prompts import Prompt
 from papo_fast.rewards.scorer import Score
 from papo_fast.samples import Completion, Group, Sample, all_samples
-from support import TESTS
+from support import SUPPORT, TESTS
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
 
+FORK = SUPPORT / "fork_ranks.py"
+
+
 def launch(ranks: int, command: list[str]) -> None:
-    """Run a Python command on so many ranks; fails with the output of the first that failed.
+    """Run a script, or `-m MODULE`, on so many ranks; fails with the output of the first that did.
 
     Without a limit of its own: the test's ends it, and then no process is left behind.
     """
@@ -35,23 +42,24 @@ def launch(ranks: int, command: list[str]) -> None:
         # for what workers share with the tests: they run as scripts, which pytest gives no path
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, str(FORK), folder, str(ranks), *command],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
-        for r in range(ranks)
-    ]
-    try:
-        outputs = [p.communicate()[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, output in zip(processes, outputs, strict=True):
-        assert p.returncode == 0, output[-4000:]
+        try:
+            output = process.communicate()[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, output[-4000:]
+        statuses = Path(folder, "statuses").read_text().split()
+        for rank, status in enumerate(statuses):
+            assert status == "0", Path(folder, f"{rank}.txt").read_text()[-4000:]
 
 
 def _picture(seed, size):
