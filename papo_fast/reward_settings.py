@@ -93,7 +93,7 @@ def rewarded(config: RewardConfig) -> tuple[Rewarded, ...]:
 
 
 def _checked(url: str) -> SplitResult:
-    """The parts of a service's URL; raises `InputError` for one that no request could be sent to."""
+    """The parts of a service's URL; raises `InputError` where no request could be sent to it."""
     try:
         parts = urlsplit(url)
         fits = parts.hostname and parts.port != 0 and "@" not in parts.netloc

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +25,20 @@ LARGEST_WEIGHT = 1e6
 _given: dict[str, Any] = {}
 
 
-def name_given(function: Any) -> str:
+def name_given(function: Any, taken: Collection[str] = ()) -> str:
     """The name under which `load_function` finds what a Python program has handed over.
 
-    A later function of the same name takes the place of an earlier one.
+    A later function of the same name takes the place of an earlier one, unless the name is of
+    `taken`: then it gets a number.
     """
-    name = getattr(function, "__name__", type(function).__name__)
-    name = name if name.isidentifier() else "function"  # a lambda is called <lambda>
-    _given[PYTHON + name] = function
-    return PYTHON + name
+    own = getattr(function, "__name__", type(function).__name__)
+    own = own if own.isidentifier() else "function"  # a lambda is called <lambda>
+    name, n = PYTHON + own, 1
+    while name in taken and _given.get(name) is not function:
+        n += 1
+        name = f"{PYTHON}{own}_{n}"
+    _given[name] = function
+    return name
 
 
 def is_given(named: str) -> bool:

@@ -146,7 +146,7 @@ def test_a_function_that_fails_gives_nothing_and_is_counted_and_the_next_call_is
 
 def test_a_process_that_a_function_forks_does_not_answer_in_its_place(file_of):
     file_of("import os\ndef forks(response):\n    return float(response) if os.fork() else 100\n")
-    scores, scorer, alarms = scores_of(["mine.py:forks"], [str(n) for n in range(12)])
+    scores, _, alarms = scores_of(["mine.py:forks"], [str(n) for n in range(12)])
     assert [s.values["forks"] for s in scores] == list(range(12)) and not alarms
 
 
