@@ -136,8 +136,10 @@ def held_out(config: Config, encoder: PromptEncoder, corrupt: PromptCorruption) 
     """
     if not config.data.test:
         return []
-    dataset = PromptDataset(config.data.test, config.data, encoder, split="test")
-    if config.eval.corrupted:
+    looks = config.eval.corrupted
+    check = corrupt.check_row if looks else None
+    dataset = PromptDataset(config.data.test, config.data, encoder, split="test", check=check)
+    if looks:
         corrupt.check(dataset.columns)
     return limit_per_kind(dataset, config.eval.limit)
 

@@ -107,8 +107,8 @@ class Trainer:
         remote_code = config.model.trust_remote_code
         encoder = PromptEncoder(config.model.path, data, trust_remote_code=remote_code)
         self.encoder = encoder
-        self.train_data = PromptDataset(data.train, data, encoder)
         self.views = CorruptedViews(config.corruption, encoder)
+        self.train_data = PromptDataset(data.train, data, encoder, check=self.views.check_row)
         self.views.check(self.train_data.columns)
         questions = held_out(config, encoder, self.views.first)
         self.policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)

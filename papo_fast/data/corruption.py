@@ -283,6 +283,11 @@ class PromptCorruption:
         if self.on_boxes is not None:
             check_column(columns, self.config.boxes_key)
 
+    def check_row(self, prompt: Prompt) -> None:
+        """Raise `InputError` where the prompt's row does not hold what it needs."""
+        if self.on_boxes is not None:
+            boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
+
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
         pixels, grid = prompt.encoded.pixel_values, prompt.encoded.image_grid_thw
@@ -331,6 +336,12 @@ class CorruptedViews:
         for view in (self.first, self.second):
             if view is not None:
                 view.check(columns)
+
+    def check_row(self, prompt: Prompt) -> None:
+        """Raise `InputError` where the prompt's row does not hold what a corruption needs."""
+        for view in (self.first, self.second):
+            if view is not None:
+                view.check_row(prompt)
 
     def at(self, progress: float) -> None:
         """Go on to a share of the run, in [0, 1], for noise that falls over it."""
