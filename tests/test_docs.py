@@ -604,7 +604,8 @@ def test_planned_memory_and_time_are_what_plan_says(desk):
     for preset, model, gpus in PLANNED:
         for engine in ("hf", "vllm"):
             cells = planned(preset, model, gpus, engine)
-            lines.append([f"`{preset}`", model.rsplit("-", 1)[0], str(gpus), f"`{engine}`", *cells])
+            name = model.partition("/")[2].rsplit("-", 1)[0]
+            lines.append([f"`{preset}`", name, str(gpus), f"`{engine}`", *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     shown = page.split("<!-- planned -->\n")[1].split("\n<!-- end of planned -->")[0]

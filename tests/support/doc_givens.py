@@ -27,7 +27,7 @@ PIXELS = dict(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
 
 
 def checkpoint() -> str:
-    """The folder that the pages call Qwen/Qwen2.5-VL-3B-Instruct, with a model of under 1 M weights."""
+    """What the pages call Qwen/Qwen2.5-VL-3B-Instruct: a folder, with under 1 M weights."""
     from papo_fast.digits.model import build_checkpoint
 
     folder = Path("Qwen/Qwen2.5-VL-3B-Instruct")
