@@ -112,7 +112,7 @@ def _label(name: str) -> str:
         return name
     if name.startswith(("http://", "https://")):
         parts = _checked(name)
-        last = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname
+        last = parts.path.rstrip("/").rpartition("/")[2] or str(parts.hostname)
         return re.sub(r"\W", "_", last)
     if ":" not in name or "://" in name:
         raise InputError(
