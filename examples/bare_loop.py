@@ -1,7 +1,7 @@
 """PAPO in a bare loop: `token_stats` and any HuggingFace VLM. One prompt a step, one process.
 
     .venv/bin/python examples/bare_loop.py
-    .venv/bin/python examples/bare_loop.py --model Qwen2.5-VL-3B-Instruct/ --data ViRL39K.parquet
+    .venv/bin/python examples/bare_loop.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DATA.parquet
 
 Without a model and data it makes small ones. Left out: batches of prompts, reference KL, saving.
 """

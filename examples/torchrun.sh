@@ -2,7 +2,7 @@
 # The trainer on all GPUs of this machine, or in NPROC processes.
 #
 #     NPROC=2 bash examples/torchrun.sh tiny
-#     bash examples/torchrun.sh papo-g-7b --model.path Qwen2.5-VL-7B-Instruct/ --data.train ViRL39K.parquet
+#     bash examples/torchrun.sh papo-g-7b --model.path Qwen/Qwen2.5-VL-7B-Instruct --data.train ViRL39K.parquet
 #
 # On several machines, the same on each with its own NODE_RANK (from 0) and the first one's address:
 #

@@ -1,7 +1,7 @@
 """PAPO on TRL's GRPOTrainer, full or LoRA. Needs the extras trl and lora (CONTRIBUTING.md).
 
     .venv/bin/python examples/trl_papo.py --use_cpu
-    accelerate launch examples/trl_papo.py --model Qwen2.5-VL-3B-Instruct/ --data ViRL39K.parquet
+    accelerate launch examples/trl_papo.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DATA.parquet
         --bf16 --lora 16 --per_device_train_batch_size 8 --num_generations 8 --learning_rate 1e-6
 
 Without a model and data it makes small ones. Every field of PAPOConfig, and so of TRL's GRPOConfig,

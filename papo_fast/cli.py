@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from papo_fast import __version__
-from papo_fast.config import Config
+from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.consoles import make_console, open_missing_streams, silence
 from papo_fast.errors import InputError
+from papo_fast.reward_settings import REWARD_NAMES
 
 USAGE = """\
 [bold]papo-fast[/bold]: perception-aware RL for vision-language models
@@ -182,13 +183,10 @@ def _start(name: str | None, file: str | None) -> tuple[str, Config]:
     from papo_fast.presets import PRESETS
 
     settings = {} if file is None else read_settings(file)
+    where = "" if name else f"{file}: "
     name = name or settings.get("preset") or None
-    if name is not None and name not in PRESETS:
-        where = "" if file is None or "preset" not in settings else f"{file}: "
-        suggestion = _suggest(str(name), PRESETS)
-        raise InputError(
-            f"{where}unknown preset {name!r}{suggestion}; there are " + ", ".join(PRESETS)
-        )
+    if name is not None and not (isinstance(name, str) and name in PRESETS):
+        raise InputError(f"{where}unknown preset {name!r}{_suggest(str(name), list(PRESETS))}")
     about, config = ("Settings of a file.", Config()) if name is None else PRESETS[name]
     settings = {key: value for key, value in settings.items() if key != "preset"}
     return about, config if file is None else with_settings(config, settings, file)
@@ -299,7 +297,14 @@ def _eval_run(run: str, argv: list[str], console: Console) -> int:
     _, default = _start(None, str(folder / CONFIG))
     # adapters are a part of the weights that a run leaves
     model = dataclasses.replace(default.model, path=str(folder / "model"), lora_rank=0)
-    default = dataclasses.replace(default, model=model)
+    # of what only a training uses nothing has to be there: files of functions, services
+    default = dataclasses.replace(
+        default,
+        model=model,
+        reward=dataclasses.replace(default.reward, functions=REWARD_NAMES),
+        objective=ObjectiveConfig(),
+        corruption=dataclasses.replace(default.corruption, second=""),
+    )
     config = _parse(Config, argv, f"papo-fast eval {run}", default=default, about=_eval_run_help)
     if config is not None:
         evaluate(config, console)
@@ -338,8 +343,8 @@ def _plan(argv: list[str], console: Console) -> int:
 
 
 def _presets(argv: list[str], console: Console) -> int:
-    if argv:
-        raise InputError(f"presets takes no options; got {' '.join(argv)}")
+    if _help_of_none("presets", argv, console):
+        return 0
     from papo_fast.methods import print_presets
 
     print_presets(console)
@@ -347,11 +352,20 @@ def _presets(argv: list[str], console: Console) -> int:
 
 
 def _doctor(argv: list[str], console: Console) -> int:
-    if argv:
-        raise InputError(f"doctor takes no options; got {' '.join(argv)}")
+    if _help_of_none("doctor", argv, console):
+        return 0
     from papo_fast.doctor import print_report
 
     return print_report(console)
+
+
+def _help_of_none(command: str, argv: list[str], console: Console) -> bool:
+    """Whether help was asked for, which is printed: the command takes no options."""
+    if argv and argv[0] not in ("-h", "--help"):
+        raise InputError(f"{command} takes no options; got {' '.join(argv)}")
+    if argv:
+        console.print(f"papo-fast {command} takes no options; what it prints: papo-fast --help")
+    return bool(argv)
 
 
 def _quiet_libraries() -> None:
@@ -378,7 +392,8 @@ def _preset_names() -> list[str]:
 
 def _suggest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(known)}"
+    mean = f": did you mean {close[0]!r}?" if close else ""
+    return f"{mean}; expected one of {', '.join(known)}"
 
 
 def _plain(text: str) -> str:

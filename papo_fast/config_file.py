@@ -7,7 +7,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -28,7 +29,7 @@ def read_settings(file: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise InputError(f"{path}: expected a .yaml, .yml or .json file, or the folder of a run")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     found = _parsed(path, text)
@@ -38,17 +39,42 @@ def read_settings(file: str | Path) -> dict[str, Any]:
 
 
 def _parsed(path: Path, text: str) -> Any:
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        return _of_json(text) if kind == "JSON" else _of_yaml(text)
+    except (ValueError, RecursionError) as error:  # of YAML also a date that there is not
+        raise InputError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
+
+
+def _of_json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_once(key for key, _ in pairs)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _of_yaml(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            _check_once(key.value for key, _ in node.value if isinstance(key.value, str))
+            return node
+
     try:
-        return yaml.safe_load(text) or {}
+        found = yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(str(error)) from error
+    return {} if found is None else found
+
+
+def _check_once(keys: Iterable[str]) -> None:
+    """Both formats would take the last one of a name."""
+    twice = [key for key, n in Counter(keys).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} stands in it twice")
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> Config:
@@ -57,11 +83,16 @@ def with_settings(config: Config, settings: Mapping[str, Any], source: str) -> C
     Raises `InputError` that names the key, and the nearest known one, or what a value should be.
     """
     known = [name for name, _, _ in leaves(config)]
-    return _changed(config, settings, "", source, known)
+    return _changed(config, settings, "", source, known, set())
 
 
 def _changed(
-    config: Any, settings: Mapping[str, Any], prefix: str, source: str, known: list[str]
+    config: Any,
+    settings: Mapping[str, Any],
+    prefix: str,
+    source: str,
+    known: list[str],
+    given: set[str],
 ) -> Any:
     hints = get_type_hints(type(config))
     changes: dict[str, Any] = {}
@@ -78,10 +109,13 @@ def _changed(
                     f"{source}: {where} is {value!r:.80}, expected settings by name, such as "
                     f"{where}.{dataclasses.fields(inner)[0].name}"
                 )
-            changes[name] = _changed(inner, part, f"{where}.", source, known)
+            changes[name] = _changed(inner, part, f"{where}.", source, known, given)
         elif rest:
             raise InputError(f"{source}: unknown key {prefix}{key}{_nearest(prefix, key, known)}")
+        elif where in given:
+            raise InputError(f"{source}: {where} is given twice, by its section and by its name")
         else:
+            given.add(where)
             changes[name] = _value(hints[name], value, f"{source}: {where}")
     return dataclasses.replace(config, **changes)
 
@@ -104,7 +138,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     (kind,) = [k for k in kinds if k is not type(None)]
     if get_origin(kind) is Literal:
         # YAML reads a bare `off` and `on` as truth values
-        value = {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+        word = {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+        value = word if word in get_args(kind) else value
         if value not in get_args(kind):
             choices = ", ".join(map(str, get_args(kind)))
             raise InputError(f"{where} is {value!r:.80}: expected one of {choices}")
@@ -114,7 +149,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     convert, expected = _PLAIN[kind]
     try:
         return convert(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where} is {value!r:.80}: expected {expected}") from error
 
 
@@ -127,9 +162,9 @@ def _tuple(parts: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, dict | list) or value is None:
+    if not isinstance(value, str):  # what YAML reads `no`, `010` or `1.10` as is not what was meant
         raise TypeError
-    return str(value)
+    return value
 
 
 def _integer(value: Any) -> int:
@@ -151,7 +186,7 @@ def _truth(value: Any) -> bool:
 
 
 _PLAIN: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    str: (_text, "a text"),
+    str: (_text, "a text, in quotes if it looks like something else"),
     int: (_integer, "an integer"),
     float: (_number, "a number"),
     bool: (_truth, "true or false"),

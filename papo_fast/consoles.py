@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -36,9 +37,12 @@ def silence(stream: IO[Any]) -> None:
 
 
 def open_missing_streams() -> None:
-    """Open what the shell closed (`>&-`), since Python has None there and printing would fail."""
+    """Have printing never fail: what the shell closed (`>&-`) is None in Python and is opened, and
+    characters that a stream cannot write, such as half an emoji, are written as `\\ud83d`."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             # in this order each gets the number that is its own
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

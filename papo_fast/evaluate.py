@@ -129,24 +129,37 @@ def error_shares(
     return misread / len(judged), (len(wrong) - misread) / len(judged)
 
 
+def held_out(config: Config, encoder: PromptEncoder, corrupt: PromptCorruption) -> list[Prompt]:
+    """The questions of `config.data.test`; none where it is empty. No model is needed to read them.
+
+    Raises `InputError` where they cannot be read, or lack a column that the corruption needs.
+    """
+    if not config.data.test:
+        return []
+    looks = config.eval.corrupted
+    check = corrupt.check_row if looks else None
+    dataset = PromptDataset(config.data.test, config.data, encoder, split="test", check=check)
+    if looks:
+        corrupt.check(dataset.columns)
+    return limit_per_kind(dataset, config.eval.limit)
+
+
 class Evaluator:
-    """Evaluates one policy again and again on the same held-out questions and corruptions."""
+    """Evaluates one policy again and again on the same questions, `held_out`, and corruptions."""
 
     def __init__(
         self,
         config: Config,
         sampler: Sampler,
         corrupt: PromptCorruption,
+        prompts: Sequence[Prompt],
         progress: Progress,
     ):
         self.config = config
         self.sampler = sampler
         self.corrupt = corrupt
+        self.prompts = prompts
         self.progress = progress
-        self.prompts: list[Prompt] = []
-        if config.data.test:
-            dataset = PromptDataset(config.data.test, config.data, sampler.encoder, split="test")
-            self.prompts = limit_per_kind(dataset, config.eval.limit)
 
     def run(self, label: str, corrupted: bool = False) -> Evaluation | None:
         """Mean@k with real or corrupted pictures; None where there are no held-out questions."""
@@ -209,14 +222,16 @@ def evaluate_checkpoint(config: Config, console: Console) -> dict:
         scorer = held.enter_context(Scorer(config.reward))
         remote_code = config.model.trust_remote_code
         encoder = PromptEncoder(config.model.path, config.data, trust_remote_code=remote_code)
+        corrupt = PromptCorruption(config.corruption, encoder)
+        prompts = held_out(config, encoder, corrupt)
         device = pick_device(config.device)
         policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
         # a server of its own keeps its log and its weights there
         folder = Path(held.enter_context(TemporaryDirectory(prefix="papo_fast_eval_")))
         engine = held.enter_context(closing(make_engine(config, policy, encoder, folder)))
         engine.load_weights(policy)
-        corrupt = PromptCorruption(config.corruption, encoder)
-        evaluator = Evaluator(config, Sampler(engine, encoder, scorer), corrupt, Progress(console))
+        sampler = Sampler(engine, encoder, scorer)
+        evaluator = Evaluator(config, sampler, corrupt, prompts, Progress(console))
         result = evaluator.run("evaluating")
         summary = {"samples_per_question": config.eval.samples} | result.summary("after")
         if config.eval.corrupted:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
-from papo_fast.user_function import name_given
+from papo_fast.user_function import is_given, name_given, split_weight
 
 Given = str | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 """A function or the name of one, alone or with its weight."""
@@ -34,17 +35,25 @@ def hand_over(
     Raises `InputError` for what is neither a function nor a text, or has no number as its weight.
     """
     goal = config.objective
+    kept = {  # what stays in each setting, whose names are taken
+        "reward": () if reward is not None else config.reward.functions,
+        "corruption": () if corruption is not None else (config.corruption.kind,),
+        "token_weight": () if token_weight is not None else goal.weight_names,
+        "terms": () if terms is not None else goal.terms,
+    }
+    entries = (split_weight(x, setting)[0] for setting, of in kept.items() for x in of)
+    taken = {name for name in (*entries, config.corruption.second) if is_given(name)}
     if reward is not None:
-        entries = tuple(_entry(x, "reward") for x in _several(reward))
-        config = replace(config, reward=replace(config.reward, functions=entries))
+        functions = tuple(_entry(x, "reward", taken) for x in _several(reward))
+        config = replace(config, reward=replace(config.reward, functions=functions))
     if corruption is not None:
-        kind = _name(corruption, "corruption")
+        kind = _name(corruption, "corruption", taken)
         config = replace(config, corruption=replace(config.corruption, kind=kind))
     if token_weight is not None:
-        names = [_name(x, "token_weight") for x in _several(token_weight)]
+        names = [_name(x, "token_weight", taken) for x in _several(token_weight)]
         goal = replace(goal, token_weights=",".join(names))
     if terms is not None:
-        goal = replace(goal, terms=tuple(_entry(x, "terms") for x in _several(terms)))
+        goal = replace(goal, terms=tuple(_entry(x, "terms", taken) for x in _several(terms)))
     return replace(config, objective=goal)
 
 
@@ -55,19 +64,22 @@ def _several(given: Any) -> Sequence[Any]:
     return given if isinstance(given, list | tuple) else [given]
 
 
-def _entry(given: Any, argument: str) -> str:
+def _entry(given: Any, argument: str, taken: set[str]) -> str:
     if not isinstance(given, tuple):
-        return _name(given, argument)
-    if len(given) != 2 or isinstance(given[1], bool) or not isinstance(given[1], int | float):
+        return _name(given, argument, taken)
+    if len(given) != 2 or isinstance(given[1], bool) or not isinstance(given[1], Real):
         raise InputError(f"{argument}: {given!r} is not a pair of a function and its weight")
-    return f"{_name(given[0], argument)}={given[1]!r}"
+    return f"{_name(given[0], argument, taken)}={float(given[1])!r}"
 
 
-def _name(given: Any, argument: str) -> str:
+def _name(given: Any, argument: str, taken: set[str]) -> str:
+    """The name of a function; two of one name get different ones, as all lambdas have."""
     if isinstance(given, str):
         return given
     if not callable(given):
         raise InputError(
             f"{argument} is {given!r:.100}: expected a function, or a text such as FILE.py:name"
         )
-    return name_given(given)
+    name = name_given(given, taken)
+    taken.add(name)
+    return name

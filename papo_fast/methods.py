@@ -21,6 +21,9 @@ class Method:
     """The algorithm that it changes."""
     equation: str
     """What is maximised; J is the clipped policy objective of the base."""
+    differs: str = ""
+    """Where paper and code disagree or something is missing: what the preset does, and how to have
+    the other."""
 
 
 _PAPO = "arXiv 2507.06448 and its authors' code"
@@ -53,12 +56,16 @@ CGPO = Method(
     "GRPO",
     "J with A · (factor of the response on tokens of high KL(π ‖ π_without evidence), 1 on tokens "
     "of high entropy) − β KL(π ‖ π_ref)",
+    "boxes of evidence from the data, not from the response; their reward of weight .5 for "
+    "consistent boxes is not there, since its formula is not known: name yours in reward.functions",
 )
 VEPO = Method(
     "VEPO",
     "arXiv 2606.03937 and its authors' code",
     "GRPO",
     "J over the top tokens by [1 − (1 − JSD)^a (1 − |ΔH|)^(1 − a)] H, − η₁ H[π]",
+    "noise of standard deviation 2, as the paper says; the released code adds it once for each of "
+    "12 responses, which --corruption.noise-std 6.93 does",
 )
 _DVRP = "arXiv 2601.06801 and an unofficial implementation"
 _DVRP_EQUATION = "J + λ₁ KL(π ‖ π_masked) − λ₂ KL(π ‖ π_noised) − λ₃ H[π_masked] − λ₄ H[π_noised]"
@@ -155,6 +162,7 @@ def print_presets(console: Console) -> None:
             ("source", method.source),
             ("maximises", method.equation),
             ("values", values_of(config)),
+            *([("differs", method.differs)] if method.differs else []),
         ):
             console.print(f"  {label:<10} {escape(text)}", soft_wrap=True)
     console.print(

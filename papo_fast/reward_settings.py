@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from papo_fast.errors import InputError
 from papo_fast.user_function import FORM, load_function, split_weight
@@ -77,6 +77,11 @@ def rewarded(config: RewardConfig) -> tuple[Rewarded, ...]:
         name, weight = split_weight(entry, "reward.functions")
         if weight is None:
             weight = builtin.get(name, 1.0)
+        elif "?" in name and "=" not in re.split("[?&]", name)[-1]:
+            raise InputError(
+                f"reward.functions: the number in {entry!r} may be a part of the URL, or a weight: "
+                f"write {entry}=1, or {name}=={weight:g}"
+            )
         one = Rewarded(name, _label(name), weight)
         if any(other.label == one.label for other in found) or one.label in _TAKEN:
             raise InputError(
@@ -87,16 +92,29 @@ def rewarded(config: RewardConfig) -> tuple[Rewarded, ...]:
     return tuple(found)
 
 
+def _checked(url: str) -> SplitResult:
+    """The parts of a service's URL; raises `InputError` where no request could be sent to it."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # a port of letters, a bracket left open
+        fits = False
+    if not fits or not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(
+            f"reward.functions: {url!r} is not of the form http://HOST:PORT/PATH (other characters "
+            "than those of ASCII are written as %XX, and names and passwords are not sent)"
+        )
+    return parts
+
+
 def _label(name: str) -> str:
     if name in REWARD_NAMES:
         return name
     if name.startswith(("http://", "https://")):
-        parts = urlsplit(name)
-        if not parts.hostname:
-            raise InputError(f"reward.functions: {name!r} is not of the form http://HOST:PORT/PATH")
-        last = parts.path.rstrip("/").rpartition("/")[2] or parts.hostname
+        parts = _checked(name)
+        last = parts.path.rstrip("/").rpartition("/")[2] or str(parts.hostname)
         return re.sub(r"\W", "_", last)
-    if ":" not in name:
+    if ":" not in name or "://" in name:
         raise InputError(
             f"reward.functions: {name!r} is neither {', '.join(REWARD_NAMES)}, nor {FORM}, nor "
             "http://HOST:PORT/PATH, with or without =WEIGHT"
@@ -106,6 +124,8 @@ def _label(name: str) -> str:
 
 def check_rewards(config: RewardConfig) -> None:
     """Raise `InputError` where an entry of `config.functions` cannot be used."""
+    if not config.functions:
+        raise InputError("reward.functions is empty: nothing would be rewarded; name accuracy")
     for one in rewarded(config):
         if one.is_own:
             parameters_of(one.name)

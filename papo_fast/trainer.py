@@ -22,7 +22,7 @@ from papo_fast.config import Config
 from papo_fast.data.corruption import CorruptedViews
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
-from papo_fast.evaluate import Evaluator
+from papo_fast.evaluate import Evaluator, held_out
 from papo_fast.experience import Collector, add_logprobs
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, pick_device
@@ -107,9 +107,10 @@ class Trainer:
         remote_code = config.model.trust_remote_code
         encoder = PromptEncoder(config.model.path, data, trust_remote_code=remote_code)
         self.encoder = encoder
-        self.train_data = PromptDataset(data.train, data, encoder)
         self.views = CorruptedViews(config.corruption, encoder)
+        self.train_data = PromptDataset(data.train, data, encoder, check=self.views.check_row)
         self.views.check(self.train_data.columns)
+        questions = held_out(config, encoder, self.views.first)
         self.policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
         self.reference = self.policy.reference(config)
         self.steps = config.train.steps or steps_of_epochs(config, len(self.train_data))
@@ -119,7 +120,7 @@ class Trainer:
         self.stream = PromptStream.of(config, self.train_data)
         sampler = Sampler(self.engine, encoder, scorer)
         self.collector = Collector(config, sampler, self.views)
-        self.evaluator = Evaluator(config, sampler, self.views.first, progress)
+        self.evaluator = Evaluator(config, sampler, self.views.first, questions, progress)
         self.journal = Journal(config, folder, clock, self.say)
         self.updates_sampled: int | None = None  # whose weights the engine has
         if config.resume:
@@ -133,7 +134,8 @@ class Trainer:
 
     def checkpoint_is_due(self, step: int) -> bool:
         every = self.config.train.checkpoint_every
-        return every > 0 and step % every == 0
+        # the first one at once: without any, --resume would have nothing to go on from
+        return every > 0 and (step == 1 or step % every == 0)
 
     def load_sampler(self) -> None:
         """Sample with the weights as they are; before a step, so that a failure loses none."""

@@ -7,8 +7,9 @@ Settings are text. A function that a Python program hands over is kept here unde
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+import sys
+import zlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,19 +19,26 @@ from papo_fast.errors import InputError
 PYTHON = "python:"
 FORM = "FILE.py:name"
 """How a function of a file is named."""
+LARGEST_WEIGHT = 1e6
+"""Size of a function's weight beyond which it counts as a mistake; sums of terms stay finite."""
 
 _given: dict[str, Any] = {}
 
 
-def name_given(function: Any) -> str:
+def name_given(function: Any, taken: Collection[str] = ()) -> str:
     """The name under which `load_function` finds what a Python program has handed over.
 
-    A later function of the same name takes the place of an earlier one.
+    A later function of the same name takes the place of an earlier one, unless the name is of
+    `taken`: then it gets a number.
     """
-    name = getattr(function, "__name__", type(function).__name__)
-    name = name if name.isidentifier() else "function"  # a lambda is called <lambda>
-    _given[PYTHON + name] = function
-    return PYTHON + name
+    own = getattr(function, "__name__", type(function).__name__)
+    own = own if own.isidentifier() else "function"  # a lambda is called <lambda>
+    name, n = PYTHON + own, 1
+    while name in taken and _given.get(name) is not function:
+        n += 1
+        name = f"{PYTHON}{own}_{n}"
+    _given[name] = function
+    return name
 
 
 def is_given(named: str) -> bool:
@@ -62,9 +70,8 @@ def load_function(named: str, setting: str) -> Callable[..., Any]:
         raise InputError(
             f"{setting}: {named.rpartition(':')[0]} is not a file (looked for from {Path.cwd()})"
         ) from error
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{setting}: {path} cannot be run ({what})") from error
+    except (Exception, SystemExit) as error:  # a script, which ends where it has done its work
+        raise InputError(f"{setting}: {path} cannot be run ({one_line(error)})") from error
     return _function_of(module, name, setting)
 
 
@@ -102,7 +109,7 @@ def _function_of(module: ModuleType, name: str, setting: str) -> Callable[..., A
 def split_weight(entry: str, setting: str) -> tuple[str, float | None]:
     """`NAME=WEIGHT` in two; None where no number stands behind an equals sign.
 
-    Raises `InputError` for a weight that is not finite.
+    Raises `InputError` for a weight beyond ± `LARGEST_WEIGHT`, or that is no number.
     """
     name, equals, behind = entry.rpartition("=")
     try:
@@ -111,8 +118,11 @@ def split_weight(entry: str, setting: str) -> tuple[str, float | None]:
         weight = None  # the sign is a part of the name, as in a URL
     if weight is None:
         return entry.strip(), None
-    if not math.isfinite(weight):
-        raise InputError(f"{setting}: {entry!r} has the weight {behind}: expected a number")
+    if not abs(weight) <= LARGEST_WEIGHT:  # NaN is not, either
+        raise InputError(
+            f"{setting}: {entry!r} has the weight {behind}: expected a number within "
+            f"±{LARGEST_WEIGHT:g}"
+        )
     return name.strip(), weight
 
 
@@ -124,8 +134,17 @@ def _module(path: Path) -> ModuleType:
 
 
 def _run(path: Path, source: bytes) -> ModuleType:
-    # a name of its own: a user's file may be called like a module of Python
-    module = ModuleType(f"papo_fast_user_{path.stem}")
+    # a name of its own: a user's file may be called like a module of Python, or like another's
+    module = ModuleType(f"papo_fast_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}")
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look their names up
     exec(compile(source, path, "exec"), vars(module))
     return module
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, even one that cannot say it."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+    except Exception:
+        return type(error).__name__

@@ -1,6 +1,7 @@
 """Filled boxes against pictures filled by hand, and controls against every place there is."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from papo_fast.data.boxes import BoxCorruption, Rect, boxes_of, control_boxes
 from papo_fast.data.corruption import CorruptedViews, PromptCorruption
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.patch_grid import PatchGrid
-from papo_fast.data.prompts import Prompt
+from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.errors import InputError
 from support.family_checkpoints import write_checkpoint
 
@@ -185,14 +186,35 @@ def test_several_pictures_have_lists_of_their_own(encoder):
         assert boxes_of(prompt, "boxes", GRID) == [[], []]
 
 
+def test_a_row_whose_boxes_are_wrong_is_a_bad_row_like_any_other(encoder, tmp_path):
+    picture(56, 56).save(tmp_path / "a.png")
+    boxes = [[[5, 5, 30, 40]], [[60, 60, 70, 70]], None]
+    rows = [{"problem": "?", "answer": "1", "images": ["a.png"], "boxes": x} for x in boxes]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    views = CorruptedViews(CorruptionConfig(kind="attention", second="control"), encoder)
+
+    def dataset(on_bad_sample):
+        config = DataConfig(on_bad_sample=on_bad_sample)
+        return PromptDataset(tmp_path / "rows.jsonl", config, encoder, check=views.check_row)
+
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 1: column 'boxes' holds the box \[60"):
+        list(dataset("error"))
+    skips = dataset("skip")
+    assert [prompt.index for prompt in skips] == [0, 2] and skips.bad_rows == {1: "corruption"}
+
+
 @pytest.mark.parametrize(
     ("boxes", "said"),
     [
-        ("left", "row 3, column 'boxes' holds 'left': expected a list of boxes"),
+        ("left", "column 'boxes' holds 'left': expected a list of boxes"),
         ([[0, 0, 5]], r"holds \[0, 0, 5\] for picture 0: expected boxes"),
         ([[5, 5, 5, 9]], r"holds the box \[5, 5, 5, 9\], of which nothing is in the picture"),
         ([[60, 0, 90, 9]], "of which nothing is in the picture of 56x56 pixels"),
         ([[0, 0, float("nan"), 9]], "expected boxes"),
+        ([[0, 0, 10**400, 9]], "expected boxes"),
+        ([[0, 0, True, True]], "expected boxes"),
+        ([0, 0, 5, 9], r"holds one box, \[0, 0, 5, 9\]: expected a list of boxes"),
+        ([[0.25, 0.25, 0.5, 1]], "seems to be in shares of the picture of 56x56 pixels"),
         ([[], []], "holds 2 lists of boxes for 1 pictures"),
     ],
 )

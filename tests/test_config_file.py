@@ -66,6 +66,13 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path):
         ({"resume": "yes"}, "resume is 'yes': expected true or false"),
         ({"rollout": {"engine": "sglang"}}, "expected one of hf, vllm, vllm_server"),
         ({"name": ["a"]}, "expected a text"),
+        ({"name": True}, "name is True: expected a text, in quotes"),
+        ({"name": 1.1}, "name is 1.1: expected a text, in quotes"),
+        ({"track": False}, "track is False: expected one of none, auto"),
+        ({"train": {"steps": float("inf")}}, "train.steps is inf: expected an integer"),
+        ({"train": {"lr": 10**400}}, "expected a number"),
+        ({"train": {"lr": 1}, "train.lr": 2}, "train.lr is given twice"),
+        ({"train.lr": 1, "train": {"lr": 2}}, "train.lr is given twice"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_the_file(settings, said):
@@ -88,6 +95,14 @@ def test_files_that_hold_no_settings_are_refused(tmp_path, capsys, monkeypatch):
         ("list.yaml", "- a", "list.yaml holds list, expected settings"),
         ("a.toml", "", "expected a .yaml, .yml or .json file"),
         ("preset.yaml", "preset: papo-3b", "preset.yaml: unknown preset"),
+        ("presets.yaml", "preset: [tiny]", "presets.yaml: unknown preset ['tiny']"),
+        ("twice.yaml", "train: {lr: 1}\ntrain: {steps: 2}", "twice.yaml is not YAML: train stands"),
+        ("deep.yaml", "train: {lr: 1, steps: 2, lr: 3}", "lr stands in it twice"),
+        ("twice.json", '{"train": {"lr": 1, "lr": 2}}', "twice.json is not JSON: lr stands"),
+        ("nested.json", "[" * 100_000, "nested.json is not JSON: maximum recursion depth"),
+        ("nested.yaml", "[" * 3_000, "nested.yaml is not YAML: maximum recursion depth"),
+        ("date.yaml", "name: 2020-13-45", "date.yaml is not YAML: month must be in 1..12"),
+        ("zero.yaml", "0", "zero.yaml holds int, expected settings"),
         ("bounds.yaml", "preset: tiny\ntrain: {lr: -1}", "train.lr is -1"),
     ):
         (tmp_path / name).write_text(text)
@@ -106,6 +121,15 @@ def test_options_change_the_file_which_changes_the_preset(tmp_path, monkeypatch)
     for config, name in zip(seen, ("papo-d", "tiny"), strict=True):
         train = dataclasses.replace(PRESETS[name][1].train, lr=0.25, steps=9)
         assert config == dataclasses.replace(PRESETS[name][1], train=train)
+
+
+def test_anchors_and_merges_of_yaml_and_a_byte_order_mark(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: &a\n  <<: {steps: 3, lr: 1}\n  steps: 4\n", encoding="utf-8-sig")
+    assert read_settings(file) == {"train": {"steps": 4, "lr": 1}}
+    file = tmp_path / "run.json"
+    file.write_text('{"seed": 3}', encoding="utf-8-sig")
+    assert read_settings(file) == {"seed": 3}
 
 
 def test_the_version(capsys):
@@ -170,6 +194,48 @@ def test_the_evaluation_of_a_run_is_its_own_bit_for_bit(finished, monkeypatch, c
     assert found[1]["samples_per_question"] == 1 and max(map(len, responses[2])) <= 3 * 20
     assert main(["eval", str(folder), "--seed", "1", "--eval.no-corrupted"]) == 0
     assert responses[-1] != responses[0] and "honesty_after" not in found[2]
+
+
+def test_a_run_with_functions_of_python_is_evaluated_without_them(finished, monkeypatch):
+    folder, _, summary = finished
+    found = []
+    evaluate = launch.evaluate
+    monkeypatch.setattr(launch, "evaluate", lambda *args: found.append(evaluate(*args)))
+    file = folder / "config.json"
+    text = file.read_text()
+    settings = json.loads(text)
+    settings["reward"]["functions"] = ["python:gone=2", "http://127.0.0.1:9/judge"]
+    settings["objective"] |= {"terms": ["python:gone"], "token_weights": "python:gone"}
+    settings["corruption"]["second"] = "diffusion"
+    try:
+        file.write_text(json.dumps(settings))
+        assert main(["eval", str(folder)]) == 0
+    finally:
+        file.write_text(text)
+    (own,) = found
+    assert own == {key: summary[key] for key in own}
+
+
+def test_questions_that_are_not_there_are_missed_before_a_model_is_loaded(
+    finished, monkeypatch, capsys
+):
+    def load(*_):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr("papo_fast.model.policy.Policy.load", load)
+    folder, gone = finished[0], ["--data.test", "gone.parquet"]
+    assert "no file gone.parquet" in refusal(capsys, "eval", str(folder), *gone)
+    again = ["--config", str(folder / "config.json")]
+    assert "no file gone.parquet" in refusal(capsys, "train", *again, *gone)
+    boxes = ["--corruption.kind", "evidence"]
+    assert "no column 'boxes'" in refusal(capsys, "eval", str(folder), *boxes)
+
+
+def test_commands_without_options_say_so(capsys):
+    for command in ("presets", "doctor"):
+        assert main([command, "--help"]) == 0
+        assert f"papo-fast {command} takes no options" in capsys.readouterr().out
+        assert f"{command} takes no options; got x" in refusal(capsys, command, "x")
 
 
 def test_what_is_no_finished_run_is_refused(finished, tmp_path, capsys):

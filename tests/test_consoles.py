@@ -13,12 +13,12 @@ from papo_fast.cli import main
 COMMANDS = ["", "train --help", "train tiny --help", "plan --help", "eval --help", "doctor"]
 
 
-def call(words, **streams):
+def call(words, *more, **streams):
     """Exit status of the command where the home folder cannot be written to; stderr."""
     environment = {**os.environ, "HOME": "/proc"}
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "papo_fast", *words.split()]
+    command = [sys.executable, "-m", "papo_fast", *words.split(), *more]
     streams = {"stderr": subprocess.PIPE, **streams}
     done = subprocess.run(command, env=environment, text=True, **streams)
     return done.returncode, done.stderr
@@ -39,6 +39,15 @@ def test_a_reader_that_has_gone_is_no_error_even_where_home_is_not_writable(word
 def test_a_stdout_that_the_shell_closed_is_no_error():
     status, errors = call("train tiny --help", preexec_fn=lambda: os.close(1))
     assert status == 0 and not errors
+
+
+def test_what_a_terminal_cannot_write_is_no_error(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    status, errors = call("presets", stdout=subprocess.PIPE)
+    assert status == 0 and not errors
+    half = "\ud83d".encode("utf-8", "surrogatepass")  # half an emoji, as bytes of an argument
+    status, errors = call("train", "--config", os.fsdecode(half))
+    assert status == 2 and errors.startswith("error: ") and "Traceback" not in errors
 
 
 def test_an_error_that_nobody_reads_keeps_its_status():

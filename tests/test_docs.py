@@ -34,10 +34,10 @@ ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GIVENS = SUPPORT / "doc_givens.py"
 CONFIGS = TESTS / "data" / "configs"
-MODELS = {  # folders of the commands → whose config.json stands for it
-    "Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
-    "Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
-    "Qwen3-VL-2B-Thinking": "qwen3_vl_2b",
+MODELS = {  # hub names of the commands → whose config.json stands for it
+    "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl_3b",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
+    "Qwen/Qwen3-VL-2B-Thinking": "qwen3_vl_2b",
 }
 
 
@@ -191,7 +191,7 @@ def commands_of(block):
 def desk(tmp_path, monkeypatch):
     """A folder with the models that commands name; what would run for long says it was asked."""
     for folder, config in MODELS.items():
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
     (tmp_path / "mine.py").write_text(OWN)
     settings = {"model": {"path": "M"}, "data": {"train": "questions.jsonl"}}
@@ -565,13 +565,13 @@ def test_the_presets_are_the_tables():
 
 
 PLANNED = (
-    ("papo-g-3b", "Qwen2.5-VL-3B-Instruct", 2),
-    ("papo-g-7b", "Qwen2.5-VL-7B-Instruct", 4),
-    ("papo-d", "Qwen2.5-VL-3B-Instruct", 8),
-    ("papo-d", "Qwen2.5-VL-7B-Instruct", 8),
-    ("papo-qwen3-2b", "Qwen3-VL-2B-Thinking", 4),
-    ("grpo", "Qwen2.5-VL-3B-Instruct", 2),
-    ("dapo", "Qwen2.5-VL-3B-Instruct", 2),
+    ("papo-g-3b", "Qwen/Qwen2.5-VL-3B-Instruct", 2),
+    ("papo-g-7b", "Qwen/Qwen2.5-VL-7B-Instruct", 4),
+    ("papo-d", "Qwen/Qwen2.5-VL-3B-Instruct", 8),
+    ("papo-d", "Qwen/Qwen2.5-VL-7B-Instruct", 8),
+    ("papo-qwen3-2b", "Qwen/Qwen3-VL-2B-Thinking", 4),
+    ("grpo", "Qwen/Qwen2.5-VL-3B-Instruct", 2),
+    ("dapo", "Qwen/Qwen2.5-VL-3B-Instruct", 2),
 )
 STEPS = 2 * 38_800 // 384
 
@@ -604,7 +604,8 @@ def test_planned_memory_and_time_are_what_plan_says(desk):
     for preset, model, gpus in PLANNED:
         for engine in ("hf", "vllm"):
             cells = planned(preset, model, gpus, engine)
-            lines.append([f"`{preset}`", model.rsplit("-", 1)[0], str(gpus), f"`{engine}`", *cells])
+            name = model.partition("/")[2].rsplit("-", 1)[0]
+            lines.append([f"`{preset}`", name, str(gpus), f"`{engine}`", *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     shown = page.split("<!-- planned -->\n")[1].split("\n<!-- end of planned -->")[0]

@@ -271,6 +271,27 @@ def test_an_unknown_hub_name_is_an_input_error():
         PromptEncoder("nobody/no-model", SMALL)
 
 
+def test_a_hub_name_is_taken_wherever_a_folder_is(qwen25, tmp_path, monkeypatch, capsys):
+    from transformers.utils import hub
+
+    from papo_fast.cli import main
+
+    cached = tmp_path / "models--Me--Tiny-VL"
+    shutil.copytree(qwen25, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    encoder, local = (PromptEncoder(path, SMALL) for path in ("Me/Tiny-VL", qwen25))
+    found, expected = (x.encode("What?", []).input_ids for x in (encoder, local))
+    assert found.tolist() == expected.tolist()
+    assert main(["plan", "--model.path", "Me/Tiny-VL"]) == 0
+    assert main(["plan", "--model.path", "Me/Other-VL"]) == 2
+    assert "Me/Other-VL; expected a local checkpoint" in " ".join(capsys.readouterr().err.split())
+    for no_name in ("a/b/c", "./a", "Me/Tiny VL", "Me//Tiny"):
+        with pytest.raises(InputError, match="no such directory; expected one, or the hub name"):
+            PromptEncoder(no_name, SMALL)
+
+
 def test_another_family_is_refused(qwen25):
     (qwen25 / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(InputError, match="'llama' model; supported are qwen2_vl"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from papo_fast.cli import main
@@ -17,6 +18,11 @@ def test_every_preset_has_a_method_and_is_listed(capsys):
     assert set(blocks) == set(PRESETS)
     assert "VPPO on DAPO" in blocks["vppo-7b"] and "arXiv 2510.09285" in blocks["vppo-7b"]
     assert "γ KL(π ‖ π_corrupted)" in blocks["papo-d"] and "γ" not in blocks["grpo"]
+    # where paper and code disagree, which of them a preset is, and how to have the other
+    assert "noise of standard deviation 2, as the paper says" in blocks["vepo-7b"]
+    assert "--corruption.noise-std 6.93" in blocks["vepo-7b"]
+    assert math.isclose(6.93, 2 * math.sqrt(PRESETS["vepo-7b"][1].rollout.group_size), abs_tol=0.01)
+    assert "weight .5" in blocks["cgpo"] and "differs" not in blocks["grpo"]
 
 
 def test_the_values_are_the_papers():

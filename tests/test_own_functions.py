@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,12 +16,13 @@ from papo_fast.cli import main
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import check_objective
 from papo_fast.corruption_settings import check_corruption
-from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.corruption import CorruptedViews, PromptCorruption
 from papo_fast.errors import InputError
 from papo_fast.hand_over import hand_over
 from papo_fast.objective import objective
 from papo_fast.presets import get_preset
 from papo_fast.token_batch import Denominators, TokenBatch
+from papo_fast.user_function import load_function, name_given
 from support.small_runs import VOLATILE, small
 
 REWARD = """
@@ -138,7 +140,7 @@ def test_a_term_is_averaged_as_all_terms_and_weighted_by_its_coefficient():
     plain = hand_over(Config(), terms=[]).objective
     goal = dataclasses.replace(plain, kl_coef=0.0, kl_prcp_coef=0.0).resolved()
     own = hand_over(Config(objective=goal), terms=(square, 3)).objective.resolved()
-    assert own.terms == ("python:square=3",)
+    assert own.terms == ("python:square=3.0",)
     over = Denominators.from_lengths(torch.tensor([4]), 8, torch.tensor([False]))
     without, _ = objective(batch_of(), goal, over)
     batch = batch_of()
@@ -184,6 +186,29 @@ def test_a_term_of_another_shape_is_named():
         objective(batch_of(), goal, over)
 
 
+def test_functions_of_one_name_do_not_take_each_others_place():
+    rewards = [lambda response: 1, lambda response: 2]
+    config = hand_over(
+        Config(),
+        reward=[(rewards[0], np.float32(0.5)), rewards[1], rewards[0]],
+        corruption=lambda images, seed: images,
+        token_weight=[lambda batch, config: 3, "vppo"],
+        terms=(lambda batch, config: 4, np.int64(2)),
+    )
+    names = ("python:function=0.5", "python:function_2", "python:function")
+    assert config.reward.functions == names
+    assert [load_function(x.partition("=")[0], "")("") for x in names] == [1, 2, 1]
+    assert load_function(config.corruption.kind, "")([5], 0) == [5]
+    assert load_function(config.objective.weight_names[0], "")(None, None) == 3
+    (term,) = config.objective.terms
+    assert term == "python:function_5=2.0" and load_function(term[:-4], "")(None, None) == 4
+
+    # and a configuration that has functions already keeps those that nothing replaces
+    again = hand_over(config, corruption=lambda images, seed: [6])
+    assert load_function(again.corruption.kind, "")([5], 0) == [6]
+    assert load_function(names[1], "")("") == 2 and again.reward == config.reward
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -202,6 +227,15 @@ class Encoder:
     """What `PromptCorruption` asks of one, for a corruption of the user's."""
 
     image_processor = None
+
+
+def test_a_second_corruption_is_named_by_its_own_setting():
+    config = dataclasses.replace(Config().corruption, second=name_given(lambda p, g, s: None))
+    check_corruption(config)
+    views = CorruptedViews(dataclasses.replace(config, kind="attention"), Encoder())
+    asked = Asked(Encoded(torch.ones(4, 6), torch.tensor([[1, 2, 2]])))
+    with pytest.raises(InputError, match=r"^corruption\.second: python:function returned None"):
+        views(asked, 7)
 
 
 def corrupted(function, prompt):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import pytest
 from PIL import Image
@@ -55,8 +57,8 @@ def test_the_default_reward_is_accuracy_and_format():
     assert right.reward == 0.9 + 0.1 and wrong.reward == 0 and right.values == {} and not alarms
     (right, _), _, _ = scores_of(["format=0.25", "accuracy=2"], [RIGHT, WRONG])
     assert right.reward == 2.25 and (right.accuracy, right.format) == (1, 1)
-    (one,), _, _ = scores_of([], [RIGHT])
-    assert one.reward == 0 and one.accuracy == 1
+    with pytest.raises(InputError, match=r"reward\.functions is empty"):
+        check_rewards(RewardConfig(functions=()))
 
 
 def test_a_function_gets_everything_by_name_and_is_weighted(file_of):
@@ -93,6 +95,9 @@ def test_a_function_may_draw_on_the_pictures_of_one_call_only(file_of):
 BAD = """
 import os, time
 
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no words")
+
 def bad(response):
     if response == "raise": raise KeyError("nothing here")
     if response == "nan": return float("nan")
@@ -107,9 +112,18 @@ def bad(response):
     if response == "sleep": time.sleep(1000)
     if response == "print": print('{"value": 5}', flush=True)
     if response == "memory": return len(bytearray(1 << 40))
+    if response == "mute": raise Mute()
+    if response == "replies":  # into the pipe that the replies go through, or any other
+        for fd in range(3, 20):
+            try: os.write(fd, b'{"value": 7, "seconds": 0}\\n')
+            except OSError: pass
+    if response == "noise":
+        for fd in range(3, 20):
+            try: os.write(fd, b'no json\\n')
+            except OSError: pass
     return 1
 """
-FAILURES = "raise nan huge none text exit crash segfault memory".split()
+FAILURES = "raise nan huge none text exit crash segfault memory mute replies noise".split()
 
 
 def test_a_function_that_fails_gives_nothing_and_is_counted_and_the_next_call_is_right(
@@ -126,8 +140,31 @@ def test_a_function_that_fails_gives_nothing_and_is_counted_and_the_next_call_is
     assert (scorer.failures, scorer.timeouts) == (len(FAILURES), 2)
     assert all(s.reward == s.values["bad"] for s in scores)
     (alarm,) = alarms
-    assert "mine.py:bad gave no reward for 11 of 24 responses" in alarm
+    assert "mine.py:bad gave no reward for 14 of 30 responses" in alarm
     assert "nothing here" in alarm and scorer.alarms() == []
+
+
+def test_a_process_that_a_function_forks_does_not_answer_in_its_place(file_of):
+    file_of("import os\ndef forks(response):\n    return float(response) if os.fork() else 100\n")
+    scores, _, alarms = scores_of(["mine.py:forks"], [str(n) for n in range(12)])
+    assert [s.values["forks"] for s in scores] == list(range(12)) and not alarms
+
+
+def test_a_file_may_hold_what_looks_itself_up_by_the_name_of_its_module(file_of):
+    file_of(
+        "from __future__ import annotations\n"
+        "import multiprocessing\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Judged:\n"
+        "    value: float\n"
+        "def judged(x): return Judged(x + 1)\n"
+        "def mine(response):\n"
+        "    with multiprocessing.get_context('fork').Pool(1) as pool:\n"
+        "        return pool.map(judged, [2])[0].value\n"
+    )
+    (score,), _, alarms = scores_of(["mine.py:mine"], [RIGHT], timeout=60)
+    assert not alarms and score.reward == 3
 
 
 def test_a_function_that_always_hangs_costs_a_bounded_time(file_of):
@@ -192,12 +229,21 @@ def test_a_function_that_cannot_be_sent_says_what_to_do():
         (["mine.py:nameless"], "takes response by its place alone"),
         (["python:unknown"], "handed over by a Python program"),
         (["http:///x"], "not of the form http://HOST:PORT/PATH"),
+        (["http://h:port/x"], "not of the form http://HOST:PORT/PATH"),
+        (["http://a b/x"], "not of the form http://HOST:PORT/PATH"),
+        (["http://me:secret@h/x"], "names and passwords are not sent"),
+        (["http://h/ü"], "written as %XX"),
+        (["ftp://h/x"], "neither accuracy, format, nor FILE.py:name"),
+        (["http://h/x?model=3"], "may be a part of the URL, or a weight"),
+        (["mine.py:ok=1e300"], "has the weight 1e300: expected a number within ±1e+06"),
+        (["script.py:ok"], "script.py cannot be run (SystemExit: 3)"),
     ],
 )
 def test_entries_that_cannot_work_are_refused(functions, said, file_of):
     file_of("def ok(response): return 1\ndef nameless(response, /): return 1\n")
     file_of("def ok(response): return 1\n", "other.py")
-    with pytest.raises(InputError, match=said.replace(".", r"\.")):
+    file_of("def ok(response): return 1\nraise SystemExit(3)\n", "script.py")
+    with pytest.raises(InputError, match=re.escape(said)):
         check_rewards(RewardConfig(functions=tuple(functions)))
 
 
@@ -209,10 +255,12 @@ def test_an_argument_that_is_no_column_is_named(file_of):
 
 
 def test_weights_behind_urls():
-    config = RewardConfig(functions=("http://h:1/judge?k=v=0.5", "http://h:1/other?x=y"))
+    urls = ("http://h:1/judge?k=v=0.5", "http://h:1/other?x=y", "http://h:1/third?x=1&y==2")
+    config = RewardConfig(functions=urls)
     assert [(x.name, x.label, x.weight) for x in rewarded(config)] == [
         ("http://h:1/judge?k=v", "judge", 0.5),
         ("http://h:1/other?x=y", "other", 1.0),
+        ("http://h:1/third?x=1&y=", "third", 2.0),
     ]
 
 
@@ -287,6 +335,64 @@ def test_a_service_is_asked_again_unless_it_refuses(monkeypatch):
     assert asked == {"busy": 3, "refused": 1, "odd": 3, "nan": 3}
     assert (scorer.failures, scorer.timeouts) == (3, 0)
     assert "HTTP status 401" in alarms[0]
+
+
+RAW = {  # what a service writes that is no answer → what is said of it
+    "no http": (b"HELLO\r\n\r\n", "BadStatusLine"),
+    "too many headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 500, "more than 100 headers"),
+    "long header": (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n1", "LineTooLong"),
+    "bad chunk": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n1",
+        "IncompleteRead",
+    ),
+    "cut off": (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n0.5", "1 bytes early"),
+    "deep": (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, "it answered '[[["),
+    "page": (b"HTTP/1.1 200 OK\r\n\r\n<html>", "it answered '<html>'"),
+    "moved": (b"HTTP/1.1 302 Found\r\nLocation: /other\r\n\r\n", "HTTP status 302"),
+}
+
+
+@contextmanager
+def writing(*parts, pause=0.0):
+    """A service that writes these bytes to whoever asks, and the requests that it got."""
+    asked = []
+
+    class Handler(BaseRequestHandler):
+        def handle(self):
+            asked.append(self.request.recv(65536).split(b" ")[0].decode())
+            with suppress(OSError):
+                for part in parts:
+                    self.request.sendall(part)
+                    time.sleep(pause)
+
+    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/judge", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_what_is_no_answer_never_ends_a_run_and_gives_nothing(what):
+    written, said = RAW[what]
+    with writing(written) as (url, asked):
+        (score,), scorer, (alarm,) = scores_of([url], [RIGHT], http_retries=0)
+    assert score.reward == 0 and scorer.failures == 1 and said in alarm
+    assert asked == ["POST"]  # and no GET, which would not carry the response
+
+
+def test_a_service_that_drips_is_late():
+    drops = (b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n", *[b" "] * 40)
+    with writing(*drops, pause=0.1) as (url, _):
+        started = time.monotonic()
+        _, scorer, (alarm,) = scores_of([url], [RIGHT], http_timeout=0.5, http_retries=0)
+        assert time.monotonic() - started < 3
+    assert (scorer.timeouts, scorer.failures) == (1, 0) and "no answer within 0.5 s" in alarm
 
 
 def test_a_service_that_is_silent_or_gone_costs_a_bounded_time(monkeypatch):

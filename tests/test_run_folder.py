@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -314,7 +315,7 @@ def test_a_signal_keeps_the_last_step_wherever_it_comes(
 
 
 def test_a_second_interrupt_ends_at_once_and_keeps_the_last_whole_step(config, monkeypatch):
-    config = with_train(config, steps=3)
+    config = with_train(config, steps=3, checkpoint_every=0)
     original, calls = Updater.update, []
 
     def interrupted_twice(self, *args, **kwargs):
@@ -338,6 +339,7 @@ class Unforeseen(Exception):
     ("at", "kept"), [(3, [1]), (4, [])], ids=["before an update", "between two updates"]
 )
 def test_any_error_keeps_the_last_step_while_its_weights_are_whole(config, monkeypatch, at, kept):
+    config = with_train(config, checkpoint_every=0)
     _, whole, _ = run(dataclasses.replace(config, name="whole"))
     original, calls = Updater.update, []
 
@@ -506,7 +508,7 @@ def test_threads_data_steps_and_a_missing_config_are_refused_with_a_reason(confi
 
 
 def test_a_finished_run_is_left_as_it_is(config):
-    said = io.StringIO()
+    config, said = with_train(config, checkpoint_every=0), io.StringIO()
     folder, _, _ = run(config)  # without a checkpoint
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     train(config, Console(file=said, width=500))
@@ -517,27 +519,53 @@ def test_a_finished_run_is_left_as_it_is(config):
     assert steps_of(folder) == [1, 2]
 
 
-def test_steps_before_the_first_checkpoint_are_done_again_aloud(config, monkeypatch):
-    config = with_train(config, steps=3, checkpoint_every=2)
-    _, whole, _ = run(dataclasses.replace(config, name="whole"))
-    folder = Path(config.out) / "run"
-    original = CheckpointStore.save
+def killed_in_a_checkpoint(config, monkeypatch, at):
+    """The folder of a run that ends while it writes its checkpoint number `at`."""
+    original, calls = CheckpointStore.save, []
 
     def killed(self, *args):
-        raise SystemExit  # the rows of two steps are written, a checkpoint is not
+        calls.append(1)
+        if len(calls) == at:
+            raise SystemExit  # the row of the step is written, its checkpoint is not
+        return original(self, *args)
 
-    monkeypatch.setattr(CheckpointStore, "save", killed)
-    with pytest.raises(SystemExit):
-        train(config, SILENT)
-    monkeypatch.setattr(CheckpointStore, "save", original)
-    assert steps_of(folder) == [1, 2] and checkpoints_of(folder) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", killed)
+        with pytest.raises(SystemExit):
+            train(config, SILENT)
+    return Path(config.out) / "run"
+
+
+def test_a_run_that_is_killed_again_and_again_goes_on_from_where_it_was(config, monkeypatch):
+    config = with_train(config, steps=4, checkpoint_every=3)
+    whole, rows, _ = run(dataclasses.replace(config, name="whole"))
+    assert checkpoints_of(whole) == [1, 3]
+    folder = killed_in_a_checkpoint(config, monkeypatch, at=1)
+    assert steps_of(folder) == [1] and checkpoints_of(folder) == []
+    killed_in_a_checkpoint(config, monkeypatch, at=2)
+    assert steps_of(folder) == [1, 2, 3] and checkpoints_of(folder) == [1]
     said = io.StringIO()
     train(config, Console(file=said, width=500))
-    assert "warning: no checkpoint yet: the first 2 steps are done again" in said.getvalue()
-    more, said = with_train(config, steps=4), io.StringIO()
-    train(more, Console(file=said, width=500))
-    assert f"resuming {folder} after step 2, from {folder}/checkpoints/step-2" in said.getvalue()
-    assert steps_of(folder) == [1, 2, 3, 4] and len(whole) == 3
+    assert f"resuming {folder} after step 1, from {folder}/checkpoints/step-1" in said.getvalue()
+    assert run(with_train(config, steps=4))[1] == rows  # which is finished and left as it is
+
+
+def test_done_steps_without_a_checkpoint_are_not_done_again_unasked(config, monkeypatch):
+    config = with_train(config, steps=4, checkpoint_every=3)
+    folder = killed_in_a_checkpoint(config, monkeypatch, at=2)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match=r"has done 3 steps and left no checkpoint.*--overwrite"):
+        train(config, SILENT)
+    assert steps_of(folder) == [1, 2, 3]
+    # one step, whose checkpoint was due, is done again aloud; none is due without checkpoints
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(rows[0])
+    with pytest.raises(InputError, match=r"has done 1 step and left no checkpoint"):
+        train(with_train(config, checkpoint_every=0), SILENT)
+    said = io.StringIO()
+    train(config, Console(file=said, width=500))
+    assert "warning: step 1 had no whole checkpoint yet and is done again" in said.getvalue()
+    assert steps_of(folder) == [1, 2, 3, 4]
 
 
 def test_data_that_nobody_touched_is_not_read_again_and_any_other_is_noticed(

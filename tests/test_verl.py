@@ -310,6 +310,9 @@ def test_bad_input_is_named():
         verl.papo_loss(x, x, x[:, :2], mask, "token-mean")
     with pytest.raises(InputError, match="kl_prcp is missing"):
         verl.papo_loss(x, x, x, mask, "token-mean", ObjectiveConfig(kl_coef=0))
+    for views in (dict(margin_coef=0.1), dict(dvrp_sensitivity=0.1)):
+        with pytest.raises(InputError, match=r"two corrupted views.*papo_loss takes one view"):
+            verl.papo_loss(x, x, x, mask, "token-mean", ObjectiveConfig(kl_coef=0, **views))
     with pytest.raises(InputError, match="reduction"):
         verl.linear_cross_entropy(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1).long(), 1.0,
                                   "mean")  # fmt: skip

@@ -18,6 +18,9 @@ from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
 
+_FAR = 1e9
+"""Pixels; a box farther away is a mistake."""
+
 
 class Rect(NamedTuple):
     """Pixels [top, bottom) × [left, right) of a picture as the model gets it."""
@@ -89,16 +92,18 @@ def boxes_of(prompt: Prompt, key: str, grid: PatchGrid) -> list[list[Rect]]:
     The column `key` holds [left, top, right, bottom] in pixels of the raw picture. A pixel that a
     box touches belongs to it, and what is beyond the border is cut off. None is no box at all.
 
-    Raises `InputError`, naming the row and the column, where there is no such column, or where it
-    holds something else.
+    Raises `InputError`, naming the column, where there is no such column, or where it holds
+    something else.
     """
     check_column(prompt.columns, key)
-    where = f"row {prompt.index}, column {key!r}"
+    where = f"column {key!r}"
     value, n = prompt.columns[key], len(prompt.images)
     if value is None:
         return [[] for _ in range(n)]
     if not isinstance(value, list):
         raise InputError(f"{where} holds {value!r:.100}: expected a list of boxes")
+    if _is_box(value):
+        raise InputError(f"{where} holds one box, {value!r:.100}: expected a list of boxes")
     flat = all(_is_box(x) for x in value)
     if flat and n != 1 and value:
         raise InputError(
@@ -138,12 +143,18 @@ def _is_box(value: object) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 4
-        and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
+        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+        and all(abs(x) < _FAR for x in value)  # NaN is not, either
     )
 
 
 def _rect(box: Sequence[float], size: tuple[int, int], to: tuple[int, int], where: str) -> Rect:
     (width, height), (new_height, new_width) = size, to
+    if all(0 <= x <= 1 for x in box) and any(0 < x < 1 for x in box) and max(size) > 1:
+        raise InputError(
+            f"{where} holds the box {list(box)}, which seems to be in shares of the picture of "
+            f"{width}x{height} pixels: expected [left, top, right, bottom] in pixels"
+        )
     left, right = (min(max(x, 0.0), width) for x in (box[0], box[2]))
     top, bottom = (min(max(y, 0.0), height) for y in (box[1], box[3]))
     if not (left < right and top < bottom):

@@ -190,6 +190,7 @@ class _Own:
     """A corruption of the user's, which gets copies, and whose result is looked at."""
 
     name: str
+    """With its setting, for messages."""
     function: Callable[..., Any]
 
     def of_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
@@ -200,7 +201,7 @@ class _Own:
                 f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else repr(found)
             )
             raise InputError(
-                f"corruption.kind: {self.name} returned {got:.200}, expected a tensor {shape} of "
+                f"{self.name} returned {got:.200}, expected a tensor {shape} of "
                 "floating-point numbers, as pixel_values is"
             )
         return found.detach().to(pixel_values)
@@ -210,7 +211,7 @@ class _Own:
         sizes = [image.size for image in images]
         if not isinstance(found, Sequence) or [getattr(x, "size", None) for x in found] != sizes:
             raise InputError(
-                f"corruption.kind: {self.name} returned {found!r:.200}, expected a list of "
+                f"{self.name} returned {found!r:.200}, expected a list of "
                 f"{len(sizes)} pictures of the sizes {sizes}"
             )
         return [to_rgb(image) for image in found]
@@ -224,6 +225,7 @@ class PromptCorruption:
         encoder: the model's image processor.
         pixels, images: a corruption of one's own, of processed patches or of raw images, in place
             of the one `config` names.
+        setting: whose value its kind is, for messages.
 
     Attributes:
         progress: share of the run that is done, for noise that falls over it.
@@ -236,6 +238,7 @@ class PromptCorruption:
         *,
         pixels: Corruption | None = None,
         images: ImageCorruption | None = None,
+        setting: str = "corruption.kind",
     ):
         self.config = config
         self.encoder = encoder
@@ -247,8 +250,8 @@ class PromptCorruption:
         if self.kind in CORRUPTIONS:
             self._built_in()
         elif self.kind != "own":
-            function, on = load_corruption(config.kind)
-            own = _Own(config.kind, function)
+            function, on = load_corruption(config.kind, setting)
+            own = _Own(f"{setting}: {config.kind}", function)
             self.on_pixels = own.of_pixels if on == "pixels" else None
             self.on_images = own.of_images if on == "images" else None
 
@@ -274,6 +277,16 @@ class PromptCorruption:
         config = self.config
         step = diffusion_step(config.noise_step, config.noise_anneal, self.progress)
         return DiffusionCorruption(step)(images, seed)
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raise `InputError` where it needs a column that the data does not have."""
+        if self.on_boxes is not None:
+            check_column(columns, self.config.boxes_key)
+
+    def check_row(self, prompt: Prompt) -> None:
+        """Raise `InputError` where the prompt's row does not hold what it needs."""
+        if self.on_boxes is not None:
+            boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
@@ -315,13 +328,20 @@ class CorruptedViews:
         self.first = PromptCorruption(config, encoder)
         self.second = None
         if config.second:
-            self.second = PromptCorruption(replace(config, kind=config.second), encoder)
+            second = replace(config, kind=config.second)
+            self.second = PromptCorruption(second, encoder, setting="corruption.second")
 
     def check(self, columns: Collection[str]) -> None:
         """Raise `InputError` where a corruption needs a column that the data does not have."""
         for view in (self.first, self.second):
-            if view is not None and view.on_boxes is not None:
-                check_column(columns, view.config.boxes_key)
+            if view is not None:
+                view.check(columns)
+
+    def check_row(self, prompt: Prompt) -> None:
+        """Raise `InputError` where the prompt's row does not hold what a corruption needs."""
+        for view in (self.first, self.second):
+            if view is not None:
+                view.check_row(prompt)
 
     def at(self, progress: float) -> None:
         """Go on to a share of the run, in [0, 1], for noise that falls over it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,18 @@ _JSON_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+HUB_NAME = "the hub name of a model that is cached or can be downloaded"
 _READ_BY = {
     "AutoConfig": ("config", "config.json"),
     "AutoTokenizer": ("tokenizer", "tokenizer.json, tokenizer_config.json"),
     "AutoImageProcessor": ("image processor", "preprocessor_config.json"),
     "GenerationConfig": ("generation config", "generation_config.json"),
 }
+
+
+def may_be_hub_name(path: str) -> bool:
+    """Whether a path that does not exist here is of the form of a hub name, `OWNER/NAME`."""
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", path, re.ASCII) is not None
 
 
 def check_files(path: str) -> None:
@@ -40,8 +47,10 @@ def check_files(path: str) -> None:
     """
     folder = Path(path)
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError(f"model.path = {path!r}: there is no such directory")
+        if not may_be_hub_name(path):
+            raise InputError(
+                f"model.path = {path!r}: there is no such directory; expected one, or {HUB_NAME}"
+            )
         return
     if not folder.is_dir():
         raise InputError(
@@ -82,8 +91,10 @@ def load(auto_class: Any, path: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # KeyError, TypeError, Rust's own: any file may be wrong in any way
         what, files = _READ_BY[auto_class.__name__]
+        other = "" if Path(path).exists() else f" Expected a local folder, or {HUB_NAME}"
         raise InputError(
             f"model.path = {path!r}: the {what} cannot be loaded ({files}): {first_line(error)}"
+            f"{other}"
         ) from error
 
 

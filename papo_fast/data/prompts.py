@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class PromptDataset(Dataset):
         config: column names, prompt suffix and what to do with bad rows.
         encoder: the model's tokenizer and image processor.
         split: split of a hub dataset; files have none.
+        check: raises `InputError` for a prompt that the run cannot use, whose row is a bad one.
 
     Raises:
         InputError: the source is missing, unreadable or empty, or lacks a column. Later, from
@@ -82,10 +83,12 @@ class PromptDataset(Dataset):
         encoder: PromptEncoder,
         *,
         split: str = "train",
+        check: Callable[[Prompt], None] | None = None,
     ):
         self.source = str(source)
         self.config = config
         self.encoder = encoder
+        self.check = check
         self.bad_rows: dict[int, str] = {}
         columns, self._rows, self._base = read_rows(self.source, split, config.on_bad_sample)
         if not len(self._rows):
@@ -168,7 +171,13 @@ class PromptDataset(Dataset):
             raise BadSample("prompt", str(error)) from error
         kind = as_kind(row.get(config.kind_key))
         others = {name: row.get(name) for name in self._others}
-        return Prompt(index, problem, answer, kind, images, encoded, reading, others)
+        prompt = Prompt(index, problem, answer, kind, images, encoded, reading, others)
+        if self.check is not None:
+            try:
+                self.check(prompt)
+            except InputError as error:
+                raise BadSample("corruption", str(error)) from error
+        return prompt
 
 
 def steps_of_epochs(config: Config, rows: int) -> int:

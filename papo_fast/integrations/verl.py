@@ -191,7 +191,8 @@ def papo_loss(
             all ranks; None: those of these tensors (EasyR1 scales micro-batches itself).
 
     Raises:
-        InputError: a tensor has another shape, a needed one is missing, or the average is unknown.
+        InputError: a tensor has another shape, a needed one is missing, the average is unknown, or
+            `config` asks for token weights or a second corrupted view.
     """
     goal = (config or ObjectiveConfig()).resolved()
     if loss_agg_mode is not None:
@@ -204,6 +205,12 @@ def papo_loss(
         raise InputError(
             f"config.token_weights is {goal.token_weights!r}: papo_loss applies none, multiply "
             "advantages by those of papo_fast.token_weights"
+        )
+    if goal.needs_second:
+        raise InputError(
+            "config has a term that compares two corrupted views (dvrp_*, margin_coef, or a term "
+            "of terms that needs second_logprobs): papo_loss takes one view; add "
+            "papo_fast.view_terms.dvrp_term or margin_loss to its loss, or train by papo-fast"
         )
     mask = response_mask.bool()
     if correct is not None and correct.ndim == 1:

@@ -12,7 +12,13 @@ from transformers import AutoConfig
 
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import FAMILIES
-from papo_fast.data.model_folder import check_config, load
+from papo_fast.data.model_folder import (
+    HUB_NAME,
+    check_config,
+    load,
+    may_be_hub_name,
+    optional_file,
+)
 from papo_fast.errors import InputError
 from papo_fast.model.family import Decoder, Vision
 from papo_fast.model.flops import ModelShape
@@ -104,14 +110,16 @@ class ModelSizes:
 
 
 def _settings(config: ModelConfig) -> Any:
-    path = Path(config.path).expanduser()
-    file = path / "config.json" if path.is_dir() else path
     if not config.path:
         raise InputError("model.path is empty: pass --model.path, a checkpoint or its config.json")
+    path = Path(config.path).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not path.exists() and may_be_hub_name(config.path):
+        file = Path(optional_file(config.path, "config.json") or file)
     if not file.is_file():
         raise InputError(
             f"model.path = {config.path!r}: there is no file {file}; expected a local checkpoint "
-            "folder or its config.json"
+            f"folder or its config.json, or {HUB_NAME}"
         )
     check_config(file, FAMILIES)
     return load(AutoConfig, str(file), trust_remote_code=config.trust_remote_code)

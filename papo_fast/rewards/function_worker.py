@@ -3,9 +3,10 @@
 `papo_fast.rewards.functions` starts it. Neither torch nor transformers is imported, unless the
 user's file does. Protocol: a pickled list of functions, each pickled by dill or as the path, name
 and text of a file; then for each request its length as a line of text and a pickled (number of the
-function, seconds, arguments, pictures): pickled ones, `HELD` for those of the request before, or
-None for a function without. Replies are JSON lines as those of `answer_check`: `{"value": …,
-"seconds": …}`, or `"error"` in place of the value, or the end by `LIMIT_SIGNAL`.
+call, number of the function, seconds, arguments, pictures): pickled ones, `HELD` for those of the
+request before, or None for a function without. Replies are JSON lines as those of `answer_check`:
+`{"call": …, "value": …, "seconds": …}`, or `"error"` in place of the value, or the end by
+`LIMIT_SIGNAL`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from papo_fast.user_function import function_of_source
+from papo_fast.user_function import function_of_source, one_line
 
 MEMORY_LIMIT = 8 << 30
 """Bytes of address space of one worker, so that a function that asks for more is an error."""
@@ -45,14 +46,14 @@ def main() -> None:
 
     try:
         functions = [_load(entry) for entry in _read(requests) or ()]
-    except Exception as error:
-        reply({"error": f"{type(error).__name__}: {error}"[:1000]})
+    except (Exception, SystemExit) as error:
+        reply({"error": one_line(error)})
         return
     reply({"ready": True})
     signal.signal(LIMIT_SIGNAL, signal.SIG_DFL)  # no handler: the kernel ends us, even in C code
-    held = b""
+    held, me = b"", os.getpid()
     while (request := _read(requests)) is not None:
-        number, limit, arguments, pictures = request
+        call, number, limit, arguments, pictures = request
         if pictures is not None:
             held = held if pictures == HELD else pictures
             # made anew for each call: a function may draw on them
@@ -61,7 +62,9 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, limit)
         message = _call(functions[number], arguments)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        reply({**message, "seconds": time.process_time() - started})
+        if os.getpid() != me:  # a process that the function forked, and that came back from it too
+            os._exit(0)
+        reply({"call": call, **message, "seconds": time.process_time() - started})
 
 
 def _read(stream: BinaryIO) -> Any:
@@ -84,7 +87,7 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, 
             raise TypeError(f"it returned {value!r:.100}, expected a number")
         number = float(value)
     except BaseException as error:  # also SystemExit; reported to the parent, which counts it
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:1000]}
+        return {"error": one_line(error)}
     if not abs(number) <= LARGEST:  # NaN is not, either
         return {"error": f"it returned {number}, expected a number within ±{LARGEST:g}"}
     return {"value": number}

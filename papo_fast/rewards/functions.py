@@ -163,6 +163,7 @@ class FunctionWorker(Worker):
         self.entries = entries
         self.pictures: Any = None
         """What the process holds: those of the call before."""
+        self.calls = 0
         # The path of this process: a function may import what this program can. Not its main
         # module, which would train.
         start = f"import sys; sys.path[:] = {sys.path!r}; from {function_worker.__name__} import "
@@ -187,7 +188,8 @@ class FunctionWorker(Worker):
         if pictures is not None:
             sent = HELD if pictures is self.pictures else pickle.dumps(pictures)
         rest = {name: value for name, value in arguments.items() if name != "images"}
-        request = _framed(pickle.dumps((number, seconds, rest, sent)))
+        self.calls += 1
+        request = _framed(pickle.dumps((self.calls, number, seconds, rest, sent)))
         reply = self.ask(request, WALL_FACTOR * seconds)
         self.pictures = pictures if self.process is not None else None
         if reply is None or reply == -function_worker.LIMIT_SIGNAL:
@@ -195,6 +197,9 @@ class FunctionWorker(Worker):
         if isinstance(reply, int):
             died = f"its process died with exit status {reply}"
             return Outcome("failure", reason=died, late=True)
+        if reply.get("call") != self.calls:  # and the next replies would be of other calls, too
+            self.kill()
+            return Outcome("failure", reason="it wrote among its process's replies", late=True)
         if "error" in reply:
             return Outcome("failure", reason=reply["error"])
         return Outcome("value", reply["value"], reply["seconds"])

@@ -113,7 +113,7 @@ class Worker:
             status = process.wait()
             self.kill()
             return status
-        return json.loads(line)
+        return _parsed(line)
 
     def start(self) -> subprocess.Popen[bytes]:
         """Raises `RuntimeError` where the process cannot start."""
@@ -130,7 +130,7 @@ class Worker:
             stdin.write(self.first_request())
             stdin.flush()
         line = _read_line(process, START_LIMIT)
-        reply = json.loads(line) if line else {}
+        reply = _parsed(line) if line else {}
         if not reply.get("ready"):
             self.kill()
             reason = reply.get("error", "it ended or hung while starting, see its message above")
@@ -185,6 +185,15 @@ class Workers(Generic[W]):
             worker.kill()
         self.all = []
         self.idle = queue.SimpleQueue()
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A reply; {} for what is none, which code that the process runs has written among them."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return reply if isinstance(reply, dict) else {}
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:

@@ -118,14 +118,17 @@ def rows_until(rows: list[Row], done: int, path: Path) -> list[Row]:
 def check_that_nothing_is_lost(rows: list[Row], every: int, folder: Path) -> str | None:
     """For a run without a checkpoint: None where it has done nothing, or what is done again.
 
-    Raises `InputError` where more steps than lie between checkpoints would be done again, or a
-    finished run's.
+    That can be step 1 alone, where its checkpoint was due and the run was killed before it was
+    whole: a scheduler that starts a run again and again would never get past it otherwise.
+
+    Raises `InputError` where more would be done again, or a finished run.
     """
     if not rows:
         return None
-    if len(rows) > every or (folder / SUMMARY).is_file():
+    if len(rows) > min(every, 1) or (folder / SUMMARY).is_file():
+        steps = "1 step" if len(rows) == 1 else f"{len(rows)} steps"
         raise InputError(
-            f"{folder} has done {len(rows)} steps and left no checkpoint to resume from: "
-            "--overwrite does them again from the start, or choose another --name"
+            f"{folder} has done {steps} and left no checkpoint to resume from: --overwrite in "
+            "place of --resume does them again from the start, or choose another --name"
         )
-    return f"no checkpoint yet: the first {len(rows)} steps are done again"
+    return "step 1 had no whole checkpoint yet and is done again"

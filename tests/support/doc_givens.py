@@ -27,10 +27,10 @@ PIXELS = dict(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
 
 
 def checkpoint() -> str:
-    """The folder that the pages call Qwen2.5-VL-3B-Instruct/, with a model of under 1 M weights."""
+    """What the pages call Qwen/Qwen2.5-VL-3B-Instruct: a folder, with under 1 M weights."""
     from papo_fast.digits.model import build_checkpoint
 
-    folder = Path("Qwen2.5-VL-3B-Instruct")
+    folder = Path("Qwen/Qwen2.5-VL-3B-Instruct")
     if not folder.exists():
         build_checkpoint(folder, seed=0)
     return str(folder)
