@@ -30,6 +30,9 @@ from papo_fast.token_batch import TokenBatch
 from papo_fast.weighing import TokenWeigher
 from support import SUPPORT, TESTS
 
+# `done` runs everything once: another process would only wait for it
+pytestmark = pytest.mark.xdist_group("docs")
+
 ROOT = TESTS.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GIVENS = SUPPORT / "doc_givens.py"

@@ -26,6 +26,8 @@ from support.family_checkpoints import write_checkpoint
 from support.ranks import DATA, fixed_groups, launch
 from support.small_runs import every_term, png
 
+pytestmark = pytest.mark.xdist_group("ranks")  # what they share is made in one process
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):

@@ -7,6 +7,8 @@ import pytest
 from support import SUPPORT
 from support.ranks import launch
 
+pytestmark = pytest.mark.xdist_group("head")  # what they share is made in one process
+
 TWO = ("lm_head alone", "tied", "tail group", "accumulated", "summed")
 
 

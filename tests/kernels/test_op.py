@@ -11,6 +11,8 @@ from kernel_oracle import random_upstream as upstream_of
 
 from papo_kernels import token_stats
 
+pytestmark = pytest.mark.xdist_group("op")  # what they share is made in one process
+
 
 def objective(hidden, aug_hidden, weight, bias, targets, aug_constant=False):
     stats = token_stats(
