@@ -32,6 +32,8 @@ _READ_BY = {
     "GenerationConfig": ("generation config", "generation_config.json"),
 }
 
+_PROCESSOR = ("processor", "processor_config.json, preprocessor_config.json")
+
 
 def check_files(path: str) -> None:
     """Raise for a local directory that lacks a file or has one that is no JSON object.
@@ -81,7 +83,7 @@ def load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # KeyError, TypeError, Rust's own: any file may be wrong in any way
-        what, files = _READ_BY[auto_class.__name__]
+        what, files = _READ_BY.get(auto_class.__name__, _PROCESSOR)
         raise InputError(
             f"model.path = {path!r}: the {what} cannot be loaded ({files}): {first_line(error)}"
         ) from error

@@ -21,11 +21,12 @@ from papo_fast.model.attention import NAME as TREE_ATTENTION
 from papo_fast.model.picture_attention import attend_inside_pictures
 
 
-def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
+def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False) -> nn.Module:
     """The model of `config.path` in float32 (master weights, see `ModelConfig.dtype`).
 
     Args:
         empty: without memory or values, on the meta device, for a process that is sent its shard.
+        plain: with the attention that transformers chooses, which packs nothing.
 
     Raises:
         InputError: the model uses what packed groups do not support, or its weights are missing,
@@ -35,9 +36,10 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
         check_weight_files(config.path)
     options = {
         "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": {"": "sdpa", "text_config": TREE_ATTENTION},
         "dtype": torch.float32,
     }
+    if not plain:
+        options["attn_implementation"] = {"": "sdpa", "text_config": TREE_ATTENTION}
     try:
         model = _empty(config, options) if empty else _loaded(config, options)
     except InputError:
@@ -47,8 +49,15 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
             f"model.path = {config.path!r}: the model cannot be built from config.json and its "
             f"weights: {first_line(error)}"
         ) from error
+    text = model.config.get_text_config()
+    if plain:
+        if getattr(text, "attention_dropout", 0):
+            raise InputError(
+                f"model.path = {config.path!r} uses attention dropout, with which no two passes "
+                "agree: set attention_dropout to 0 in its config.json"
+            )
+        return model
     attend_inside_pictures(model)
-    text = model.config.text_config
     sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if sliding or text.attention_dropout:
         raise InputError(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from papo_fast.config import Config
 from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.plain_encoder import PlainEncoder
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import world_size
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.plain import PlainRollout
 from papo_fast.rollout.protocol import RolloutEngine
 
 
@@ -36,6 +38,8 @@ def make_engine(
         return engine(config, encoder, run_dir)
     sampler = policy
     if world_size() > 1:  # transformers' generate needs whole weights
-        sampler = Policy.load(config.model, encoder.banned_token_ids, policy.device)
+        sampler = type(policy).load(config.model, encoder.banned_token_ids, policy.device)
         sampler.requires_grad_(False)
+    if isinstance(encoder, PlainEncoder):
+        engine = PlainRollout
     return engine(sampler, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size)

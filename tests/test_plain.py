@@ -1,0 +1,158 @@
+"""The plain path: families beyond Qwen's three, and Qwen's own forced onto it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from papo_fast.config import CorruptionConfig, DataConfig, ModelConfig
+from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.encoder import FAMILIES
+from papo_fast.data.prompts import PromptDataset
+from papo_fast.model.choice import load_encoder
+from papo_fast.model.plain import PlainPolicy
+from papo_fast.model.policy import Policy, inference
+from papo_fast.presets import get_preset
+from papo_fast.samples import Completion, Group, Sample
+from support.plain_checkpoints import PLAIN, write_plain_checkpoint
+from support.small_runs import both_streams, run, small
+
+DATA = DataConfig(min_pixels=56 * 56, max_pixels=112 * 112, prompt_suffix="", max_prompt_length=512)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = write_plain_checkpoint(folder / name, name)
+        return made[name]
+
+    return of
+
+
+def loaded(path, forward="auto"):
+    """Encoder and policy of a checkpoint, in float32."""
+    model = ModelConfig(path=str(path), dtype="float32", forward=forward)
+    encoder = load_encoder(model, DATA)
+    kind = Policy if type(encoder).__name__ == "PromptEncoder" else PlainPolicy
+    return encoder, kind.load(model, encoder.banned_token_ids, torch.device("cpu"))
+
+
+def groups_of(encoder, questions, corruption=None, count=3):
+    """Groups of two responses of unequal length to the first questions, with corrupted pictures."""
+    corrupt = PromptCorruption(corruption or CorruptionConfig(), encoder)
+    prompts = [p for p, _ in zip(PromptDataset(str(questions), DATA, encoder), range(count))]
+    made = []
+    for i, prompt in enumerate(prompts):
+        ids = [[65 + i, 66, 67, 68, 69], [70, 71 + i]]
+        samples = [Sample(Completion(x, [0.0] * len(x), True)) for x in ids]
+        made.append(Group(prompt, samples, aug_pixels=corrupt(prompt, 7 + i)))
+    return made
+
+
+def own_logprobs(path, encoder, groups, pixels_of):
+    """log-probs of all response tokens by the family's own forward, one sequence at a time."""
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    found = []
+    for group in groups:
+        prompt = group.prompt.encoded
+        for sample in group.samples:
+            response = torch.tensor(sample.completion.token_ids)
+            inputs = {"input_ids": torch.cat([prompt.input_ids, response])[None]}
+            n = inputs["input_ids"].shape[1]
+            for name, value in getattr(prompt, "tokens", {}).items():
+                inputs[name] = torch.zeros(1, n, dtype=torch.int64)
+                inputs[name][:, : value.shape[1]] = value
+            if prompt.pixel_values is not None:
+                inputs |= prompt.pictures | {"pixel_values": pixels_of(group)}
+            if "mm_token_type_ids" in inputs and path.name not in MROPE:
+                del inputs["mm_token_type_ids"]
+            with torch.no_grad():
+                logits = model(**inputs).logits[0].float()
+            logits[:, encoder.banned_token_ids] = -1e9
+            rows = logits[len(prompt) - 1 : n - 1].log_softmax(-1)
+            found.append(rows.gather(1, response[:, None])[:, 0])
+    return torch.cat(found)
+
+
+MROPE = ("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_statistics_are_those_of_the_familys_own_logits(name, tiny, questions):
+    encoder, policy = loaded(tiny(name), "plain")
+    groups = groups_of(encoder, questions)
+    with inference(policy):
+        full = policy.stats(policy.pack(groups))[0].logprobs
+        both = policy.stats(policy.pack(groups, aug=True))[0]
+    own = own_logprobs(tiny(name), encoder, groups, lambda g: g.prompt.encoded.pixel_values)
+    torch.testing.assert_close(full, own, atol=1e-5, rtol=1e-5)
+    aug = own_logprobs(tiny(name), encoder, groups, lambda g: g.aug_pixels)
+    torch.testing.assert_close(both.aug_logprobs, aug, atol=1e-5, rtol=1e-5)
+    # the third question has no picture; of those with one the corrupted stream differs
+    differs = (both.aug_logprobs - both.logprobs).abs().split([7, 7, 7])
+    assert differs[0].max() > 1e-3 and differs[1].max() > 1e-3 and differs[2].max() < 1e-5
+
+
+def gradients(policy, *batches):
+    policy.zero_grad(set_to_none=True)
+    for groups in batches:
+        stats = policy.stats(policy.pack(groups, aug=True))[0]
+        (stats.logprobs.sum() - 0.1 * stats.kl_prcp.sum() + 0.2 * stats.aug_entropy.sum()).backward()
+    return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name, grad in ours.items():
+        scale = theirs[name].abs().max().clamp(min=1e-3)
+        worst = (grad - theirs[name]).abs().max() / scale
+        assert worst < tolerance * 10, (name, worst)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_gradients_of_a_batch_are_those_of_one_sequence_after_the_other(name, tiny, questions):
+    encoder, policy = loaded(tiny(name), "plain")
+    groups = groups_of(encoder, questions)
+    alone = [
+        [dataclasses.replace(group, samples=[sample])]
+        for group in groups
+        for sample in group.samples
+    ]
+    policy.train()
+    assert_same_gradients(gradients(policy, groups), gradients(policy, *alone))
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("preset", ["grpo", "papo-g-7b"])
+def test_each_family_trains_and_its_model_is_read_back(name, preset, tiny, questions, tmp_path):
+    config = small(both_streams(get_preset(preset)), tiny(name), questions, tmp_path)
+    folder, rows, summary = run(config)
+    assert len(rows) == 2 and all(row["bad_updates"] == 0 for row in rows)
+    # the sampler's log-probs are those of the policy that is scored
+    assert all(row["sampler_mismatch"] < 1e-4 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows) or preset == "grpo"
+    if preset == "papo-g-7b":
+        assert all(row["kl_prcp"] > 1e-4 for row in rows)
+    assert "accuracy_after_corrupted" in summary
+    encoder, policy = loaded(folder / "model", "auto")
+    groups = groups_of(encoder, questions)
+    with inference(policy):
+        once = policy.stats(policy.pack(groups))[0].logprobs
+    policy.save(tmp_path / "again")
+    encoder.save_pretrained(tmp_path / "again")
+    again_encoder, again = loaded(tmp_path / "again", "auto")
+    with inference(again):
+        twice = again.stats(again.pack(groups_of(again_encoder, questions)))[0].logprobs
+    torch.testing.assert_close(once, twice, atol=0, rtol=0)
+    assert again_encoder.banned_token_ids == encoder.banned_token_ids
+
+
+assert set(MROPE) < set(PLAIN) and "qwen3_vl_moe" in FAMILIES
