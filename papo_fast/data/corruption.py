@@ -325,6 +325,8 @@ class PromptCorruption:
     def prompt(self, prompt: Prompt, seed: int) -> Prompt:
         """The prompt with corrupted pictures, to sample from; without any for `attention`."""
         pixels, encoded = self(prompt, seed), prompt.encoded
+        if encoded.pixel_values is None:
+            return prompt
         if pixels is None:
             return replace(prompt, encoded=without_pictures(encoded))
         return replace(prompt, encoded=replace(encoded, pixel_values=pixels))
