@@ -109,12 +109,14 @@ def gradients(policy, *batches):
     return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(ours, theirs, tolerance=1e-5):
+def assert_same_gradients(ours, theirs):
+    """To 1e-5 of each weight's largest; some are 0, as of a bias that a softmax undoes."""
     assert ours.keys() == theirs.keys() and len(ours) > 20
+    least = 1e-2 * max(grad.abs().max() for grad in theirs.values())
     for name, grad in ours.items():
-        scale = theirs[name].abs().max().clamp(min=1e-3)
+        scale = theirs[name].abs().max().clamp(min=least)
         worst = (grad - theirs[name]).abs().max() / scale
-        assert worst < tolerance * 10, (name, worst)
+        assert worst < 1e-5, (name, worst)
 
 
 @pytest.mark.parametrize("name", SLOW)
