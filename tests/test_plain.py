@@ -48,7 +48,8 @@ def loaded(path, forward="auto"):
 def groups_of(encoder, questions, corruption=None, count=3):
     """Groups of two responses of unequal length to the first questions, with corrupted pictures."""
     corrupt = PromptCorruption(corruption or CorruptionConfig(), encoder)
-    prompts = [p for p, _ in zip(PromptDataset(str(questions), DATA, encoder), range(count))]
+    data = PromptDataset(str(questions), DATA, encoder)
+    prompts = [data[i] for i in range(count)]
     made = []
     for i, prompt in enumerate(prompts):
         ids = [[65 + i, 66, 67, 68, 69], [70, 71 + i]]
@@ -105,7 +106,8 @@ def gradients(policy, *batches):
     policy.zero_grad(set_to_none=True)
     for groups in batches:
         stats = policy.stats(policy.pack(groups, aug=True))[0]
-        (stats.logprobs.sum() - 0.1 * stats.kl_prcp.sum() + 0.2 * stats.aug_entropy.sum()).backward()
+        loss = stats.logprobs.sum() - 0.1 * stats.kl_prcp.sum() + 0.2 * stats.aug_entropy.sum()
+        loss.backward()
     return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 

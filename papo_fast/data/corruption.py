@@ -27,14 +27,14 @@ from papo_fast.corruption_settings import (
     load_corruption,
 )
 from papo_fast.data.boxes import BoxCorruption, boxes_of, check_column
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, black_pixel
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.data.noise import (
     BlurCorruption,
     DiffusionCorruption,
     GaussianCorruption,
     diffusion_step,
 )
-from papo_fast.data.patch_grid import PatchGrid
+from papo_fast.data.patch_grid import PatchGrid, black_pixel
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
 from papo_fast.data.tiles import Tiles

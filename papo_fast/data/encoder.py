@@ -93,6 +93,7 @@ class PromptEncoder:
         InputError: the checkpoint is missing, lacks a file, or is of another family.
     """
 
+    families = FAMILIES
     tiles: Tiles | None = None
     not_corrupted_by: tuple[str, ...] = ()
 
@@ -107,7 +108,9 @@ class PromptEncoder:
                 "expected 0 < min_pixels <= max_pixels"
             )
         check_files(self.model_path)
-        self._check_config()
+        file = optional_file(self.model_path, "config.json") if self.families else None
+        if file is not None:
+            check_config(Path(file), self.families)
         config = load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer = load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer.chat_template, self._template_file = chat_template(
@@ -117,17 +120,9 @@ class PromptEncoder:
         self._special_ids(config)
         self._try_out()
 
-    def _check_config(self) -> None:
-        if (file := optional_file(self.model_path, "config.json")) is not None:
-            check_config(Path(file), FAMILIES)
-
     def _load_processor(self, config: Any, data: DataConfig, trust_remote_code: bool) -> None:
-        self.image_processor = load(
-            AutoImageProcessor,
-            self.model_path,
-            backend="pil",
-            trust_remote_code=trust_remote_code,
-        )
+        options = {"backend": "pil", "trust_remote_code": trust_remote_code}
+        self.image_processor = load(AutoImageProcessor, self.model_path, **options)
         self._limit_pixels(config, data)
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
             value = getattr(self.image_processor, name, None)
@@ -345,8 +340,7 @@ class PromptEncoder:
 
     def _vision_ids(self, config: Any) -> set[int]:
         vocab = self.tokenizer.get_vocab()
-        found = {vocab[token] for token in _VISION_TOKENS if token in vocab}
-        return found | {getattr(config, name, None) for name in TOKENS}
+        return {vocab.get(t) for t in _VISION_TOKENS} | {getattr(config, n, None) for n in TOKENS}
 
     def _special_ids(self, config: Any) -> None:
         vocab = self.tokenizer.get_vocab()
@@ -403,15 +397,3 @@ def content_parts(problem: str, n_images: int) -> list[dict[str, str]]:
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
-
-
-def black_pixel(image_processor: Any) -> torch.Tensor:
-    """(C,) float32: the value of a black pixel after normalisation, (0 − mean) / std.
-
-    It is read off a Qwen-VL image processor of transformers, so that its rescaling and its
-    normalisation cannot be modelled wrongly.
-    """
-    side = image_processor.patch_size * image_processor.merge_size
-    black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
-    pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
-    return pixels[0].reshape(3, -1)[:, 0].clone()

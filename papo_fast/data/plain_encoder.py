@@ -55,8 +55,7 @@ class PlainEncoder(PromptEncoder):
             no corruption knows.
     """
 
-    def _check_config(self) -> None:
-        """Whatever transformers can build."""
+    families = ()
 
     def _load_processor(self, config: Any, data: DataConfig, trust_remote_code: bool) -> None:
         if type(config) not in PROCESSOR_MAPPING:
