@@ -160,3 +160,29 @@ def test_each_family_trains_and_its_model_is_read_back(name, preset, tiny, quest
 
 
 assert set(MROPE) < set(PLAIN) and "qwen3_vl_moe" in FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_paths_agree(name, tiny, checkpoints, questions):
+    """On the families that have both: statistics and gradients."""
+    path = checkpoints.get(name) or tiny(name)
+    found = {}
+    for forward in ("fast", "plain"):
+        encoder, policy = loaded(path, forward)
+        assert type(policy) is {"fast": Policy, "plain": PlainPolicy}[forward]
+        groups = groups_of(encoder, questions)
+        with inference(policy):
+            stats = policy.stats(policy.pack(groups, aug=True))[0]
+        found[forward] = encoder, groups, stats, gradients(policy, groups)
+    (encoder, groups, fast, of_fast), (other, others, plain, of_plain) = found.values()
+    assert encoder.banned_token_ids == other.banned_token_ids
+    for ours, theirs in zip(groups, others, strict=True):
+        assert torch.equal(ours.prompt.encoded.input_ids, theirs.prompt.encoded.input_ids)
+        for a, b in (
+            (ours.aug_pixels, theirs.aug_pixels),
+            (ours.prompt.encoded.pixel_values, theirs.prompt.encoded.pixel_values),
+        ):
+            assert a is b is None or torch.equal(a, b)
+    for ours, theirs in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(of_plain, of_fast)
