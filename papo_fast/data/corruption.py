@@ -37,7 +37,7 @@ from papo_fast.data.noise import (
 from papo_fast.data.patch_grid import PatchGrid, black_pixel
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
-from papo_fast.data.tiles import Tiles
+from papo_fast.data.tiles import Tiles, block_of
 from papo_fast.errors import InputError
 
 
@@ -172,6 +172,20 @@ class TileCorruption:
         chosen = torch.zeros_like(real)
         chosen[real] = choose_patches(counts, self.ratio, seed, pixel_values.device)
         return self.tiles.blacken(pixel_values, chosen)
+
+
+def corruption_of(
+    image_processor: Any, model_config: Any, ratio: float
+) -> PatchCorruption | TileCorruption:
+    """The kind `patch` for the pixels that an image processor of transformers writes.
+
+    Raises `InputError` where it lays pictures out in a way that no corruption knows.
+    """
+    if hasattr(image_processor, "merge_size"):
+        return PatchCorruption.of(image_processor, ratio)
+    _check_ratio(ratio)
+    black = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    return TileCorruption(ratio, Tiles.of(black["pixel_values"], block_of(model_config)))
 
 
 @dataclass(frozen=True)

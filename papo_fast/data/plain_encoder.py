@@ -23,7 +23,7 @@ from papo_fast.config import DataConfig
 from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
 from papo_fast.data.model_folder import first_line, load
 from papo_fast.data.pictures import to_rgb
-from papo_fast.data.tiles import DEFAULT_BLOCK, Tiles
+from papo_fast.data.tiles import Tiles, block_of
 from papo_fast.errors import InputError
 from papo_fast.rewards.reading import end_of_prompt
 
@@ -67,7 +67,8 @@ class PlainEncoder(PromptEncoder):
         self.processor = load(
             kind, self.model_path, backend="pil", trust_remote_code=trust_remote_code
         )
-        self.processor.tokenizer.chat_template = self.tokenizer.chat_template
+        template = self.tokenizer.chat_template
+        self.processor.chat_template = self.processor.tokenizer.chat_template = template
         self.tokenizer = self.processor.tokenizer  # some add tokens to theirs
         self.image_processor = self.processor.image_processor
         rows = ("patch_size", "merge_size", "temporal_patch_size")
@@ -84,7 +85,7 @@ class PlainEncoder(PromptEncoder):
             raise InputError(f"{self.model_path}: config.json names no image_token_id")
         self.image_token_id: int = known[0]
         self._image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        self._block = _patch_size(config)
+        self._block = block_of(config)
 
     def encode(self, problem: str, images: Sequence[Image.Image]) -> PlainPrompt:
         """As `PromptEncoder.encode`, by the processor."""
@@ -181,24 +182,8 @@ class PlainEncoder(PromptEncoder):
         self.not_corrupted_by = ("attention",)
         if self._in_rows and pixels.ndim == 2 and prompt.image_grid_thw is not None:
             return
-        height, width = pixels.shape[-2:]
-        if pixels.ndim < 4 or pixels.shape[-3] != 3 or min(height, width) <= self._block:
-            raise InputError(
-                f"{self.model_path}: its processor lays a picture out as {tuple(pixels.shape)}, "
-                "which no corruption knows; expected rows of patches with image_grid_thw, or "
-                "tiles (…, 3, H, W) that are larger than a patch"
-            )
         self.not_corrupted_by = ("attention", "evidence", "control")
-        first = pixels.reshape(-1, 3, height, width)[0]
-        self.tiles = Tiles(self._block, first[:, height // 2, width // 2].clone())
-
-
-def _patch_size(config: Any) -> int:
-    """Pixels per side of a patch of the vision tower; `DEFAULT_BLOCK` where it does not say."""
-    vision = getattr(config, "vision_config", None)
-    size = getattr(vision, "patch_size", DEFAULT_BLOCK)
-    size = size[0] if isinstance(size, list | tuple) else size
-    return size if isinstance(size, int) and size > 0 else DEFAULT_BLOCK
+        self.tiles = Tiles.of(pixels, self._block)
 
 
 def pictures_only(base: type[ProcessorMixin]) -> type[ProcessorMixin]:

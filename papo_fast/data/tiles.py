@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,21 @@ class Tiles:
     """Pixels per side of a block: the model's patch size."""
     black: Tensor
     """(C,) the value of a black pixel after normalisation."""
+
+    @classmethod
+    def of(cls, black_picture: Tensor, block: int) -> Tiles:
+        """Read off a black picture of at least 64x64 pixels as its processor writes it.
+
+        Raises `InputError` where that is no tiles of three channels, each larger than a block.
+        """
+        shape = tuple(black_picture.shape)
+        if len(shape) < 4 or shape[-3] != 3 or min(shape[-2:]) <= block:
+            raise InputError(
+                f"the processor lays a picture out as {shape}, which no corruption knows: expected "
+                "rows of patches with image_grid_thw, or tiles (…, 3, H, W) larger than a patch"
+            )
+        height, width = shape[-2:]
+        return cls(block, _flat(black_picture)[0, :, height // 2, width // 2].clone())
 
     def pictures(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> list[Tensor]:
         """(…, C, H, W) → each tile as a picture (1, C, H, W); there is no grid."""
@@ -67,6 +83,17 @@ class Tiles:
         height, width = pixel_values.shape[-2:]
         of_pixels = blocks.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)
         return of_pixels[:, None, :height, :width]
+
+
+def block_of(config: Any) -> int:
+    """Pixels per side of a patch of a model's vision tower, from its configuration.
+
+    `DEFAULT_BLOCK` where it does not say.
+    """
+    vision = getattr(config, "vision_config", None)
+    size = getattr(vision, "patch_size", DEFAULT_BLOCK)
+    size = size[0] if isinstance(size, list | tuple) else size
+    return size if isinstance(size, int) and size > 0 else DEFAULT_BLOCK
 
 
 def _flat(pixel_values: Tensor) -> Tensor:
