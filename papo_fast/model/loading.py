@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.specifiers import SpecifierSet
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
@@ -19,6 +21,9 @@ from papo_fast.data.model_folder import first_line, read_object
 from papo_fast.errors import InputError
 from papo_fast.model.attention import NAME as TREE_ATTENTION
 from papo_fast.model.picture_attention import attend_inside_pictures
+
+TRANSFORMERS = SpecifierSet(">=5.19,<5.20")
+"""What pyproject.toml asks for under `train`."""
 
 
 def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False) -> nn.Module:
@@ -32,6 +37,7 @@ def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False)
         InputError: the model uses what packed groups do not support, or its weights are missing,
             cut or of other shapes than config.json says.
     """
+    check_transformers(transformers.__version__)
     if not empty:
         check_weight_files(config.path)
     options = {
@@ -66,6 +72,15 @@ def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False)
             "attention_dropout to 0 in its config.json"
         )
     return model
+
+
+def check_transformers(version: str) -> None:
+    """Raise `InputError` for a version of transformers that the trainer does not run on."""
+    if not TRANSFORMERS.contains(version, prereleases=True):
+        raise InputError(
+            f"transformers {version} is installed, and training needs {TRANSFORMERS}: pip install "
+            "-c constraints/cpu.txt -e '.[train]'. Kernels and hooks run on older ones too"
+        )
 
 
 def _empty(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
