@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.cli import main
@@ -16,12 +17,16 @@ from papo_fast.config import CorruptionConfig, DataConfig, EvalConfig, ModelConf
 from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoder import FAMILIES
 from papo_fast.data.prompts import PromptDataset
+from papo_fast.errors import InputError
 from papo_fast.model.choice import load_encoder
-from papo_fast.model.plain import PlainPolicy
+from papo_fast.model.plain import BANNED_UNDER_CAP, PlainPolicy, check_head
 from papo_fast.model.policy import Policy, inference
 from papo_fast.presets import get_preset
+from papo_fast.rewards.scorer import Score
 from papo_fast.samples import Completion, Group, Sample
+from support import SUPPORT
 from support.plain_checkpoints import PLAIN, write_plain_checkpoint
+from support.ranks import launch
 from support.small_runs import both_streams, png, run, small
 
 DATA = DataConfig(min_pixels=56 * 56, max_pixels=112 * 112, prompt_suffix="", max_prompt_length=512)
@@ -221,3 +226,109 @@ def test_both_paths_agree(name, tiny, checkpoints, questions):
     for ours, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert_same_gradients(of_plain, of_fast)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("florence2", "it is an encoder and a decoder"),
+        ("chameleon", "it reads pictures as codes"),
+        ("deepseek_vl_hybrid", "writes pictures as two tensors"),
+        ("gpt2", "is a 'gpt2' model; supported are"),
+    ],
+)
+def test_a_family_that_cannot_work_is_refused_by_name(family, why, tmp_path):
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": family}))
+    with pytest.raises(InputError, match=f"{family}.*{why}"):
+        load_encoder(ModelConfig(path=str(tmp_path)), DATA)
+
+
+def test_the_fast_path_cannot_be_forced_on_others(tiny):
+    with pytest.raises(InputError, match="takes qwen2_vl, .*--model.forward auto"):
+        load_encoder(ModelConfig(path=str(tiny("gemma3")), forward="fast"), DATA)
+
+
+def test_logits_that_are_not_the_heads_are_refused(tiny):
+    """A model that caps its logits by a name that nothing here knows."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny("internvl"), dtype=torch.float32)
+    check_head(model)
+    model.config.text_config.final_logit_softcapping = 30.0  # its forward does not look at it
+    with pytest.raises(InputError, match="internvl.*capped at 30.0 and scaled by 1.0"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("setting", ["final_logit_softcapping", "logit_scale"])
+def test_caps_and_scales_of_the_logits_are_part_of_the_statistics(setting, tiny, questions):
+    """No family above has one, so a model is given it; its own logits show what is meant."""
+    encoder, policy = loaded(tiny("internvl"), "plain")
+    groups = groups_of(encoder, questions)
+    with inference(policy):
+        batch = policy.pack(groups)
+        hidden = policy._hidden(batch)[0]
+        policy._cap, policy._scale = (5.0, 1.0) if "cap" in setting else (None, 0.25)
+        if policy._cap:
+            policy.banned_V[policy.banned_V < 0] = BANNED_UNDER_CAP
+        got = policy.stats(batch)[0]
+    logits = (policy._scale * hidden @ policy.model.lm_head.weight.T).double()
+    if policy._cap:
+        logits = policy._cap * (logits / policy._cap).tanh()
+    logits[:, encoder.banned_token_ids] = -torch.inf
+    log = logits.log_softmax(-1)
+    want = log.gather(1, batch.targets_N[:, None])[:, 0]
+    torch.testing.assert_close(got.logprobs.double(), want, atol=1e-5, rtol=1e-5)
+    entropy = -torch.special.xlogy(log.exp(), log.exp()).sum(-1)
+    torch.testing.assert_close(got.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm", "qwen3_5_moe"])
+def test_adapters_and_a_frozen_tower(name, tiny, questions):
+    pytest.importorskip("peft", reason="pip install -e '.[lora]'")
+    model = ModelConfig(path=str(tiny(name)), dtype="float32")
+    encoder = load_encoder(model, DATA)
+    bans = encoder.banned_token_ids
+    for vision in (True, False):
+        settings = dataclasses.replace(model, lora_rank=2, train_vision=vision)
+        policy = PlainPolicy.load(settings, bans, torch.device("cpu"))
+        got = gradients(policy, groups_of(encoder, questions))
+        assert got and all("lora" in n for n in got)
+        assert any("vis" in n for n in got) == vision
+    frozen = dataclasses.replace(model, train_vision=False)
+    policy = PlainPolicy.load(frozen, bans, torch.device("cpu"))
+    got = gradients(policy, groups_of(encoder, questions))
+    assert got and not any("vis" in n or "project" in n or "connector" in n for n in got)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tiny, with_pictures, tmp_path):
+    """Sharded, each rank runs its share of the padded sequences."""
+    path = tiny("internvl")
+    config = small(both_streams(get_preset("papo-g-7b")), path, with_pictures, tmp_path)
+    encoder = load_encoder(config.model, config.data)
+    groups = groups_of(encoder, with_pictures, count=6)
+    for i, sample in enumerate(s for group in groups for s in group.samples):
+        sample.advantage = 0.5 * (i % 3) - 0.4
+        sample.score = Score(0.0, 0.0, 0.0, False)
+    job = {
+        "config": config,
+        "groups": groups,
+        "bans": encoder.banned_token_ids,
+        "kind": PlainPolicy,
+    }
+    torch.save(job, tmp_path / "job.pt")
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks{ranks}"
+        launch(ranks, [str(SUPPORT / "parallel_worker.py"), str(tmp_path / "job.pt"), str(out)])
+        weights = load_file(out / "model.safetensors")
+        found.append((weights, torch.load(out / "rows.pt", weights_only=False)))
+    (alone, rows), (sharded, of_two) = found
+    assert len(rows) == 3
+    for one, two in zip(rows, of_two, strict=True):
+        assert one["kl_prcp"] == pytest.approx(two["kl_prcp"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    before = load_file(path / "model.safetensors")
+    for name, weight in alone.items():
+        step = (weight - before[name]).abs().max()
+        assert (weight - sharded[name]).abs().max() <= 0.05 * step + 1e-6, name
