@@ -21,8 +21,10 @@ from papo_fast.errors import InputError
 from papo_fast.model.choice import load_encoder
 from papo_fast.model.plain import BANNED_UNDER_CAP, PlainPolicy, check_head
 from papo_fast.model.policy import Policy, inference
+from papo_fast.parallel import _weights_to_meta
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Score
+from papo_fast.rollout.engines import make_engine
 from papo_fast.samples import Completion, Group, Sample
 from support import SUPPORT
 from support.plain_checkpoints import PLAIN, write_plain_checkpoint
@@ -234,7 +236,7 @@ def test_both_paths_agree(name, tiny, checkpoints, questions):
         ("florence2", "it is an encoder and a decoder"),
         ("chameleon", "it reads pictures as codes"),
         ("deepseek_vl_hybrid", "writes pictures as two tensors"),
-        ("gpt2", "is a 'gpt2' model; supported are"),
+        ("gpt2", "model; supported are"),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_by_name(family, why, tmp_path):
@@ -245,7 +247,7 @@ def test_a_family_that_cannot_work_is_refused_by_name(family, why, tmp_path):
 
 
 def test_the_fast_path_cannot_be_forced_on_others(tiny):
-    with pytest.raises(InputError, match="takes qwen2_vl, .*--model.forward auto"):
+    with pytest.raises(InputError, match=r"takes qwen2_vl, .*--model\.forward auto"):
         load_encoder(ModelConfig(path=str(tiny("gemma3")), forward="fast"), DATA)
 
 
@@ -254,7 +256,7 @@ def test_logits_that_are_not_the_heads_are_refused(tiny):
     model = AutoModelForImageTextToText.from_pretrained(tiny("internvl"), dtype=torch.float32)
     check_head(model)
     model.config.text_config.final_logit_softcapping = 30.0  # its forward does not look at it
-    with pytest.raises(InputError, match="internvl.*capped at 30.0 and scaled by 1.0"):
+    with pytest.raises(InputError, match=r"internvl.*capped at 30\.0 and scaled by 1\.0"):
         check_head(model)
 
 
@@ -279,6 +281,25 @@ def test_caps_and_scales_of_the_logits_are_part_of_the_statistics(setting, tiny,
     torch.testing.assert_close(got.logprobs.double(), want, atol=1e-5, rtol=1e-5)
     entropy = -torch.special.xlogy(log.exp(), log.exp()).sum(-1)
     torch.testing.assert_close(got.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_vllm_is_refused_where_pictures_are_tiles(tiny, tmp_path):
+    config = small(get_preset("grpo"), tiny("gemma3"), "", tmp_path)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="vllm"))
+    encoder, policy = loaded(tiny("gemma3"))
+    with pytest.raises(InputError, match=r"are tiles: pass --rollout\.engine hf"):
+        make_engine(config, policy, encoder, tmp_path)
+
+
+def test_weights_that_two_layers_share_stay_one_without_values(tiny):
+    """Else one process gathers one weight more than the others."""
+    model = AutoModelForImageTextToText.from_pretrained(tiny("internvl"), dtype=torch.float32)
+    names = [n for n, _ in model.named_parameters()]
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    _weights_to_meta(model)
+    model.to("meta")
+    assert [n for n, p in model.named_parameters() if p.is_meta] == names
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.slow

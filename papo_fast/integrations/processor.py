@@ -25,8 +25,8 @@ def load_processor(
     """Tokenizer, chat template and image processor of any checkpoint that can be trained.
 
     Smaller pictures are enlarged to `min_pixels`, larger ones shrunk to `max_pixels`; the defaults
-    are PAPO's; processors that make tiles have sizes of their own. Padding is on the left, as generation needs it. Raises `InputError` as
-    `PromptEncoder` does.
+    are PAPO's. Processors that make tiles have sizes of their own. Padding is on the left, as
+    generation needs it. Raises `InputError` as `PromptEncoder` does.
     """
     limits = DataConfig(min_pixels=min_pixels, max_pixels=max_pixels)
     encoder = load_encoder(ModelConfig(path=str(path)), limits)

@@ -7,6 +7,7 @@ from pathlib import Path
 from papo_fast.config import Config
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.plain_encoder import PlainEncoder
+from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import world_size
 from papo_fast.rollout.hf import HFRollout
@@ -32,6 +33,11 @@ def make_engine(
 ) -> RolloutEngine:
     """`rollout.engine` for this rank. Every rank makes its own, at the same time."""
     engine = engine_class(config.rollout.engine)
+    if config.rollout.engine != "hf" and encoder.tiles is not None:
+        raise InputError(
+            f"rollout.engine is {config.rollout.engine}, which gets pictures put together again "
+            f"from patches, and those of {config.model.path} are tiles: pass --rollout.engine hf"
+        )
     if config.rollout.engine == "vllm":
         return engine(config, encoder, policy.device)
     if config.rollout.engine == "vllm_server":
