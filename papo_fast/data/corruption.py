@@ -322,7 +322,8 @@ class PromptCorruption:
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
-        pixels, grid = prompt.encoded.pixel_values, prompt.encoded.image_grid_thw
+        pixels = prompt.encoded.pixel_values
+        grid: Any = prompt.encoded.image_grid_thw  # None where pictures are tiles
         if pixels is None or self.kind == "attention":
             return None
         if self.on_images is not None:
@@ -350,7 +351,8 @@ class PromptCorruption:
         pixels, grid = self(prompt, seed), prompt.encoded.image_grid_thw
         if pixels is None:
             return None
-        return self.encoder.to_images(pixels, None if grid is None else grid[:1])[0]
+        first: Any = None if grid is None else grid[:1]
+        return self.encoder.to_images(pixels, first)[0]
 
 
 class CorruptedViews:

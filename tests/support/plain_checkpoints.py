@@ -30,7 +30,8 @@ TEXT = {
     "max_position_embeddings": 2048,
     "attention_dropout": 0.0,
 }
-EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+           "norm_topk_prob": True}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 2}  # fmt: skip
@@ -190,21 +191,28 @@ PLAIN = {
 }  # fmt: skip
 
 
-def write_plain_checkpoint(path: Path, name: str) -> Path:
+def write_plain_checkpoint(path: Path, name: str, head_dim: int = 16) -> Path:
     """A checkpoint of the family as its processor and its model read it."""
     family = PLAIN[name]
+    wider = head_dim // 16
     template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", family.image)
     tokenizer = byte_tokenizer((*CHAT, *family.special), template, family.named)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in family.ids.items()}
     text = family.text | {
+        "head_dim": head_dim,
+        "hidden_size": 2 * head_dim,
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(
-        name, text_config=text, vision_config=family.vision, **ids, **family.top
-    )
+    vision = family.vision
+    if wider > 1:
+        rope = text["rope_parameters"]
+        sections = [wider * n for n in rope["mrope_section"]]
+        text["rope_parameters"] = rope | {"mrope_section": sections}
+        vision = vision | {"out_hidden_size": 2 * head_dim}
+    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, **ids, **family.top)
     path.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
