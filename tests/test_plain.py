@@ -283,11 +283,12 @@ def test_caps_and_scales_of_the_logits_are_part_of_the_statistics(setting, tiny,
     torch.testing.assert_close(got.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
 
 
-def test_vllm_is_refused_where_pictures_are_tiles(tiny, tmp_path):
-    config = small(get_preset("grpo"), tiny("gemma3"), "", tmp_path)
+@pytest.mark.parametrize(("name", "why"), [("gemma3", "are tiles"), ("glm4v", "nats away")])
+def test_vllm_is_refused_where_it_does_not_sample_from_the_policy(name, why, tiny, tmp_path):
+    config = small(get_preset("grpo"), tiny(name), "", tmp_path)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="vllm"))
-    encoder, policy = loaded(tiny("gemma3"))
-    with pytest.raises(InputError, match=r"are tiles: pass --rollout\.engine hf"):
+    encoder, policy = loaded(tiny(name))
+    with pytest.raises(InputError, match=f"{why}.*rollout.engine hf"):
         make_engine(config, policy, encoder, tmp_path)
 
 

@@ -14,6 +14,10 @@ from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.plain import PlainRollout
 from papo_fast.rollout.protocol import RolloutEngine
 
+_GLM = "given a picture, vLLM's log-probs of a small model were nats away from the trainer's"
+NOT_BY_VLLM = {"glm4v": _GLM, "glm4v_moe": _GLM}
+"""Family → why vLLM is refused, beside those whose pictures are tiles."""
+
 
 def engine_class(name: str) -> type[RolloutEngine]:
     """The class of a `rollout.engine`; vLLM itself is imported only where one is made."""
@@ -32,11 +36,14 @@ def make_engine(
     config: Config, policy: Policy, encoder: PromptEncoder, run_dir: Path
 ) -> RolloutEngine:
     """`rollout.engine` for this rank. Every rank makes its own, at the same time."""
-    engine = engine_class(config.rollout.engine)
-    if config.rollout.engine != "hf" and encoder.tiles is not None:
+    engine, family = engine_class(config.rollout.engine), policy.model.config.model_type
+    why_not = "its pictures are tiles, and vLLM gets pictures put together again from patches"
+    if encoder.tiles is None:
+        why_not = NOT_BY_VLLM.get(family, "")
+    if config.rollout.engine != "hf" and why_not:
         raise InputError(
-            f"rollout.engine is {config.rollout.engine}, which gets pictures put together again "
-            f"from patches, and those of {config.model.path} are tiles: pass --rollout.engine hf"
+            f"rollout.engine is {config.rollout.engine}, which cannot sample for {family!r} "
+            f"models: {why_not}. Pass --rollout.engine hf"
         )
     if config.rollout.engine == "vllm":
         return engine(config, encoder, policy.device)

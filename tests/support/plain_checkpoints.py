@@ -208,6 +208,8 @@ def write_plain_checkpoint(path: Path, name: str, head_dim: int = 16) -> Path:
     }
     vision = family.vision
     if wider > 1:
+        if "moe_intermediate_size" in text:
+            text["moe_intermediate_size"] = 64  # vLLM's kernels for the CPU take no smaller ones
         rope = text["rope_parameters"]
         sections = [wider * n for n in rope["mrope_section"]]
         text["rope_parameters"] = rope | {"mrope_section": sections}
