@@ -7,6 +7,7 @@ predict responses are gathered and go to `token_stats`, as on the fast path. Slo
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Sequence
@@ -78,8 +79,7 @@ class PlainPolicy(Policy):
         model = load_model(config, empty=empty, plain=True)
         if not empty:
             check_head(model)
-        _log.info("%s runs on the plain path: one padded sequence per response",
-                  model.config.model_type)  # fmt: skip
+        _say(model.config.model_type)
         return model
 
     @staticmethod
@@ -197,6 +197,12 @@ class PlainPolicy(Policy):
                 rows_ND = hidden_RSD.flatten(0, 1)[batch.predictors_N].to(self.dtype)
                 found.append(rows_ND if self._scale == 1 else rows_ND * self._scale)
         return found
+
+
+@functools.cache
+def _say(family: str) -> None:
+    """Once: a run may load a reference and a sampler too."""
+    _log.info("%s goes the plain path: one padded sequence per response", family)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

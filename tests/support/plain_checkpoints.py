@@ -191,30 +191,21 @@ PLAIN = {
 }  # fmt: skip
 
 
-def write_plain_checkpoint(path: Path, name: str, head_dim: int = 16) -> Path:
+def write_plain_checkpoint(path: Path, name: str) -> Path:
     """A checkpoint of the family as its processor and its model read it."""
     family = PLAIN[name]
-    wider = head_dim // 16
     template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", family.image)
     tokenizer = byte_tokenizer((*CHAT, *family.special), template, family.named)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in family.ids.items()}
     text = family.text | {
-        "head_dim": head_dim,
-        "hidden_size": 2 * head_dim,
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = family.vision
-    if wider > 1:
-        if "moe_intermediate_size" in text:
-            text["moe_intermediate_size"] = 64  # vLLM's kernels for the CPU take no smaller ones
-        rope = text["rope_parameters"]
-        sections = [wider * n for n in rope["mrope_section"]]
-        text["rope_parameters"] = rope | {"mrope_section": sections}
-        vision = vision | {"out_hidden_size": 2 * head_dim}
-    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, **ids, **family.top)
+    config = AutoConfig.for_model(
+        name, text_config=text, vision_config=family.vision, **ids, **family.top
+    )
     path.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
