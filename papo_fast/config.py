@@ -1,10 +1,9 @@
 """Every knob of a run, as frozen dataclasses; `papo_fast.presets` fills them in.
 
 The command line is generated from these classes, so a field's docstring is its help text. Some
-fields of `ObjectiveConfig` are `None` by default and follow `parity`;
-`papo_fast.config_checks.resolve` fills them in where a command starts, so that no other code meets
-them. What several fields decide together stands here once, as a property. Equations and default
-values: PAPO, arXiv 2507.06448, and docs/design.md.
+fields of `ObjectiveConfig` follow `parity` where they are None: `papo_fast.config_checks.resolve`
+fills them in where a command starts. What several fields decide together stands here once, as a
+property. Equations and default values: PAPO, arXiv 2507.06448, and docs/design.md.
 """
 
 from __future__ import annotations
@@ -29,7 +28,10 @@ LogprobSource = Literal["sampler", "pass", "update"]
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
-    """Local checkpoint directory (or hub name) of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+    """Local checkpoint directory (or hub name) of an image-text-to-text model (docs/models.md)."""
+    forward: Literal["auto", "fast", "plain"] = "auto"
+    """`fast`: a group's prompt runs once, for the families that allow it; `plain`: each response is
+    a padded sequence of its own, for any family; auto: fast where it is possible."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the forward pass. Weights and optimizer stay in float32, where an update of 1e-6 is
     not rounded away."""
@@ -43,8 +45,7 @@ class ModelConfig:
     lora_alpha: float = 0.0
     """LoRA's scale is lora_alpha / lora_rank; 0: twice the rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the linear layers that get adapters, such as q_proj v_proj; empty: all of the
-    decoder layers, and with train_vision of the vision blocks."""
+    """Linear layers that get adapters, such as q_proj; empty: all, in vision with train_vision."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's kernels for RMSNorm and SwiGLU; auto: where there is a GPU and liger-kernel."""
     trust_remote_code: bool = False

@@ -138,8 +138,11 @@ def _python() -> Row:
 
 
 def _required(machine: str) -> list[Row]:
+    asked = requirements()
+    # of one package, what the trainer needs
+    needed = {r.name: r for r in [*asked[""], *asked["train"]]}
     rows = []
-    for requirement in requirements()[""]:
+    for requirement in needed.values():
         name, version = requirement.name, installed_version(requirement.name)
         if version is None:
             status, found = "missing", f"wanted {requirement.specifier}"

@@ -27,7 +27,7 @@ from papo_fast.data.corruption import PromptCorruption, prompt_seed
 from papo_fast.data.encoder import PLACEHOLDER, PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.errors import InputError
-from papo_fast.model.policy import Policy
+from papo_fast.model.choice import load_encoder, load_policy
 from papo_fast.parallel import pick_device, rank
 from papo_fast.report import print_summary
 from papo_fast.rewards.reading import reading
@@ -220,12 +220,11 @@ def evaluate_checkpoint(config: Config, console: Console) -> dict:
     torch.manual_seed(config.seed)
     with ExitStack() as held:
         scorer = held.enter_context(Scorer(config.reward))
-        remote_code = config.model.trust_remote_code
-        encoder = PromptEncoder(config.model.path, config.data, trust_remote_code=remote_code)
+        encoder = load_encoder(config.model, config.data)
         corrupt = PromptCorruption(config.corruption, encoder)
         prompts = held_out(config, encoder, corrupt)
         device = pick_device(config.device)
-        policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
+        policy = load_policy(config, encoder, device)
         # a server of its own keeps its log and its weights there
         folder = Path(held.enter_context(TemporaryDirectory(prefix="papo_fast_eval_")))
         engine = held.enter_context(closing(make_engine(config, policy, encoder, folder)))

@@ -17,7 +17,6 @@ from papo_fast.data.corruption import prompt_seed
 from papo_fast.data.prompts import Prompt
 from papo_fast.errors import InputError
 from papo_fast.model.batching import distribute
-from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, SharedReference, inference
 from papo_fast.parallel import gather, rank, world_size
 from papo_fast.rewards.shaping import dynamic_filter, group_advantages, overlong_penalty
@@ -176,7 +175,7 @@ def _score(
     samples = all_samples(groups)
     with inference(policy):
         for some in batches:
-            batch = pack(some, policy.prompt_positions, **stream).to(policy.device)
+            batch = policy.pack(some, **stream)
             stats, _ = scorer.stats(batch, temperature=config.rollout.temperature)
             logprobs = stats.logprobs.cpu().split([len(s) for s in batch.samples])
             for sample, of_sample in zip(batch.samples, logprobs, strict=True):

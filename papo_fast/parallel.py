@@ -184,6 +184,7 @@ def shard(
     """
     whole = policy.state_dict() if is_main() else {}
     buffers = {name: b.clone() for name, b in policy.named_buffers()} if is_main() else {}
+    _weights_to_meta(policy)
     policy.to("meta")
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -210,3 +211,16 @@ def shard(
         owner, _, leaf = name.rpartition(".")
         setattr(policy.get_submodule(owner), leaf, value)
     return policy
+
+
+def _weights_to_meta(module: nn.Module) -> None:
+    """Weights without values; those that two layers share stay one, which `Module.to` would undo.
+
+    The processes without values have them shared, and all must gather the same.
+    """
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight not in moved:
+                moved[weight] = nn.Parameter(weight.to("meta"), weight.requires_grad)
+            setattr(part, name, moved[weight])

@@ -20,11 +20,10 @@ from rich.markup import escape
 
 from papo_fast.config import Config
 from papo_fast.data.corruption import CorruptedViews
-from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
 from papo_fast.evaluate import Evaluator, held_out
 from papo_fast.experience import Collector, add_logprobs
-from papo_fast.model.policy import Policy
+from papo_fast.model.choice import load_encoder, load_policy
 from papo_fast.parallel import gather, is_main, pick_device
 from papo_fast.report import print_summary, save_examples, write_report
 from papo_fast.rewards.scorer import Scorer
@@ -104,14 +103,13 @@ class Trainer:
         self.progress, self.clock = progress, clock
         torch.manual_seed(config.seed)
         device, data = pick_device(config.device), config.data
-        remote_code = config.model.trust_remote_code
-        encoder = PromptEncoder(config.model.path, data, trust_remote_code=remote_code)
+        encoder = load_encoder(config.model, data)
         self.encoder = encoder
         self.views = CorruptedViews(config.corruption, encoder)
         self.train_data = PromptDataset(data.train, data, encoder, check=self.views.check_row)
         self.views.check(self.train_data.columns)
         questions = held_out(config, encoder, self.views.first)
-        self.policy = Policy.load(config.model, encoder.banned_token_ids, device, config.parallel)
+        self.policy = load_policy(config, encoder, device)
         self.reference = self.policy.reference(config)
         self.steps = config.train.steps or steps_of_epochs(config, len(self.train_data))
         total_updates = self.steps * config.updates_per_rollout

@@ -14,7 +14,6 @@ from papo_fast.config import Config
 from papo_fast.errors import InputError
 from papo_fast.estimators import at_update, truncated_weights
 from papo_fast.model.batching import distribute
-from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, SharedReference
 from papo_fast.objective import mean_metrics, objective
 from papo_fast.parallel import gather, rank, world_size
@@ -101,12 +100,11 @@ class Updater:
     def _token_batch(self, groups: Sequence[Group], first: bool) -> tuple[TokenBatch, Metrics]:
         """The policy's statistics of the groups' tokens beside what was stored of them."""
         config, goal, device = self.config, self.config.objective, self.policy.device
-        positions = self.policy.prompt_positions
         views = {"aug": True, "second": goal.needs_second}
         trained = views if goal.aug_stream == "trained" else {}
-        batch, frozen_aug = pack(groups, positions, **trained).to(device), None
+        batch, frozen_aug = self.policy.pack(groups, **trained), None
         if goal.aug_stream == "frozen":
-            frozen_aug = pack(groups, positions, full=False, **views).to(device)
+            frozen_aug = self.policy.pack(groups, full=False, **views)
         exact_ref = goal.needs_reference and goal.kl_estimator == "exact"
         stats, ref_kl, second = self.policy.stats_of_views(
             batch,

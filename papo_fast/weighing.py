@@ -12,7 +12,6 @@ from papo_fast.config import Config
 from papo_fast.dependency import dependency, js_divergence, measured, nucleus_entropy
 from papo_fast.errors import InputError
 from papo_fast.model.batching import distribute
-from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, inference
 from papo_fast.parallel import gather, rank, world_size
 from papo_fast.samples import Group, Sample, all_samples
@@ -59,10 +58,10 @@ class TokenWeigher:
         return {"dependency": score.mean().item()}
 
     def _measure(self, groups: Sequence[Group], policy: Policy) -> None:
-        options = {"bias": policy.banned_V, "temperature": self.config.rollout.temperature}
+        options = policy.head_options(self.config.rollout.temperature)
         hidden = []
         for aug in (False, True):
-            batch = pack(groups, policy.prompt_positions, full=not aug, aug=aug).to(policy.device)
+            batch = policy.pack(groups, full=not aug, aug=aug)
             hidden_ND, weight_VD = policy.hidden_and_head(batch)
             hidden.append(hidden_ND)
         stats = token_stats(hidden[0], weight_VD, batch.targets_N, aug_hidden=hidden[1], **options)
@@ -83,6 +82,7 @@ class TokenWeigher:
         *,
         bias: Tensor,
         temperature: float,
+        softcap: float | None = None,
     ) -> dict[str, Tensor]:
         """What the kernels do not compute, from the logits of a few tokens at a time."""
         weight_VD = weight_VD.float()  # logits rounded to 16 bits would lose small divergences
@@ -90,9 +90,9 @@ class TokenWeigher:
         rows = max(1, _LOGITS // len(weight_VD))
         for full, aug in zip(hidden_ND.split(rows), aug_ND.split(rows), strict=True):
             # in float64 from here: close policies differ in the last digits of float32
-            p = (full.float() @ weight_VD.T + bias).double() / temperature
+            p = capped(full.float() @ weight_VD.T + bias, softcap).double() / temperature
             if "js_divergence" in parts:
-                q = (aug.float() @ weight_VD.T + bias).double() / temperature
+                q = capped(aug.float() @ weight_VD.T + bias, softcap).double() / temperature
                 parts["js_divergence"].append(js_divergence(p, q))
             if "nucleus_entropy" in parts:
                 parts["nucleus_entropy"].append(nucleus_entropy(p, self.goal.tor_nucleus))
@@ -130,6 +130,13 @@ class TokenWeigher:
         metrics["token_weight"] = (factors.sum(), n)
         metrics["tokens_left_out"] = ((factors == 0).sum(), n)
         return dataclasses.replace(batch, advantages=batch.advantages * factors), metrics
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits under a soft cap as `token_stats` has them: what is banned stays banned."""
+    if softcap is None:
+        return logits
+    return torch.where(logits > -1e29, softcap * (logits / softcap).tanh(), logits)
 
 
 def _joined(samples: Sequence[Sample], name: str) -> Tensor:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from papo_fast.config import DataConfig, ModelConfig
-from papo_fast.data.encoder import PromptEncoder, PromptTooLong, black_pixel
+from papo_fast.data.encoder import PromptEncoder, PromptTooLong
+from papo_fast.data.patch_grid import black_pixel
 from papo_fast.digits.model import PAD, VISION, build_checkpoint
 from papo_fast.errors import InputError
 from papo_fast.model.loading import load_model

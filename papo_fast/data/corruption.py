@@ -27,16 +27,17 @@ from papo_fast.corruption_settings import (
     load_corruption,
 )
 from papo_fast.data.boxes import BoxCorruption, boxes_of, check_column
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, black_pixel
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.data.noise import (
     BlurCorruption,
     DiffusionCorruption,
     GaussianCorruption,
     diffusion_step,
 )
-from papo_fast.data.patch_grid import PatchGrid
+from papo_fast.data.patch_grid import PatchGrid, black_pixel
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.prompts import Prompt
+from papo_fast.data.tiles import Tiles, block_of
 from papo_fast.errors import InputError
 
 
@@ -47,7 +48,10 @@ class Corruption(Protocol):
     """
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
-        """(P, C*T*p*p) rows of all images and (I, 3) int64 grids → corrupted (P, C*T*p*p)."""
+        """(P, C*T*p*p) rows of all images and (I, 3) int64 grids → corrupted (P, C*T*p*p).
+
+        On the plain path the pixels may be tiles (…, C, H, W), and there is then no grid (None).
+        """
         ...
 
 
@@ -154,6 +158,37 @@ class PatchCorruption:
 
 
 @dataclass(frozen=True)
+class TileCorruption:
+    """The kind `patch` for pictures that are tiles: blocks of the model's patch size turn black."""
+
+    ratio: float
+    """Share of each tile's blocks that are no padding, in [0, 1]."""
+    tiles: Tiles
+
+    def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor | None, seed: int) -> Tensor:
+        """(…, C, H, W) pixels → the same with black blocks; there is no grid."""
+        real = self.tiles.real_blocks(pixel_values)
+        counts = real.sum((1, 2)).tolist()
+        chosen = torch.zeros_like(real)
+        chosen[real] = choose_patches(counts, self.ratio, seed, pixel_values.device)
+        return self.tiles.blacken(pixel_values, chosen)
+
+
+def corruption_of(
+    image_processor: Any, model_config: Any, ratio: float
+) -> PatchCorruption | TileCorruption:
+    """The kind `patch` for the pixels that an image processor of transformers writes.
+
+    Raises `InputError` where it lays pictures out in a way that no corruption knows.
+    """
+    if hasattr(image_processor, "merge_size"):
+        return PatchCorruption.of(image_processor, ratio)
+    _check_ratio(ratio)
+    black = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    return TileCorruption(ratio, Tiles.of(black["pixel_values"], block_of(model_config)))
+
+
+@dataclass(frozen=True)
 class OfficialCorruption:
     """The kind `official` as an `ImageCorruption`: squares of each raw image turn black."""
 
@@ -193,8 +228,9 @@ class _Own:
     """With its setting, for messages."""
     function: Callable[..., Any]
 
-    def of_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
-        found = self.function(pixel_values.clone(), image_grid_thw.clone(), seed)
+    def of_pixels(self, pixel_values: Tensor, image_grid_thw: Tensor | None, seed: int) -> Tensor:
+        grid = None if image_grid_thw is None else image_grid_thw.clone()
+        found = self.function(pixel_values.clone(), grid, seed)
         shape = tuple(pixel_values.shape)
         if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
             got = (
@@ -256,17 +292,26 @@ class PromptCorruption:
             self.on_images = own.of_images if on == "images" else None
 
     def _built_in(self) -> None:
-        config, processor = self.config, self.encoder.image_processor
+        config, processor, tiles = self.config, self.encoder.image_processor, self.encoder.tiles
+        if self.kind in self.encoder.not_corrupted_by:
+            raise InputError(
+                f"corruption.kind is {self.kind}, which the plain path does not have for the "
+                f"pictures of {self.encoder.model_path}: use patch, official, gaussian, diffusion "
+                "or blur"
+            )
         if self.kind == "official":
             self.on_images = OfficialCorruption(config.ratio)
         elif self.kind == "diffusion":
             self.on_images = self._diffusion
         elif self.kind == "patch":
-            self.on_pixels = PatchCorruption.of(processor, config.ratio)
+            if tiles is None:
+                self.on_pixels = PatchCorruption.of(processor, config.ratio)
+            else:
+                self.on_pixels = TileCorruption(config.ratio, tiles)
         elif self.kind == "gaussian":
             self.on_pixels = GaussianCorruption(config.noise_std)
         elif self.kind == "blur":
-            self.on_pixels = BlurCorruption(config.blur_sigma, PatchGrid.of(processor))
+            self.on_pixels = BlurCorruption(config.blur_sigma, tiles or PatchGrid.of(processor))
         elif self.kind in OF_BOXES:
             black, grid = black_pixel(processor), PatchGrid.of(processor)
             place: Literal["evidence", "control"]
@@ -290,8 +335,9 @@ class PromptCorruption:
 
     def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
         """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
-        pixels, grid = prompt.encoded.pixel_values, prompt.encoded.image_grid_thw
-        if pixels is None or grid is None or self.kind == "attention":
+        pixels = prompt.encoded.pixel_values
+        grid: Any = prompt.encoded.image_grid_thw  # None where pictures are tiles
+        if pixels is None or self.kind == "attention":
             return None
         if self.on_images is not None:
             corrupted, _ = self.encoder.process_images(self.on_images(prompt.images, seed))
@@ -300,11 +346,15 @@ class PromptCorruption:
             boxes = boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
             return self.on_boxes(pixels, grid, boxes, seed)
         assert self.on_pixels is not None
-        return self.on_pixels(pixels, grid, seed)
+        corrupted = self.on_pixels(pixels, grid, seed)
+        tiles = self.encoder.tiles
+        return corrupted if tiles is None else tiles.keep_padding(pixels, corrupted)
 
     def prompt(self, prompt: Prompt, seed: int) -> Prompt:
         """The prompt with corrupted pictures, to sample from; without any for `attention`."""
         pixels, encoded = self(prompt, seed), prompt.encoded
+        if encoded.pixel_values is None:
+            return prompt
         if pixels is None:
             return replace(prompt, encoded=without_pictures(encoded))
         return replace(prompt, encoded=replace(encoded, pixel_values=pixels))
@@ -312,9 +362,10 @@ class PromptCorruption:
     def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
         """The first corrupted picture as the model gets it, for people to look at."""
         pixels, grid = self(prompt, seed), prompt.encoded.image_grid_thw
-        if pixels is None or grid is None:
+        if pixels is None:
             return None
-        return self.encoder.to_images(pixels, grid[:1])[0]
+        first: Any = None if grid is None else grid[:1]
+        return self.encoder.to_images(pixels, first)[0]
 
 
 class CorruptedViews:

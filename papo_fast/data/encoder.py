@@ -28,12 +28,15 @@ from papo_fast.data.model_folder import (
     load,
     optional_file,
 )
+from papo_fast.data.model_numbers import TOKENS
 from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.pictures import to_rgb
+from papo_fast.data.tiles import Tiles
 from papo_fast.errors import InputError
 from papo_fast.rewards.reading import end_of_prompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+"""Those that the fast path takes, whose processors cut pictures into the same rows."""
 PLACEHOLDER = "<image>"
 _VISION_TOKENS = (
     "<|vision_start|>",
@@ -66,7 +69,7 @@ class PromptTooLong(InputError):
 
 
 class PromptEncoder:
-    """Chat template, tokenizer and image processor of a Qwen2-VL, 2.5-VL or 3-VL checkpoint.
+    """Chat template, tokenizer and image processor of a checkpoint of `FAMILIES`.
 
     Args:
         model_path: local checkpoint directory, or a hub name.
@@ -83,10 +86,16 @@ class PromptEncoder:
         prompt_end: how every prompt ends, in text; a chat template may have opened <think> there.
         banned_token_ids: ids that must never be sampled, sorted: the vision ids, ids of the model's
             vocabulary that the tokenizer does not have, and the pad id unless it ends responses.
+        tiles: how pictures are laid out, where they are tiles and not rows of patches.
+        not_corrupted_by: kinds of corruption that this layout of pictures does not have.
 
     Raises:
         InputError: the checkpoint is missing, lacks a file, or is of another family.
     """
+
+    families = FAMILIES
+    tiles: Tiles | None = None
+    not_corrupted_by: tuple[str, ...] = ()
 
     def __init__(
         self, model_path: str | Path, data: DataConfig, *, trust_remote_code: bool = False
@@ -99,25 +108,22 @@ class PromptEncoder:
                 "expected 0 < min_pixels <= max_pixels"
             )
         check_files(self.model_path)
-        if (file := optional_file(self.model_path, "config.json")) is not None:
-            check_config(Path(file), FAMILIES)
+        file = optional_file(self.model_path, "config.json") if self.families else None
+        if file is not None:
+            check_config(Path(file), self.families)
         config = load(AutoConfig, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer = load(AutoTokenizer, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer.chat_template, self._template_file = chat_template(
             self.model_path, self.tokenizer
         )
-        self.image_processor = load(
-            AutoImageProcessor,
-            self.model_path,
-            backend="pil",
-            trust_remote_code=trust_remote_code,
-        )
-        self._checkpoint_size = self.image_processor.size
-        # Checkpoints carry the limits as min_pixels/max_pixels or as size; transformers 5 reads
-        # only `size`, and lets old keys override a `size` given to from_pretrained.
-        self.image_processor.size = SizeDict(
-            shortest_edge=data.min_pixels, longest_edge=data.max_pixels
-        )
+        self._load_processor(config, data, trust_remote_code)
+        self._special_ids(config)
+        self._try_out()
+
+    def _load_processor(self, config: Any, data: DataConfig, trust_remote_code: bool) -> None:
+        options = {"backend": "pil", "trust_remote_code": trust_remote_code}
+        self.image_processor = load(AutoImageProcessor, self.model_path, **options)
+        self._limit_pixels(config, data)
         for name in ("patch_size", "merge_size", "temporal_patch_size"):
             value = getattr(self.image_processor, name, None)
             if not isinstance(value, int) or value < 1:
@@ -129,8 +135,17 @@ class PromptEncoder:
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.image_processor.temporal_patch_size
         self._check_against_model(config)
-        self._special_ids(config)
-        self._try_out()
+
+    def _limit_pixels(self, config: Any, data: DataConfig) -> None:
+        """The limits of `data` in the place of the checkpoint's."""
+        self._checkpoint_size = self.image_processor.size
+        # GLM counts the pixels of all frames of a patch, of which a still picture has two
+        frames = self.image_processor.temporal_patch_size if "glm" in config.model_type else 1
+        # Checkpoints carry the limits as min_pixels/max_pixels or as size; transformers 5 reads
+        # only `size`, and lets old keys override a `size` given to from_pretrained.
+        self.image_processor.size = SizeDict(
+            shortest_edge=frames * data.min_pixels, longest_edge=frames * data.max_pixels
+        )
 
     def check_size(self, problem: str, n_images: int) -> None:
         """Raise `PromptTooLong` where no tokenisation could fit, in no time.
@@ -226,13 +241,17 @@ class PromptEncoder:
         Exact where the patches are of 8-bit pictures, corrupted ones included. Takes the first
         n of the patches' pictures for a `grid_thw` of (n, 3).
         """
-        mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
-        std = torch.tensor(self.image_processor.image_std)[:, None, None]
-        images = []
-        for frames in PatchGrid.of(self).pictures(pixel_values, grid_thw):
-            values = (frames[0] * std + mean).clamp(0, 1).mul(255).round()
-            images.append(Image.fromarray(values.permute(1, 2, 0).numpy().astype(np.uint8)))
-        return images
+        pictures = PatchGrid.of(self).pictures(pixel_values, grid_thw)
+        return [self._eight_bits(frames[0]) for frames in pictures]
+
+    def _eight_bits(self, pixels: torch.Tensor) -> Image.Image:
+        """(C, H, W) normalised pixels as a picture."""
+        if getattr(self.image_processor, "do_normalize", True):
+            mean = torch.tensor(self.image_processor.image_mean)[:, None, None]
+            std = torch.tensor(self.image_processor.image_std)[:, None, None]
+            pixels = pixels * std + mean
+        values = pixels.clamp(0, 1).mul(255).round().permute(1, 2, 0)
+        return Image.fromarray(values.numpy().astype(np.uint8))
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Text of a response, (n,) ids, without padding and the vision and chat control tokens.
@@ -256,7 +275,7 @@ class PromptEncoder:
 
     def _chat_text(self, problem: str, n_images: int) -> str:
         for token in self._vision_tokens:
-            if token in problem:
+            if token in problem and token != PLACEHOLDER:
                 raise InputError(
                     f"the problem contains {token}, a control token of this model; mark an "
                     f"image's place with {PLACEHOLDER}"
@@ -319,10 +338,14 @@ class PromptEncoder:
         self._image_token: str = token
         self.image_token_id: int = config.image_token_id
 
+    def _vision_ids(self, config: Any) -> set[int]:
+        vocab = self.tokenizer.get_vocab()
+        return {vocab.get(t) for t in _VISION_TOKENS} | {getattr(config, n, None) for n in TOKENS}
+
     def _special_ids(self, config: Any) -> None:
         vocab = self.tokenizer.get_vocab()
         self._longest_token = max(map(len, vocab))
-        size = config.text_config.vocab_size
+        size = config.get_text_config().vocab_size
         if max(vocab.values()) >= size:
             raise InputError(
                 f"{self.model_path}: the tokenizer has ids up to {max(vocab.values())}, but "
@@ -330,10 +353,7 @@ class PromptEncoder:
             )
         # Embeddings are padded beyond the tokenizer; such an id has no text.
         without_text = set(range(size)) - set(vocab.values())
-        vision = {vocab[token] for token in _VISION_TOKENS if token in vocab}
-        for name in ("image", "video", "vision_start", "vision_end"):
-            vision.add(getattr(config, f"{name}_token_id"))
-        vision &= set(vocab.values())
+        vision = self._vision_ids(config) & set(vocab.values())
         self._vision_tokens = self.tokenizer.convert_ids_to_tokens(sorted(vision))
 
         eos = {self.tokenizer.eos_token_id}
@@ -377,15 +397,3 @@ def content_parts(problem: str, n_images: int) -> list[dict[str, str]]:
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
-
-
-def black_pixel(image_processor: Any) -> torch.Tensor:
-    """(C,) float32: the value of a black pixel after normalisation, (0 − mean) / std.
-
-    It is read off a Qwen-VL image processor of transformers, so that its rescaling and its
-    normalisation cannot be modelled wrongly.
-    """
-    side = image_processor.patch_size * image_processor.merge_size
-    black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
-    pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
-    return pixels[0].reshape(3, -1)[:, 0].clone()

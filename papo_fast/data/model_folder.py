@@ -34,6 +34,8 @@ _READ_BY = {
     "GenerationConfig": ("generation config", "generation_config.json"),
 }
 
+_PROCESSOR = ("processor", "processor_config.json, preprocessor_config.json")
+
 
 def may_be_hub_name(path: str) -> bool:
     """Whether a path that does not exist here is of the form of a hub name, `OWNER/NAME`."""
@@ -90,7 +92,7 @@ def load(auto_class: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **kwargs)
     except Exception as error:  # KeyError, TypeError, Rust's own: any file may be wrong in any way
-        what, files = _READ_BY[auto_class.__name__]
+        what, files = _READ_BY.get(auto_class.__name__, _PROCESSOR)
         other = "" if Path(path).exists() else f" Expected a local folder, or {HUB_NAME}"
         raise InputError(
             f"model.path = {path!r}: the {what} cannot be loaded ({files}): {first_line(error)}"

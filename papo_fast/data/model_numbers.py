@@ -37,7 +37,13 @@ VISION = {
     "in_chans": (1, 64),
     "window_size": (1, 1 << 20),
 }
-TOKENS = tuple(f"{name}_token_id" for name in ("image", "video", "vision_start", "vision_end"))
+TOKENS = tuple(
+    f"{name}_token_id"
+    for name in (
+        *("image", "video", "vision_start", "vision_end"),  # Qwen's names
+        *("image_start", "image_end", "video_start", "video_end"),  # GLM's
+    )
+)
 _BLOCKS = ("fullatt_block_indexes", "deepstack_visual_indexes")
 _MAY_BE_NULL = ("head_dim", "embed_dim", "num_key_value_heads")
 
@@ -99,6 +105,10 @@ def _check_rotation(file: Path, prefix: str, text: dict[str, Any]) -> None:
         size, heads = text.get("head_dim"), text.get("num_attention_heads")
         if size is None and heads is not None and text.get("hidden_size") is not None:
             size = text["hidden_size"] // heads
+        turned = "partial_rotary_factor"  # GLM turns a part of each head
+        _check_number(file, within, rope, turned, 0, 1)
+        if size is not None:
+            size = int(size * rope.get(turned, 1))
         if size is not None and 2 * sum(parts) != size:
             raise InputError(
                 f"{file}: {within}mrope_section is {parts}, whose sum is {sum(parts)}; expected "

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.pictures import to_rgb
+from papo_fast.data.tiles import Tiles
 from papo_fast.errors import InputError
 
 DIFFUSION_STEPS = 1000
@@ -95,7 +96,7 @@ class BlurCorruption:
 
     sigma: float
     """Standard deviation in pixels."""
-    grid: PatchGrid
+    grid: PatchGrid | Tiles
 
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor, seed: int) -> Tensor:
         pictures = self.grid.pictures(pixel_values, image_grid_thw)

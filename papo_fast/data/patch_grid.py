@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -56,3 +58,15 @@ class PatchGrid:
             cut = whole.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
             found.append(cut.reshape(n // frames * h * w, -1))
         return torch.cat(found)
+
+
+def black_pixel(image_processor: Any) -> Tensor:
+    """(C,) float32: the value of a black pixel after normalisation, (0 − mean) / std.
+
+    It is read off a Qwen-VL image processor of transformers, so that its rescaling and its
+    normalisation cannot be modelled wrongly.
+    """
+    side = image_processor.patch_size * image_processor.merge_size
+    black = Image.fromarray(np.zeros((side, side, 3), np.uint8))
+    pixels = image_processor(images=[black], return_tensors="pt")["pixel_values"]
+    return pixels[0].reshape(3, -1)[:, 0].clone()

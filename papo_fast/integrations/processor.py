@@ -6,20 +6,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import transformers
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from papo_fast.config import DataConfig
-from papo_fast.data.encoder import PromptEncoder
+from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.data.plain_encoder import PlainEncoder, pictures_only
+from papo_fast.model.choice import load_encoder
 from papo_fast.rewards.reading import end_of_prompt
-
-_CLASSES = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-}
 
 
 def load_processor(
@@ -28,17 +22,20 @@ def load_processor(
     min_pixels: int = DataConfig.min_pixels,
     max_pixels: int = DataConfig.max_pixels,
 ) -> ProcessorMixin:
-    """Tokenizer, chat template and image processor of a Qwen2-VL, 2.5-VL or 3-VL checkpoint.
+    """Tokenizer, chat template and image processor of any checkpoint that can be trained.
 
     Smaller pictures are enlarged to `min_pixels`, larger ones shrunk to `max_pixels`; the defaults
-    are PAPO's. Padding is on the left, as generation needs it. Raises `InputError` as
-    `PromptEncoder` does.
+    are PAPO's. Processors that make tiles have sizes of their own. Padding is on the left, as
+    generation needs it. Raises `InputError` as `PromptEncoder` does.
     """
-    encoder = PromptEncoder(path, DataConfig(min_pixels=min_pixels, max_pixels=max_pixels))
+    limits = DataConfig(min_pixels=min_pixels, max_pixels=max_pixels)
+    encoder = load_encoder(ModelConfig(path=str(path)), limits)
     tokenizer = encoder.tokenizer
     tokenizer.padding_side = tokenizer.truncation_side = "left"
-    family = transformers.AutoConfig.from_pretrained(path).model_type
-    return _without_videos(getattr(transformers, _CLASSES[family]))(
+    if isinstance(encoder, PlainEncoder):
+        return encoder.processor
+    made = pictures_only(PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(path))])
+    return made(
         image_processor=encoder.image_processor,
         tokenizer=tokenizer,
         chat_template=tokenizer.chat_template,
@@ -54,12 +51,3 @@ def prompt_end(processor: ProcessorMixin) -> str:
     return end_of_prompt(
         processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     )
-
-
-def _without_videos(family: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    def get_attributes(_cls: type) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-    members: dict[str, Any] = {"get_attributes": classmethod(get_attributes)}
-    # the same name, which is what a saved processor says it is
-    return type(family.__name__, (family,), members)

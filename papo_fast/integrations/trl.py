@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from papo_fast.config import ObjectiveConfig
 from papo_fast.config_checks import check_objective
-from papo_fast.data.corruption import PatchCorruption, prompt_seed
+from papo_fast.data.corruption import PatchCorruption, TileCorruption, corruption_of, prompt_seed
 from papo_fast.errors import InputError
 from papo_fast.estimators import at_update
 from papo_fast.integrations.streams import AugStream, check_model, two_streams
@@ -239,7 +239,7 @@ class PAPOTrainer(GRPOTrainer):
         self.goal = args.objective()
         super().__init__(model, reward_funcs, args, **kwargs)
         self._head = use_token_stats(self, grad_budget=args.grad_budget)
-        self._corruption: PatchCorruption | None = None
+        self._corruption: PatchCorruption | TileCorruption | None = None
         if self.goal.needs_aug:
             processor = getattr(self.processing_class, "image_processor", None)
             if processor is None:
@@ -247,7 +247,7 @@ class PAPOTrainer(GRPOTrainer):
                     f"processing_class is a {type(self.processing_class).__name__} without an "
                     "image processor: PAPO compares pictures, pass the model's AutoProcessor"
                 )
-            self._corruption = PatchCorruption.of(processor, args.corruption_ratio)
+            self._corruption = corruption_of(processor, self.model.config, args.corruption_ratio)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, with a seed per sequence: responses to one prompt share their corruption."""
@@ -278,18 +278,26 @@ class PAPOTrainer(GRPOTrainer):
         return loss + self._our_terms(stats, inputs)
 
     def corrupted(self, inputs: dict[str, Any]) -> Tensor:
-        """`inputs["pixel_values"]`, a share `corruption_ratio` of each image's patches black."""
-        pixels, grid, counts = (inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images"))
-        patches = grid.prod(-1).split(counts)
-        parts = pixels.split([int(p.sum()) for p in patches])
+        """`inputs["pixel_values"]`, a share `corruption_ratio` of each image's patches black.
+
+        Of pictures that are tiles: a share of each tile's blocks that are no padding.
+        """
+        pixels, counts = inputs["pixel_values"], inputs["num_images"]
+        grids: Any = [None] * len(counts)
+        if "image_grid_thw" in inputs:
+            grids = inputs["image_grid_thw"].split(counts)
+            parts = pixels.split([int(grid.prod(-1).sum()) for grid in grids])
+        else:  # as TRL splits them: by tiles, by pictures, or a row for each sequence
+            by_picture = counts if len(pixels) == sum(counts) else [1] * len(counts)
+            parts = pixels.split(inputs.get("num_tiles") or by_picture)
+        corrupt = self._corruption
+        assert corrupt is not None, "the objective compares no pictures"
         seeds = inputs["corruption_seeds"].tolist()
-        assert self._corruption is not None, "the objective compares no pictures"
-        return torch.cat(
-            [
-                self._corruption(part, grids, seed)
-                for part, grids, seed in zip(parts, grid.split(counts), seeds, strict=True)
-            ]
-        )
+        corrupted = [
+            corrupt(part, grid, seed) if len(part) else part
+            for part, grid, seed in zip(parts, grids, seeds, strict=True)
+        ]
+        return torch.cat(corrupted)
 
     def _our_terms(self, stats: TokenStats, inputs: dict[str, Any]) -> Tensor:
         mask = inputs["completion_mask"]

@@ -14,9 +14,12 @@ from papo_fast.model.flops import ModelShape
 from papo_fast.samples import Group
 
 
-def tree_tokens(group: Group) -> int:
-    """Length of the group's tree in one stream."""
-    return len(group.prompt.encoded) + sum(len(s) for s in group.samples)
+def tree_tokens(group: Group, shape: ModelShape | None = None) -> int:
+    """Tokens of the group in one stream: of its tree, or of its sequences padded to one length."""
+    prompt, lengths = len(group.prompt.encoded), [len(s) for s in group.samples]
+    if shape is None or shape.shares_prompt:
+        return prompt + sum(lengths)
+    return len(lengths) * (prompt + max(lengths))
 
 
 def tree_flops(group: Group, shape: ModelShape) -> int:
@@ -24,10 +27,13 @@ def tree_flops(group: Group, shape: ModelShape) -> int:
     encoded = group.prompt.encoded
     prompt, lengths = len(encoded), [len(s) for s in group.samples]
     pairs = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-    images = int(encoded.mm_token_type_ids.sum())
+    images, times = int(encoded.mm_token_type_ids.sum()), 1
+    if not shape.shares_prompt:
+        times = len(lengths)
+        pairs += (times - 1) * (prompt * (prompt + 1) // 2)
     return (
-        shape.language(prompt + sum(lengths), pairs)
-        + shape.vision(images)
+        shape.language(times * prompt + sum(lengths), pairs)
+        + shape.vision(times * images)
         + shape.head(sum(lengths))
     )
 
@@ -56,8 +62,8 @@ def distribute(
             "train.update_prompts or rollout.group_size, or use fewer ranks"
         )
     room = budget // streams
-    pieces = [piece for group in groups for piece in _cut(group, room)]
-    count = -(-sum(tree_tokens(piece) for piece in pieces) // room)
+    pieces = [piece for group in groups for piece in _cut(group, room, shape)]
+    count = -(-sum(tree_tokens(piece, shape) for piece in pieces) // room)
     count += -count % ranks
     batches = None
     while batches is None and count <= count_of_samples:
@@ -75,18 +81,17 @@ def distribute(
     return dealt
 
 
-def _cut(group: Group, budget: int) -> Iterator[Group]:
+def _cut(group: Group, budget: int, shape: ModelShape) -> Iterator[Group]:
     """Groups of consecutive samples with trees of at most `budget` tokens.
 
     A sample that does not fit with its prompt alone makes a tree of its own, over the budget.
     """
-    room = budget - len(group.prompt.encoded)
-    first, used = 0, 0
-    for i, sample in enumerate(group.samples):
-        if i > first and used + len(sample) > room:
+    first = 0
+    for i in range(1, len(group.samples)):
+        longer = replace(group, samples=group.samples[first : i + 1])
+        if tree_tokens(longer, shape) > budget:
             yield replace(group, samples=group.samples[first:i])
-            first, used = i, 0
-        used += len(sample)
+            first = i
     if first < len(group.samples):
         yield replace(group, samples=group.samples[first:])
 
@@ -108,7 +113,7 @@ def _fill(
     pieces: Sequence[Group], count: int, room: int | None, shape: ModelShape
 ) -> list[list[Group]] | None:
     """`count` batches of about equal FLOPs, none empty, or None where some piece finds no room."""
-    sizes = [tree_tokens(piece) for piece in pieces]
+    sizes = [tree_tokens(piece, shape) for piece in pieces]
     costs = [tree_flops(piece, shape) for piece in pieces]
     order = sorted(range(len(pieces)), key=lambda i: -costs[i])
     batches: list[list[int]] = [[] for _ in range(count)]

@@ -29,10 +29,13 @@ class Decoder:
         """From the `text_config` of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
         heads = text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        # of a mixture of experts, those that a token goes through
+        experts = getattr(text, "num_experts_per_tok", 0)
+        inner = experts * text.moe_intermediate_size if experts else text.intermediate_size
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
-            inner=text.intermediate_size,
+            inner=inner,
             queries=heads * head_size,
             keys=text.num_key_value_heads * head_size,
             heads=heads,

@@ -22,6 +22,8 @@ class ModelShape:
     head_weights: int
     patch_weights: int
     merge: int
+    shares_prompt: bool = True
+    """A group's prompt runs once for all of its samples, not once for each."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:

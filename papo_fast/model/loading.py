@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.specifiers import SpecifierSet
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
@@ -20,24 +22,30 @@ from papo_fast.errors import InputError
 from papo_fast.model.attention import NAME as TREE_ATTENTION
 from papo_fast.model.picture_attention import attend_inside_pictures
 
+TRANSFORMERS = SpecifierSet(">=5.19,<5.20")
+"""What pyproject.toml asks for under `train`."""
 
-def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
+
+def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False) -> nn.Module:
     """The model of `config.path` in float32 (master weights, see `ModelConfig.dtype`).
 
     Args:
         empty: without memory or values, on the meta device, for a process that is sent its shard.
+        plain: with the attention that transformers chooses, which packs nothing.
 
     Raises:
         InputError: the model uses what packed groups do not support, or its weights are missing,
             cut or of other shapes than config.json says.
     """
+    check_transformers(transformers.__version__)
     if not empty:
         check_weight_files(config.path)
     options = {
         "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": {"": "sdpa", "text_config": TREE_ATTENTION},
         "dtype": torch.float32,
     }
+    if not plain:
+        options["attn_implementation"] = {"": "sdpa", "text_config": TREE_ATTENTION}
     try:
         model = _empty(config, options) if empty else _loaded(config, options)
     except InputError:
@@ -47,8 +55,15 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
             f"model.path = {config.path!r}: the model cannot be built from config.json and its "
             f"weights: {first_line(error)}"
         ) from error
+    text = model.config.get_text_config()
+    if plain:
+        if getattr(text, "attention_dropout", 0):
+            raise InputError(
+                f"model.path = {config.path!r} uses attention dropout, with which no two passes "
+                "agree: set attention_dropout to 0 in its config.json"
+            )
+        return model
     attend_inside_pictures(model)
-    text = model.config.text_config
     sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if sliding or text.attention_dropout:
         raise InputError(
@@ -57,6 +72,15 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
             "attention_dropout to 0 in its config.json"
         )
     return model
+
+
+def check_transformers(version: str) -> None:
+    """Raise `InputError` for a version of transformers that the trainer does not run on."""
+    if not TRANSFORMERS.contains(version, prereleases=True):
+        raise InputError(
+            f"transformers {version} is installed, and training needs {TRANSFORMERS}: pip install "
+            "-c constraints/cpu.txt -e '.[train]'. Kernels and hooks run on older ones too"
+        )
 
 
 def _empty(config: ModelConfig, options: dict[str, Any]) -> nn.Module:

@@ -64,14 +64,15 @@ def freeze_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _targets(model: nn.Module, config: ModelConfig) -> list[str]:
     """Full names of the linear layers that get adapters."""
-    parts = {"model.language_model.layers": model.model.language_model.layers}
+    parts = [model.get_decoder().layers]
     if config.train_vision:
-        parts["model.visual.blocks"] = model.model.visual.blocks
+        tower = model.get_encoder("image")
+        parts.append(getattr(tower, "blocks", tower))
+    inside = {id(m) for part in parts for m in part.modules()}
     found = [
-        f"{prefix}.{name}"
-        for prefix, part in parts.items()
-        for name, module in part.named_modules()
-        if isinstance(module, nn.Linear)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in inside
     ]
     known = {name.rpartition(".")[2] for name in found}
     if unknown := sorted(set(config.lora_targets) - known):

@@ -35,8 +35,9 @@ from papo_fast.model.lora import (
     merged_weight,
     without_adapters,
 )
-from papo_fast.model.packing import PackedBatch
+from papo_fast.model.packing import PackedBatch, pack
 from papo_fast.parallel import device_mesh, is_main, shard
+from papo_fast.samples import Group
 from papo_kernels import TokenStats, token_stats
 
 # Added to the logits of tokens that are never sampled, so that they are scored as impossible too.
@@ -45,15 +46,19 @@ BANNED_LOGIT = -1e4
 
 
 class Policy(nn.Module):
-    """A Qwen-VL model with the tokens it must never sample.
+    """A vision-language model with the tokens it must never sample, on the fast path.
+
+    `papo_fast.model.plain.PlainPolicy` is the same for families that cannot be packed.
 
     Args:
-        model: the HuggingFace model, an `...ForConditionalGeneration` of `processing.FAMILIES`.
+        model: the HuggingFace model, an `...ForConditionalGeneration` of `encoder.FAMILIES`.
         banned_token_ids: ids that are excluded from sampling and from every statistic.
         dtype: of the forward pass; the model's weights stay in theirs.
         always_run_vision: run the vision tower, with weight zero, for batches without pictures
             too: ranks that share its parameters must all run it.
     """
+
+    banned_logit = BANNED_LOGIT
 
     def __init__(
         self,
@@ -70,8 +75,8 @@ class Policy(nn.Module):
         # repetition penalty and a near-zero temperature), which is not the policy that is scored.
         self._shipped_generation_config = model.generation_config
         model.generation_config = GenerationConfig()
-        ban = torch.zeros(model.config.text_config.vocab_size)
-        ban[[i for i in banned_token_ids if i < len(ban)]] = BANNED_LOGIT
+        ban = torch.zeros(len(model.lm_head.weight))
+        ban[[i for i in banned_token_ids if i < len(ban)]] = self.banned_logit
         self.register_buffer("banned_V", ban, persistent=False)
 
     @classmethod
@@ -89,8 +94,7 @@ class Policy(nn.Module):
         """
         if mesh is None and parallel is not None:
             mesh = device_mesh(device, parallel.replicas)
-        model = load_model(config, empty=mesh is not None and not is_main())
-        use_liger(model, config, device)
+        model = cls._model(config, device, empty=mesh is not None and not is_main())
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtype = getattr(torch, config.dtype)
@@ -98,19 +102,34 @@ class Policy(nn.Module):
             add_adapters(model, config)
             freeze_in(model, dtype)
         elif not config.train_vision:
-            model.model.visual.requires_grad_(False)
+            cls._vision(model).requires_grad_(False)
         policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
         if mesh is None:
             return policy.to(device)
-        units = [*model.model.visual.blocks, *model.model.language_model.layers]
         return shard(
             policy,
-            units,
+            cls._units(model),
             mesh,
             dtype=dtype,
             offload=parallel.offload,
             forwards=("stats", "stats_of_views", "hidden_and_head"),
         )
+
+    @staticmethod
+    def _model(config: ModelConfig, device: torch.device, *, empty: bool) -> nn.Module:
+        model = load_model(config, empty=empty)
+        use_liger(model, config, device)
+        return model
+
+    @staticmethod
+    def _vision(model: nn.Module) -> nn.Module:
+        """What `model.train_vision` freezes."""
+        return model.model.visual
+
+    @staticmethod
+    def _units(model: nn.Module) -> list[nn.Module]:
+        """The layers that are sharded each on their own."""
+        return [*model.model.visual.blocks, *model.model.language_model.layers]
 
     def reference(self, config: Config) -> Policy | SharedReference | None:
         """The frozen policy that the reference KL is taken to; None where its weight is 0.
@@ -122,7 +141,7 @@ class Policy(nn.Module):
         if config.model.lora_rank:
             return SharedReference(self)
         bans = self.banned_V.nonzero().flatten().tolist()
-        reference = Policy.load(config.model, bans, self.device, config.parallel)
+        reference = type(self).load(config.model, bans, self.device, config.parallel)
         return reference.requires_grad_(False).eval()
 
     @cached_property
@@ -138,6 +157,18 @@ class Policy(nn.Module):
         """Context in which the model computes in `dtype`."""
         mixed = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed)
+
+    def pack(self, groups: Sequence[Group], **streams: bool) -> PackedBatch:
+        """The groups as one batch of the forward pass, on the policy's device; see `packing.pack`.
+
+        Args:
+            streams: `full`, `aug`, `second`: which of them it holds; by default `full` alone.
+        """
+        return pack(groups, self.prompt_positions, **streams).to(self.device)
+
+    def head_options(self, temperature: float) -> dict[str, Any]:
+        """What `token_stats` has to know of the logits besides hidden states and head."""
+        return {"bias": self.banned_V, "temperature": temperature}
 
     def stats(self, batch: PackedBatch, **options: Any) -> tuple[TokenStats, Tensor | None]:
         """What `stats_of_views` returns but for the second view."""
@@ -170,7 +201,7 @@ class Policy(nn.Module):
             with torch.no_grad():
                 views = self._hidden(frozen_aug)
         head = (self._head_weight(), batch.targets_N)
-        options = {"bias": self.banned_V, "temperature": temperature}
+        options = self.head_options(temperature)
         aug = views[0] if views else None
         stats = token_stats(hidden_ND, *head, aug_hidden=aug, aug_constant=frozen, **options)
         if len(views) > 1:
@@ -187,7 +218,7 @@ class Policy(nn.Module):
         batch: PackedBatch,
         temperature: float,
     ) -> Tensor:
-        options = {"bias": self.banned_V, "temperature": temperature}
+        options = self.head_options(temperature)
         if isinstance(reference, SharedReference):  # one output embedding, which is frozen
             with torch.no_grad(), without_adapters(self.model):
                 ref_ND = self._hidden(batch)[0]

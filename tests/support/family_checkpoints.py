@@ -43,20 +43,29 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus Qwen's special tokens and the thinking tags."""
+def byte_tokenizer(
+    special: tuple[str, ...] = SPECIAL,
+    template: str = CHAT_TEMPLATE,
+    named: dict[str, str] | None = None,
+) -> PreTrainedTokenizerFast:
+    """One token per byte, plus a family's special tokens and the thinking tags.
+
+    Args:
+        named: attributes of the tokenizer that hold some of the special tokens.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     # Special in some checkpoints; decoding must keep them all the same.
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
+        extra_special_tokens=named or {},
     )
 
 

@@ -35,7 +35,7 @@ def main(job_path: str, out: str) -> None:
     config, device = job["config"], torch.device("cpu")
     config = dataclasses.replace(config, objective=config.objective.resolved())
     with process_group(device):
-        policy = Policy.load(config.model, job["bans"], device, config.parallel)
+        policy = job.get("kind", Policy).load(config.model, job["bans"], device, config.parallel)
         reference = policy.reference(config)
         groups = job["groups"]
         updater = Updater(config, policy, reference, total_updates=3)

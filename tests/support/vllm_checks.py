@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from papo_fast.data.encoder import PromptEncoder
 from papo_fast.digits.model import build_checkpoint
-from papo_fast.model.packing import pack
-from papo_fast.model.policy import Policy, inference
+from papo_fast.model.choice import load_encoder, load_policy
+from papo_fast.model.policy import inference
 from papo_fast.presets import get_preset
 from papo_fast.samples import Group, Sample
 from support.groups import as_prompt
@@ -49,8 +48,8 @@ def at_hand(folder, **rollout):
         rollout=replace(preset.rollout, batch_size=32, **rollout),
         digits=replace(preset.digits, enabled=False),
     )
-    encoder = PromptEncoder(folder, config.data)
-    return config, encoder, Policy.load(config.model, encoder.banned_token_ids, CPU)
+    encoder = load_encoder(config.model, config.data)
+    return config, encoder, load_policy(config, encoder, CPU)
 
 
 def mixed_prompts(encoder):
@@ -81,7 +80,7 @@ def differences(policy, prompts, groups, temperature=0.7):
         Group(as_prompt(prompt), [Sample(completion) for completion in group])
         for prompt, group in zip(prompts, groups, strict=True)
     ]
-    batch = pack(trees, policy.prompt_positions)
+    batch = policy.pack(trees)
     with inference(policy):
         stats, _ = policy.stats(batch, temperature=temperature)
     theirs = torch.cat([torch.tensor(s.completion.logprobs) for s in batch.samples])
