@@ -19,8 +19,8 @@ import torch
 from rich.markup import escape
 
 from papo_fast.config import Config
-from papo_fast.data.corruption import CorruptedViews
 from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
+from papo_fast.data.views import CorruptedViews
 from papo_fast.evaluate import Evaluator, held_out
 from papo_fast.experience import Collector, add_logprobs
 from papo_fast.model.choice import load_encoder, load_policy

@@ -14,10 +14,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from papo_fast.config import CorruptionConfig, DataConfig
 from papo_fast.corruption_settings import check_corruption
 from papo_fast.data.boxes import BoxCorruption, Rect, boxes_of, control_boxes
-from papo_fast.data.corruption import CorruptedViews, PromptCorruption
+from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.patch_grid import PatchGrid
 from papo_fast.data.prompts import Prompt, PromptDataset
+from papo_fast.data.views import CorruptedViews
 from papo_fast.errors import InputError
 from support.family_checkpoints import write_checkpoint
 

@@ -16,7 +16,8 @@ from papo_fast.cli import main
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import check_objective
 from papo_fast.corruption_settings import check_corruption
-from papo_fast.data.corruption import CorruptedViews, PromptCorruption
+from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.views import CorruptedViews
 from papo_fast.errors import InputError
 from papo_fast.hand_over import hand_over
 from papo_fast.objective import objective

@@ -10,7 +10,7 @@ import torch
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import check, resolve
 from papo_fast.corruption_settings import CorruptionConfig
-from papo_fast.data.corruption import CorruptedViews
+from papo_fast.data.views import CorruptedViews
 from papo_fast.errors import InputError
 from papo_fast.experience import add_logprobs
 from papo_fast.planning.workload import update_streams
