@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Dtype = Literal["float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
     """Local checkpoint directory (or hub name) of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Dtype of the forward pass. Weights and optimizer stay in float32, where an update of 1e-6 is
-    not rounded away."""
+    not rounded away, unless weights_dtype says otherwise."""
+    weights_dtype: Dtype = "float32"
+    """Dtype in which trained weights are kept. In bfloat16, updates are rounded up or down at
+    random, so that they are right on average, or made to a float32 copy (train.master_weights)."""
+    reference_dtype: Dtype = "float32"
+    """Dtype in which the reference model's weights are kept; in bfloat16 it also computes so."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: under LoRA, linear layers of decoder and vision blocks are frozen in 4 bits (QLoRA);
+    needs bitsandbytes. They are computed in `dtype`."""
+    save_dtype: Dtype = "float32"
+    """Dtype of the weights in the saved model."""
     train_vision: bool = True
     """Train the vision tower; False freezes it."""
     gradient_checkpointing: bool = True
@@ -33,9 +45,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How torchrun's processes share the model; a single process holds all of it."""
+    """How torchrun's processes share the model, and what lies in the CPU's memory instead."""
 
     replicas: int = 1
     """Groups of processes that each hold the whole model (HSDP); 1 shards over all of them."""
     offload: bool = False
     """Keep weights, gradients and optimizer in the CPU's memory, a layer at a time on the GPU."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state alone in the CPU's memory, a piece at a time on the GPU; for a
+    single process."""
+    offload_activations: bool = False
+    """Keep what gradient checkpointing stores of each layer in the CPU's memory."""

@@ -8,6 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainConfig:
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits, in blocks of 256 with a scale each, in place of
+    32; needs bitsandbytes."""
+    master_weights: bool = False
+    """With bfloat16 weights: the optimizer has a float32 copy, which updates are made to."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """PyTorch's fused AdamW, without a temporary copy of all weights; auto: on GPUs."""
     lr: float = 1e-6
     """Learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear"] = "constant"

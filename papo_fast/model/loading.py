@@ -1,4 +1,4 @@
-"""A HuggingFace checkpoint as a model on the CPU, in float32, or as an empty shell of it."""
+"""A HuggingFace checkpoint as a model on the CPU, or as an empty shell of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from papo_fast.model.picture_attention import attend_inside_pictures
 
 
 def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
-    """The model of `config.path` in float32 (master weights, see `ModelConfig.dtype`).
+    """The model of `config.path` in `config.weights_dtype` (see `ModelConfig.dtype`).
 
     Args:
         empty: without memory or values, on the meta device, for a process that is sent its shard.
@@ -36,7 +36,7 @@ def load_model(config: ModelConfig, *, empty: bool = False) -> nn.Module:
     options = {
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": {"": "sdpa", "text_config": TREE_ATTENTION},
-        "dtype": torch.float32,
+        "dtype": getattr(torch, config.weights_dtype),
     }
     try:
         model = _empty(config, options) if empty else _loaded(config, options)

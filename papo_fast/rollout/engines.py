@@ -7,7 +7,6 @@ from pathlib import Path
 from papo_fast.config import Config
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.policy import Policy
-from papo_fast.parallel import world_size
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.protocol import RolloutEngine
 
@@ -35,7 +34,7 @@ def make_engine(
     if config.rollout.engine == "vllm_server":
         return engine(config, encoder, run_dir)
     sampler = policy
-    if world_size() > 1:  # transformers' generate needs whole weights
+    if policy.is_sharded:  # transformers' generate needs whole weights
         sampler = Policy.load(config.model, encoder.banned_token_ids, policy.device)
         sampler.requires_grad_(False)
     return engine(sampler, encoder.eos_token_ids, encoder.pad_token_id, config.rollout.batch_size)
