@@ -374,9 +374,9 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path, capsys):
 
 def test_the_plan_knows_the_sizes_of_the_gpu_kernels():
     pytest.importorskip("triton")
-    from papo_fast.planning import memory
+    from papo_fast.planning import units
     from papo_kernels import rows
     from papo_kernels.triton import backward, launch
 
-    assert (memory.TILE_ROWS, memory.GROUP_ROWS) == (launch.TILE, backward.GROUP_ROWS)
-    assert backward.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == memory.CHUNK_ELEMENTS
+    assert (units.TILE_ROWS, units.GROUP_ROWS) == (launch.TILE, backward.GROUP_ROWS)
+    assert backward.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == units.CHUNK_ELEMENTS

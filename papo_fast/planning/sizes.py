@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from transformers import AutoConfig
 
 from papo_fast.config import ModelConfig
 from papo_fast.data.encoder import FAMILIES
-from papo_fast.data.model_folder import check_config, load
+from papo_fast.data.model_folder import check_config, load, optional_file
 from papo_fast.errors import InputError
 from papo_fast.model.family import Decoder, Vision
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.loading import load_model
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,15 @@ class Part:
     """Modules of one kind: `count` of them with `parameters` each.
 
     `largest` is the largest matrix; `linear` holds the names of the linear layers in one of them
-    and their inputs and outputs together, which LoRA of rank r has r parameters for each of.
+    and their inputs and outputs together, which LoRA of rank r has r parameters for each of;
+    `in_linear` are the weights of these layers without their biases.
     """
 
     count: int
     parameters: int
     largest: int
     linear: tuple[tuple[str, int], ...] = ()
+    in_linear: int = 0
 
     def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Parameters that adapters add to one of them; no targets: all linear layers."""
@@ -108,10 +113,18 @@ def _settings(config: ModelConfig) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not config.path:
         raise InputError("model.path is empty: pass --model.path, a checkpoint or its config.json")
+    if not file.is_file() and HUB_NAME.fullmatch(config.path):
+        found = optional_file(config.path, "config.json")
+        if found is None:
+            raise InputError(
+                f"model.path = {config.path!r}: there is no such folder here, and no model of that "
+                "name on the hub, in its cache or in reach"
+            )
+        file = Path(found)
     if not file.is_file():
         raise InputError(
             f"model.path = {config.path!r}: there is no file {file}; expected a local checkpoint "
-            "folder or its config.json"
+            "folder, its config.json, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     check_config(file, FAMILIES)
     return load(AutoConfig, str(file), trust_remote_code=config.trust_remote_code)
@@ -127,6 +140,7 @@ def _part(modules: Iterable[nn.Module]) -> Part:
         parameters=sum(p.numel() for p in weights),
         largest=max(p.numel() for p in weights),
         linear=tuple((n.rpartition(".")[2], m.in_features + m.out_features) for n, m in linear),
+        in_linear=sum(m.weight.numel() for _, m in linear),
     )
 
 
