@@ -23,11 +23,12 @@ from update_memory import Case
 
 from papo_fast.cli import main
 from papo_fast.config import DataConfig, ModelConfig, RolloutConfig
+from papo_fast.config_checks import check_memory, check_processes
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
-from papo_fast.planning.advice import effects, remedy
+from papo_fast.planning.advice import changed_by, effects, gpus_needed, remedy
 from papo_fast.planning.gpus import GPUS
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.seconds import estimate_step
@@ -98,6 +99,40 @@ def test_planned_memory_is_within_15_percent_of_a_measured_update(warm, case, mo
     assert 0.15 < plan.update["activations"] / planned < 0.85
 
 
+SMALL = Case("qwen2_5_vl", 320, 1024, 3, 3000, 128, 2, (8, 12), 20, 24, 2, 4, 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        "bfloat16 reference",
+        "bfloat16 weights, float32 copy",
+        "all in bfloat16, 8-bit AdamW",
+        "LoRA on 4 bits",
+    ],  # the others are in docs/scaling.md, by the same script
+)
+def test_the_plan_of_each_memory_option_is_within_15_percent_of_a_measured_update(
+    warm, tmp_path, way
+):
+    model, train, parallel, ranks = update_memory.WAYS[way]
+    if "8-bit" in way or "4 bits" in way:
+        pytest.importorskip("bitsandbytes", reason="pip install -e '.[quant]'")
+    if "lora_rank" in model:
+        pytest.importorskip("peft", reason="pip install -e '.[lora]'")
+    update_memory.write_checkpoint(SMALL, tmp_path)
+    plain = update_memory.configuration(SMALL, tmp_path)
+    config = update_memory.configuration(SMALL, tmp_path, model, parallel, train)
+    measured = update_memory.measure(SMALL, config, ranks)
+    plan, before = (update_memory.planned(SMALL, c, ranks) for c in (config, plain))
+    planned, usual = (sum(p.update.values()) + p.host for p in (plan, before))
+    print(f"{way}: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f}, without "
+          f"the option {usual / 2**20:.0f}")  # fmt: skip
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned < 0.95 * usual or "copy" in way
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(sizes, name):
     assert sizes[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.01)
@@ -145,13 +180,19 @@ def test_plans_for_h100s_fit_or_say_what_to_switch_on(sizes, name, gpus):
     assert plan.peak > 20 * sizes[name].parameters / gpus
     if plan.fits(memory):
         return
-    chosen, better = remedy(config, sizes[name], Lengths(), layout)
+    found = remedy(config, sizes[name], Lengths(), layout)
+    if found is None:  # a 72B in bfloat16 is larger than one GPU, where generate needs it whole
+        assert (name, gpus) in {("qwen2_5_vl_72b", 1), ("qwen2_5_vl_72b", 2)}
+        assert gpus_needed(config, sizes[name], Lengths(), layout) in (4, 8)
+        return
+    chosen, better = found
     print("   ->", [option.name for option in chosen], f"{better.peak / 2**30:.1f}")
     assert better.fits(memory)
     # the advice, followed: the plan of the changed settings is the one that was promised
-    changed, there = config, layout
-    for option in chosen:
-        changed, there = option.change(changed, there)
+    changed, there = changed_by(chosen, config, layout)
+    assert there.ranks <= gpus
+    check_memory(changed)
+    check_processes(changed, there.ranks)
     again = plan_memory(changed, sizes[name], Lengths(), there)
     assert again.peak == better.peak and again.peak < plan.peak
 
@@ -195,11 +236,15 @@ def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):
         config, model=dataclasses.replace(config.model, gradient_checkpointing=False)
     )
     layout = Layout(8, GPUS["h100"].memory)
-    before = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout).peak
+    before = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout)
     found = list(effects(config, sizes["qwen2_5_vl_7b"], Lengths(), layout))
     assert len(found) >= 7
     for effect in found:
-        assert effect.plan.peak < before, effect.option.name
+        # of the larger part, and the sampler's batch of the other
+        smaller = effect.plan.peak < before.peak
+        samples = sum(effect.plan.rollout.values()) < sum(before.rollout.values())
+        assert smaller or samples, effect.option.name
+        assert effect.plan.peak <= before.peak
 
 
 def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
@@ -251,7 +296,7 @@ def test_time_counts_the_passes_and_falls_with_more_gpus(sizes):
     one, eight = (estimate_step(config, model, lengths, Layout(n, gpu.memory), gpu) for n in (1, 8))
     assert one.update == pytest.approx(8 * eight.update)
     half = estimate_step(config, model, lengths, Layout(1, gpu.memory), gpu, mfu=0.175)
-    assert half.update == pytest.approx(2 * one.update)
+    assert half.update == pytest.approx(2 * one.update, rel=2e-3)  # but for the optimizer
     # by hand: 1920 responses of 350 tokens and their prompts once, 8.3 B parameters, both streams,
     # three passes and the recomputed one
     tokens = 384 * (760 + 5 * 350)

@@ -130,6 +130,9 @@ def options(config: Config, sizes: ModelSizes, lengths: Lengths, layout: Layout)
         for tokens in (train.max_tokens // 2, train.max_tokens // 8)
         if tokens >= least
     ]
+    fewer = max(config.rollout.group_size, config.rollout.batch_size // 4)
+    if config.rollout.engine == "hf" and fewer < config.rollout.batch_size:
+        found.append(_option(f"--rollout.batch-size {fewer}", "rollout", batch_size=fewer))
     full, halves = not model.lora_rank, model.dtype == "bfloat16"
     alone = layout.ranks == 1 and not parallel.offload
     if full and config.objective.needs_reference and model.reference_dtype != "bfloat16":
@@ -227,7 +230,8 @@ def _enough(
         if _plan_with([option], config, sizes, lengths, layout).fits(memory):
             return [option]
     chosen: list[Option] = []
-    for option in found:
+    # twice: what makes sampling smaller is of no use until updates are small
+    for option in [*found, *found]:
         if not plan.fits(memory):
             flag = option.name.split()[0]
             trial = [o for o in chosen if o.name.split()[0] != flag] + [option]
