@@ -20,6 +20,7 @@ from papo_fast.planning.gpus import GIB, GPU, find_gpu
 from papo_fast.planning.memory import RESERVE_BYTES, RESERVE_SHARE, Layout, MemoryPlan, plan_memory
 from papo_fast.planning.seconds import StepTime, estimate_step
 from papo_fast.planning.shell import train_command
+from papo_fast.planning.simulate import ASSUMPTIONS, EASYR1, QWEN2_5_VL, Model, tables
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
 
@@ -46,6 +47,9 @@ class PlanArguments:
     """Rows of the training data, for the time of the whole run; ViRL39K's by default."""
     mfu: float = seconds.MFU
     """Share of the GPU's dense bfloat16 rate that is assumed for the estimate of the time."""
+    simulate: bool = False
+    """Print instead the simulated time and MFU of a step on 1 to 64 GPUs, of `model.path` or of
+    Qwen2.5-VL's 3B, 7B and 32B, beside published times."""
     lengths: Lengths = field(default_factory=Lengths)
 
 
@@ -74,6 +78,9 @@ class _Case:
 
 def print_plan(arguments: PlanArguments, console: Console) -> None:
     """Raises `InputError` for settings that cannot be planned with."""
+    if arguments.simulate:
+        _print_simulation(arguments, console)
+        return
     case = _case(arguments)
     plan, time, gpu = case.plan(), case.time(), case.gpu
     console.print(
@@ -88,22 +95,51 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     _print_commands(arguments.config, case, plan, time, console)
 
 
-def _case(arguments: PlanArguments) -> _Case:
-    config, lengths = arguments.config, arguments.lengths
+def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+    config, models = arguments.config, QWEN2_5_VL
+    if config.model.path:
+        sizes = ModelSizes.of(config.model)
+        models = {f"{sizes.parameters / 1e9:.1f} B": Model.of(sizes)}
+    # vLLM in both schedules
+    rollout = dataclasses.replace(config.rollout, engine="vllm", server_urls=())
+    model = dataclasses.replace(config.model, path=config.model.path or "any")
+    config = dataclasses.replace(config, rollout=rollout, model=model)
+    case = _checked(dataclasses.replace(arguments, config=config))
+    for table in tables(case, arguments.lengths, _gpu(arguments), models):
+        console.print(table)
+    low, high = EASYR1
+    console.print(
+        f"Beside them: EasyR1 publishes {low} to {high} tokens/s/GPU for GRPO on eight H100s "
+        "(geo3k, whose prompts are shorter).",
+        soft_wrap=True,
+    )
+    for line in ASSUMPTIONS:
+        console.print(f"- {line}", soft_wrap=True, highlight=False)
+
+
+def _gpu(arguments: PlanArguments) -> GPU:
+    given = (arguments.gpu_memory, arguments.gpu_tflops, arguments.gpu_bandwidth)
+    return find_gpu(arguments.gpu, *given)
+
+
+def _checked(arguments: PlanArguments) -> Config:
+    """The resolved configuration; what is not needed to plan may be missing."""
+    config = arguments.config
     if not 1 <= arguments.gpus <= MOST_GPUS:
         raise InputError(f"gpus is {arguments.gpus}: it must be between 1 and {MOST_GPUS}")
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"mfu is {arguments.mfu}: expected a share in (0, 1]")
     if not 1 <= arguments.rows <= 10**9:
         raise InputError(f"rows is {arguments.rows}: it must be between 1 and 1e9")
-    lengths.check()
-    gpu = find_gpu(
-        arguments.gpu, arguments.gpu_memory, arguments.gpu_tflops, arguments.gpu_bandwidth
-    )
-    # what is not needed to plan may be missing
+    arguments.lengths.check()
     digits = dataclasses.replace(config.digits, enabled=False)
     data = dataclasses.replace(config.data, train=config.data.train or "any")
-    config = resolve(dataclasses.replace(config, digits=digits, data=data))
+    return resolve(dataclasses.replace(config, digits=digits, data=data))
+
+
+def _case(arguments: PlanArguments) -> _Case:
+    gpu = _gpu(arguments)
+    config = _checked(arguments)
     ranks = arguments.gpus - servers_gpus(config)
     if ranks < 1:
         raise InputError(
@@ -114,7 +150,7 @@ def _case(arguments: PlanArguments) -> _Case:
     steps = config.train.steps or steps_of_epochs(config, arguments.rows)
     layout = Layout(ranks=ranks, gpu_memory=gpu.memory)
     sizes = ModelSizes.of(config.model)
-    return _Case(config, sizes, lengths, layout, gpu, arguments.mfu, steps)
+    return _Case(config, sizes, arguments.lengths, layout, gpu, arguments.mfu, steps)
 
 
 def servers_gpus(config: Config) -> int:
