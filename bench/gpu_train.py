@@ -60,6 +60,7 @@ STEPS = (
     Step("lora", "gpu_train_update", "lora", 60),
     Step("liger", "gpu_train_update", "liger", 60),
     Step("memory", "gpu_train_times", "memory", 60, alone=True),
+    Step("options", "gpu_train_options", "options", 60, alone=True),
     Step("times-G5", "gpu_train_times", "times", 90, 15, alone=True, arguments=(5,)),
     Step("times-G16", "gpu_train_times", "times", 90, 15, alone=True, arguments=(16,)),
     Step("rollout-speed", "gpu_train_rollout", "speed", 45, alone=True),

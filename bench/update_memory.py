@@ -122,16 +122,28 @@ CASES = {
     "qwen2.5": Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3),
     "qwen3": Case("qwen3_vl", 384, 1024, 5, 3000, 192, 3),
 }
-# name: changes to model, changes to parallel, processes
+HALF = {"dtype": "bfloat16", "weights_dtype": "bfloat16"}
+EIGHT = {"optimizer": "adamw_8bit"}
+QLORA = {"dtype": "bfloat16", "lora_rank": 16, "quantize": "nf4"}
+# name: changes to model, to train, to parallel, processes
 WAYS = {
-    "plain": ({}, {}, 1),
-    "gradient checkpointing": ({"gradient_checkpointing": True}, {}, 1),
-    "frozen vision tower": ({"train_vision": False}, {}, 1),
-    "LoRA, rank 16": ({"lora_rank": 16}, {}, 1),
-    "LoRA and checkpointing": ({"lora_rank": 16, "gradient_checkpointing": True}, {}, 1),
-    "two processes": ({}, {}, 2),
-    "two processes, checkpointing": ({"gradient_checkpointing": True}, {}, 2),
-    "two processes, offload": ({}, {"offload": True}, 2),
+    "plain": ({}, {}, {}, 1),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, {}, {}, 1),
+    "frozen vision tower": ({"train_vision": False}, {}, {}, 1),
+    "LoRA, rank 16": ({"lora_rank": 16}, {}, {}, 1),
+    "LoRA and checkpointing": ({"lora_rank": 16, "gradient_checkpointing": True}, {}, {}, 1),
+    "bfloat16 reference": ({"reference_dtype": "bfloat16"}, {}, {}, 1),
+    "8-bit AdamW": ({}, EIGHT, {}, 1),
+    "both": ({"reference_dtype": "bfloat16"}, EIGHT, {}, 1),
+    "offload": ({}, {}, {"offload": True}, 1),
+    "computed in bfloat16": ({"dtype": "bfloat16"}, {}, {}, 1),
+    "bfloat16 weights": (HALF, {}, {}, 1),
+    "bfloat16 weights, float32 copy": (HALF, {"master_weights": True}, {}, 1),
+    "all in bfloat16, 8-bit AdamW": ({**HALF, "reference_dtype": "bfloat16"}, EIGHT, {}, 1),
+    "LoRA on 4 bits": (QLORA, {}, {}, 1),
+    "two processes": ({}, {}, {}, 2),
+    "two processes, checkpointing": ({"gradient_checkpointing": True}, {}, {}, 2),
+    "two processes, offload": ({}, {}, {"offload": True}, 2),
 }
 
 
@@ -142,7 +154,7 @@ def write_checkpoint(case, path):
     model.save_pretrained(path)
 
 
-def configuration(case, path, model=None, parallel=None) -> Config:
+def configuration(case, path, model=None, parallel=None, train=None) -> Config:
     """One update of two micro-batches and more; a reference model, both streams."""
     preset = get_preset("papo-g-7b")
     objective = replace(preset.objective, parity="ours", aug="trained")
@@ -156,7 +168,7 @@ def configuration(case, path, model=None, parallel=None) -> Config:
             **({"dtype": "float32", "gradient_checkpointing": False} | (model or {})),
         ),
         rollout=replace(preset.rollout, prompts=case.prompts, group_size=case.group_size),
-        train=replace(preset.train, update_prompts=case.prompts, max_tokens=room),
+        train=replace(preset.train, update_prompts=case.prompts, max_tokens=room, **(train or {})),
         parallel=replace(preset.parallel, **(parallel or {})),
     )
 
@@ -221,13 +233,20 @@ def peak_of_update(case, config, device="cpu"):
     return memory.read()
 
 
-def warm_up():
-    """An update of next to nothing, for all that Python imports when it is first needed."""
+def warm_up(like: Config | None = None):
+    """An update of next to nothing, for all that Python imports when it is first needed.
+
+    like: whose options it has; None: none.
+    """
     case = Case("qwen2_5_vl", 128, 64, 1, 100, 32, 1, (4, 4), 8, 4, 2, 2, 1)
-    for lora_rank in (0, 2) if importlib.util.find_spec("peft") else (0,):
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(case, folder)
-            peak_of_update(case, configuration(case, folder, {"lora_rank": lora_rank}))
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(case, folder)
+        config = configuration(case, folder)
+        if like is not None:
+            train = replace(config.train, optimizer=like.train.optimizer)
+            model = replace(like.model, path=folder)
+            config = replace(config, model=model, train=train)
+        peak_of_update(case, config)
 
 
 def _child(pipe, case, config, rank, ranks, port):
@@ -239,8 +258,8 @@ def _child(pipe, case, config, rank, ranks, port):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    warm_up()  # a fork does not inherit which pages of the libraries are in memory
-    with process_group(torch.device("cpu")):
+    warm_up(config)  # a fork does not inherit which pages of the libraries are in memory
+    with process_group(torch.device("cpu"), config.parallel.offload):
         peak = peak_of_update(case, config)
     if rank == 0:
         pipe.send(peak)
@@ -290,10 +309,12 @@ def main():
     warm_up()
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(case, folder)
-        for name, (model, parallel, ranks) in WAYS.items():
+        for name, (model, train, parallel, ranks) in WAYS.items():
             if ranks > 1 and not arguments.ranks:
                 continue
-            config = configuration(case, folder, model, parallel)
+            if (train == EIGHT or model == QLORA) and not importlib.util.find_spec("bitsandbytes"):
+                continue
+            config = configuration(case, folder, model, parallel, train)
             got, plan = measure(case, config, ranks), planned(case, config, ranks)
             parts = sorted(plan.update.items(), key=lambda x: -x[1])[:4]
             told = sum(plan.update.values()) + plan.host

@@ -67,6 +67,7 @@ def check(config: Config) -> None:
             f"reward.overlong_buffer is {config.reward.overlong_buffer}: expected at most "
             f"rollout.max_new_tokens = {rollout.max_new_tokens}"
         )
+    check_memory(config)
     check_objective(objective)
     second = config.corruption.second
     if objective.needs_second and not second:
@@ -87,6 +88,63 @@ def check(config: Config) -> None:
             raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
         if not config.data.train:
             raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")
+
+
+def check_memory(config: Config) -> None:
+    """Raise `InputError` where options that save memory do not go together."""
+    model, train, parallel = config.model, config.train, config.parallel
+    halves = model.weights_dtype == "bfloat16"
+    if halves and model.dtype != "bfloat16":
+        raise InputError(
+            "model.weights_dtype is bfloat16, but model.dtype is float32: weights that are kept in "
+            "bfloat16 are computed with in bfloat16 too"
+        )
+    if halves and model.lora_rank:
+        raise InputError(
+            "model.weights_dtype is bfloat16, but model.lora_rank trains adapters alone: they stay "
+            "in float32, and the frozen weights are in model.dtype already"
+        )
+    if train.master_weights and not halves:
+        raise InputError(
+            "train.master_weights is on, but model.weights_dtype is float32: the weights are what "
+            "a float32 copy would be"
+        )
+    if model.quantize != "none" and not model.lora_rank:
+        raise InputError(
+            f"model.quantize is {model.quantize}, but weights in 4 bits cannot be trained: set "
+            "model.lora_rank, whose adapters are"
+        )
+    if parallel.offload_activations and not model.gradient_checkpointing:
+        raise InputError(
+            "parallel.offload_activations moves what gradient checkpointing stores: set "
+            "model.gradient_checkpointing"
+        )
+    if parallel.offload and parallel.offload_optimizer:
+        raise InputError(
+            "parallel.offload moves the optimizer's state too: leave out parallel.offload_optimizer"
+        )
+    if parallel.offload and halves:
+        raise InputError(
+            "parallel.offload shards the model, and FSDP adds up gradients of micro-batches in the "
+            "dtype of its shards: set model.weights_dtype to float32"
+        )
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Raise `InputError` for options that save memory in a single process alone."""
+    if processes == 1:
+        return
+    if config.model.weights_dtype == "bfloat16":
+        raise InputError(
+            f"model.weights_dtype is bfloat16, but there are {processes} processes: FSDP would add "
+            "up gradients of micro-batches in bfloat16; leave it at float32, of which each "
+            "process holds a part"
+        )
+    if config.parallel.offload_optimizer:
+        raise InputError(
+            f"parallel.offload_optimizer is for a single process, but there are {processes}: set "
+            "parallel.offload"
+        )
 
 
 def check_objective(objective: ObjectiveConfig) -> None:

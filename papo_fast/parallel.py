@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from papo_fast.config import ParallelConfig
 from papo_fast.errors import InputError
 
 # How long a rank waits for the others: a rollout or a checkpoint of the slowest one. One that has
@@ -72,17 +73,26 @@ def backend(device: torch.device) -> str:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, offload: bool = False) -> Iterator[None]:
     """Joins the processes that torchrun started; leaves them at the end. Alone: does nothing.
+
+    Args:
+        offload: `parallel.offload`, for which one process alone becomes a group too: FSDP, which
+            moves the layers to and fro, shards over a mesh.
 
     Raises `InputError` where another process died or was not heard of for `TIMEOUT`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if (alone and not offload) or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend(device), timeout=TIMEOUT)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+    if alone:
+        store = dist.HashStore()
+        dist.init_process_group(backend(device), store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend(device), timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:
@@ -146,17 +156,17 @@ def main_first() -> Iterator[None]:
     wait_for_all()
 
 
-def device_mesh(device: torch.device, replicas: int) -> DeviceMesh | None:
-    """One axis of shards, or replicas x shards; None for a world of one.
+def device_mesh(device: torch.device, parallel: ParallelConfig) -> DeviceMesh | None:
+    """One axis of shards, or replicas x shards; None for a world of one that offloads nothing.
 
     Raises `InputError` where `replicas` does not divide the number of processes.
     """
-    world = world_size()
+    world, replicas = world_size(), parallel.replicas
     if world % replicas:
         raise InputError(
             f"parallel.replicas is {replicas}, but there are {world} processes: it must divide them"
         )
-    if world == 1:
+    if world == 1 and not parallel.offload:
         return None
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))

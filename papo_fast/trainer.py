@@ -190,7 +190,7 @@ class Trainer:
     def finish(self, before: dict) -> Path:
         """Save the model, evaluate it, and report."""
         model = self.folder / "model"
-        export_model(self.policy, self.encoder, model)
+        export_model(self.policy, self.encoder, model, getattr(torch, self.config.model.save_dtype))
         self.load_sampler()
         summary = self.summary(before, self.evaluate("after"))
         if not is_main():

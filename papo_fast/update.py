@@ -16,6 +16,7 @@ from papo_fast.estimators import at_update, truncated_weights
 from papo_fast.model.batching import distribute
 from papo_fast.model.policy import Policy, SharedReference
 from papo_fast.objective import mean_metrics, objective
+from papo_fast.optimizer import make_optimizer
 from papo_fast.parallel import gather, rank, world_size
 from papo_fast.samples import Group, all_samples
 from papo_fast.token_batch import Denominators, Metrics, TokenBatch
@@ -39,11 +40,8 @@ class Updater:
     total_updates: int
 
     def __post_init__(self) -> None:
-        train = self.config.train
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
-        )
+        self.optimizer = make_optimizer(self.config, self.parameters, self.policy.device)
         self.weigher = TokenWeigher(self.config)
         self.updates = 0
         self.bad_updates = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -23,11 +24,13 @@ from update_memory import Case
 
 from papo_fast.cli import main
 from papo_fast.config import DataConfig, ModelConfig, RolloutConfig
+from papo_fast.config_checks import check_memory, check_processes
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
-from papo_fast.planning.advice import effects, remedy
+from papo_fast.planning import simulate
+from papo_fast.planning.advice import changed_by, effects, gpus_needed, remedy
 from papo_fast.planning.gpus import GPUS
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.seconds import estimate_step
@@ -98,6 +101,40 @@ def test_planned_memory_is_within_15_percent_of_a_measured_update(warm, case, mo
     assert 0.15 < plan.update["activations"] / planned < 0.85
 
 
+SMALL = Case("qwen2_5_vl", 320, 1024, 3, 3000, 128, 2, (8, 12), 20, 24, 2, 4, 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        "bfloat16 reference",
+        "bfloat16 weights, float32 copy",
+        "all in bfloat16, 8-bit AdamW",
+        "LoRA on 4 bits",
+    ],  # the others are in docs/scaling.md, by the same script
+)
+def test_the_plan_of_each_memory_option_is_within_15_percent_of_a_measured_update(
+    warm, tmp_path, way
+):
+    model, train, parallel, ranks = update_memory.WAYS[way]
+    if "8-bit" in way or "4 bits" in way:
+        pytest.importorskip("bitsandbytes", reason="pip install -e '.[quant]'")
+    if "lora_rank" in model:
+        pytest.importorskip("peft", reason="pip install -e '.[lora]'")
+    update_memory.write_checkpoint(SMALL, tmp_path)
+    plain = update_memory.configuration(SMALL, tmp_path)
+    config = update_memory.configuration(SMALL, tmp_path, model, parallel, train)
+    measured = update_memory.measure(SMALL, config, ranks)
+    plan, before = (update_memory.planned(SMALL, c, ranks) for c in (config, plain))
+    planned, usual = (sum(p.update.values()) + p.host for p in (plan, before))
+    print(f"{way}: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f}, without "
+          f"the option {usual / 2**20:.0f}")  # fmt: skip
+    assert planned == pytest.approx(measured, rel=0.15)
+    assert planned < 0.95 * usual or "copy" in way
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(sizes, name):
     assert sizes[name].parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.01)
@@ -145,13 +182,19 @@ def test_plans_for_h100s_fit_or_say_what_to_switch_on(sizes, name, gpus):
     assert plan.peak > 20 * sizes[name].parameters / gpus
     if plan.fits(memory):
         return
-    chosen, better = remedy(config, sizes[name], Lengths(), layout)
+    found = remedy(config, sizes[name], Lengths(), layout)
+    if found is None:  # a 72B in bfloat16 is larger than one GPU, where generate needs it whole
+        assert (name, gpus) in {("qwen2_5_vl_72b", 1), ("qwen2_5_vl_72b", 2)}
+        assert gpus_needed(config, sizes[name], Lengths(), layout) in (4, 8)
+        return
+    chosen, better = found
     print("   ->", [option.name for option in chosen], f"{better.peak / 2**30:.1f}")
     assert better.fits(memory)
     # the advice, followed: the plan of the changed settings is the one that was promised
-    changed, there = config, layout
-    for option in chosen:
-        changed, there = option.change(changed, there)
+    changed, there = changed_by(chosen, config, layout)
+    assert there.ranks <= gpus
+    check_memory(changed)
+    check_processes(changed, there.ranks)
     again = plan_memory(changed, sizes[name], Lengths(), there)
     assert again.peak == better.peak and again.peak < plan.peak
 
@@ -195,11 +238,15 @@ def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):
         config, model=dataclasses.replace(config.model, gradient_checkpointing=False)
     )
     layout = Layout(8, GPUS["h100"].memory)
-    before = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout).peak
+    before = plan_memory(config, sizes["qwen2_5_vl_7b"], Lengths(), layout)
     found = list(effects(config, sizes["qwen2_5_vl_7b"], Lengths(), layout))
     assert len(found) >= 7
     for effect in found:
-        assert effect.plan.peak < before, effect.option.name
+        # of the larger part, and the sampler's batch of the other
+        smaller = effect.plan.peak < before.peak
+        samples = sum(effect.plan.rollout.values()) < sum(before.rollout.values())
+        assert smaller or samples, effect.option.name
+        assert effect.plan.peak <= before.peak
 
 
 def test_more_tokens_layers_kept_and_longer_prompts_take_more(sizes):
@@ -251,7 +298,7 @@ def test_time_counts_the_passes_and_falls_with_more_gpus(sizes):
     one, eight = (estimate_step(config, model, lengths, Layout(n, gpu.memory), gpu) for n in (1, 8))
     assert one.update == pytest.approx(8 * eight.update)
     half = estimate_step(config, model, lengths, Layout(1, gpu.memory), gpu, mfu=0.175)
-    assert half.update == pytest.approx(2 * one.update)
+    assert half.update == pytest.approx(2 * one.update, rel=2e-3)  # but for the optimizer
     # by hand: 1920 responses of 350 tokens and their prompts once, 8.3 B parameters, both streams,
     # three passes and the recomputed one
     tokens = 384 * (760 + 5 * 350)
@@ -374,9 +421,152 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path, capsys):
 
 def test_the_plan_knows_the_sizes_of_the_gpu_kernels():
     pytest.importorskip("triton")
-    from papo_fast.planning import memory
+    from papo_fast.planning import units
     from papo_kernels import rows
     from papo_kernels.triton import backward, launch
 
-    assert (memory.TILE_ROWS, memory.GROUP_ROWS) == (launch.TILE, backward.GROUP_ROWS)
-    assert backward.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == memory.CHUNK_ELEMENTS
+    assert (units.TILE_ROWS, units.GROUP_ROWS) == (launch.TILE, backward.GROUP_ROWS)
+    assert backward.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == units.CHUNK_ELEMENTS
+
+
+# --- what fits on one card, and what is printed ---------------------------------------------------
+
+QLORA = ("--model.lora-rank", "64", "--model.quantize", "nf4")
+VLLM = ("--rollout.engine", "vllm")
+TARGETS = {
+    "3B full with reference, 80 GB": (
+        "papo-g-3b", "qwen2_5_vl_3b", "h100",
+        ("--model.reference-dtype", "bfloat16", "--model.weights-dtype", "bfloat16", *VLLM),
+    ),
+    "7B LoRA, 48 GB": ("papo-g-7b", "qwen2_5_vl_7b", "l40s", ("--model.lora-rank", "64")),
+    "3B QLoRA with vLLM, 24 GB": ("papo-g-3b", "qwen2_5_vl_3b", "rtx4090", (*QLORA, *VLLM)),
+    "7B QLoRA, 48 GB": ("papo-g-7b", "qwen2_5_vl_7b", "l40s", QLORA),
+}  # fmt: skip
+
+
+def said(capsys, argv):
+    assert main(argv) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_these_fit_on_one_card(capsys, monkeypatch, target):
+    monkeypatch.setenv("COLUMNS", "140")
+    preset, model, gpu, flags = TARGETS[target]
+    path = ("--model.path", str(CONFIGS / f"{model}.json"))
+    told = said(capsys, ["plan", "--preset", preset, *path, "--gpu", gpu, *flags])
+    print(target, told[told.index("GiB are left") - 12 :])
+    assert "fits: " in told and "GiB are left" in told
+    if model == "qwen2_5_vl_3b" and gpu == "h100":
+        assert "does not fit" in said(capsys, ["plan", "--preset", preset, *path, "--gpu", gpu])
+
+
+def test_any_gpu_can_be_described(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    described = ("--gpu-memory", "79.1", "--gpu-tflops", "989", "--gpu-bandwidth", "3350")
+    path = ("--model.path", str(CONFIGS / "qwen2_5_vl_3b.json"))
+    ours = said(capsys, ["plan", *path, "--gpu", "a100-40g", *described])
+    theirs = said(capsys, ["plan", *path, "--gpu", "h100"])
+    bare = re.compile(r"[─━ ]")
+    same = ours.replace("x GPU", "x h100").replace("of GPU", "of h100")
+    # the commands say nothing of the GPU
+    assert bare.sub("", same) == bare.sub("", theirs)
+
+
+def test_the_command_to_copy_is_the_run_that_was_planned(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    asked = ("--rollout.group-size", "8", "--model.no-train-vision", "--train.betas", "0.9", "0.95")
+    told = said(capsys, arguments("qwen2_5_vl_7b", 8, "--preset", "papo-d", *asked, *VLLM))
+    command = re.search(r"the command: (.*)", told)[1]
+    assert command.startswith("torchrun --nproc-per-node 8 -m papo_fast train papo-d ")
+    for words in (
+        "--rollout.group-size 8", "--model.no-train-vision", "--train.betas 0.9 0.95",
+        "--rollout.engine vllm", "--data.train TRAIN.parquet",
+    ):  # fmt: skip
+        assert words in command
+    assert "--train.lr" not in command  # the preset says it
+
+
+def test_time_of_the_run_of_each_option_and_of_a_faster_engine_are_printed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    told = said(capsys, arguments("qwen2_5_vl_3b", 8, "--preset", "papo-g-3b"))
+    # 2 epochs of 38 870 rows by 384
+    assert "for the whole run of 202 steps" in told
+    assert re.search(r"--parallel.offload │ +[0-9.]+ │ [0-9]+ (s|min) │ fits", told)
+    found = re.search(r"vLLM takes (\d+) (s|min) for a step in place of (\d+) (s|min)", told)
+    seconds = {"s": 1, "min": 60}
+    fast, slow = (int(found[i]) * seconds[found[i + 1]] for i in (1, 3))
+    assert fast < 0.5 * slow
+    told = said(capsys, arguments("qwen2_5_vl_3b", 8, "--preset", "papo-g-3b", *VLLM))
+    assert "faster" not in told
+
+
+def test_no_advice_takes_more_gpus_than_there_are(sizes, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    told = said(capsys, arguments("qwen2_5_vl_72b", 1, "--preset", "papo-d"))
+    assert "no combination of these options makes it fit on so many GPUs: it takes" in told
+    assert "vllm_server" not in told and "--gpus" not in told
+    server = ("--rollout.engine", "vllm_server", "--rollout.tensor-parallel", "2")
+    told = said(capsys, arguments("qwen2_5_vl_7b", 8, *server))
+    assert "vLLM's server has 2 of the GPUs; 6 train." in told
+    assert main(arguments("qwen2_5_vl_7b", 2, *server)) == 2
+    assert "none is left to train on" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_hub_name_can_be_planned_from_its_cache(capsys, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    folder = tmp_path / "models--Some--Model" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((CONFIGS / "qwen2_5_vl_3b.json").read_bytes())
+    (tmp_path / "models--Some--Model" / "refs").mkdir()
+    (tmp_path / "models--Some--Model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "140")
+    told = said(capsys, ["plan", "--model.path", "Some/Model"])
+    assert "3.75 B parameters" in told and "--model.path Some/Model" in told
+    assert main(["plan", "--model.path", "Some/Other"]) == 2
+    assert "no model of that name" in " ".join(capsys.readouterr().err.split())
+
+
+# --- simulation -----------------------------------------------------------------------------------
+
+
+def test_the_simulation_reproduces_the_published_seconds_within_25_percent(sizes):
+    config, h100 = resolved_preset("papo-g-7b"), GPUS["h100"]
+    models = {"3B": sizes["qwen2_5_vl_3b"], "7B": sizes["qwen2_5_vl_7b"]}
+    fitted = simulate.fitted_mfu(config, simulate.Model.of(models["3B"]), Lengths(), h100)
+    published = {("3B", 2): (360.9, 428.1), ("7B", 4): (258.5, 367.1)}
+    for (name, gpus), seconds in published.items():
+        model = simulate.Model.of(models[name])
+        assert model == simulate.QWEN2_5_VL[name]
+        for papo, wanted in zip((False, True), seconds, strict=True):
+            got = simulate.authors(config, model, Lengths(), gpus, h100, fitted, papo=papo)
+            print(f"{name}, {'PAPO' if papo else 'GRPO'}: {got.seconds:.0f} s, published {wanted}")
+            assert got.seconds == pytest.approx(wanted, rel=0.25)
+    # the 7B's masked pass, which was not fitted: 50 s
+    got = simulate.authors(config, model, Lengths(), 4, h100, fitted, papo=True)
+    assert got.experience / 3 == pytest.approx(50, rel=0.1)
+    assert simulate.Model.of(sizes["qwen2_5_vl_32b"]) == simulate.QWEN2_5_VL["32B"]
+
+
+def test_more_gpus_are_faster_and_overlap_hides_the_shorter_of_both(sizes):
+    config, h100 = resolved_preset("papo-g-7b"), GPUS["h100"]
+    model = simulate.QWEN2_5_VL["7B"]
+    found = [simulate.ours(config, model, Lengths(), n, h100) for n in (1, 2, 4, 8, 16, 32, 64)]
+    assert all(a.seconds > b.seconds for a, b in itertools.pairwise(found))
+    assert all(a.tokens_per_gpu > b.tokens_per_gpu for a, b in itertools.pairwise(found))
+    assert all(0.02 < x.mfu < 0.35 for x in found)
+    split = simulate.ours(config, model, Lengths(), 8, h100, samplers=3)
+    train = split.experience + split.update
+    assert split.seconds == max(split.rollout, train) + split.sync + simulate.FIXED
+    best = simulate.overlapped(config, model, Lengths(), 8, h100)
+    assert best.seconds <= split.seconds and best.seconds < found[3].seconds
+    assert simulate.overlapped(config, model, Lengths(), 1, h100) is None
+
+
+def test_the_simulation_is_printed_with_its_assumptions(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    told = said(capsys, ["plan", "--simulate"])
+    for words in ("published", "360.9", "the one number that was fitted", "1800 to 2000", "32B"):
+        assert words in told

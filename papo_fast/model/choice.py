@@ -81,6 +81,16 @@ def load_encoder(model: ModelConfig, data: DataConfig) -> PromptEncoder:
     return kind(model.path, data, trust_remote_code=model.trust_remote_code)
 
 
+def refuse_on_plain(config: Config) -> None:
+    """Raise `InputError` for options that save memory on the fast path alone."""
+    for name, asked in {
+        "model.quantize": config.model.quantize != "none",
+        "parallel.offload_activations": config.parallel.offload_activations,
+    }.items():
+        if asked:
+            raise InputError(f"{name} is set, which needs the fast path: leave it out")
+
+
 def load_policy(
     config: Config,
     encoder: PromptEncoder,
@@ -89,4 +99,6 @@ def load_policy(
 ) -> Policy:
     """The policy of `config.model`, of the same path as its `encoder`, sharded where it should."""
     kind = PlainPolicy if isinstance(encoder, PlainEncoder) else Policy
+    if kind is PlainPolicy:
+        refuse_on_plain(config)
     return kind.load(config.model, encoder.banned_token_ids, device, config.parallel, mesh)

@@ -1,4 +1,4 @@
-"""A HuggingFace checkpoint as a model on the CPU, in float32, or as an empty shell of it."""
+"""A HuggingFace checkpoint as a model on the CPU, or as an empty shell of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRANSFORMERS = SpecifierSet(">=5.19,<5.20")
 
 
 def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False) -> nn.Module:
-    """The model of `config.path` in float32 (master weights, see `ModelConfig.dtype`).
+    """The model of `config.path` in `config.weights_dtype` (see `ModelConfig.dtype`).
 
     Args:
         empty: without memory or values, on the meta device, for a process that is sent its shard.
@@ -42,7 +42,7 @@ def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False)
         check_weight_files(config.path)
     options = {
         "trust_remote_code": config.trust_remote_code,
-        "dtype": torch.float32,
+        "dtype": getattr(torch, config.weights_dtype),
     }
     if not plain:
         options["attn_implementation"] = {"": "sdpa", "text_config": TREE_ATTENTION}

@@ -8,7 +8,8 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,18 @@ from transformers import GenerationConfig
 
 from papo_fast.config import Config, ModelConfig, ParallelConfig
 from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.model.activations import OffloadedActivations
 from papo_fast.model.flops import ModelShape
+from papo_fast.model.four_bit import quantize_linears
 from papo_fast.model.liger import use_liger
 from papo_fast.model.loading import load_model
 from papo_fast.model.lora import (
-    BASE,
-    adapted_layers,
     add_adapters,
     freeze_in,
-    is_adapter,
-    merged,
-    merged_weight,
     without_adapters,
 )
 from papo_fast.model.packing import PackedBatch, pack
+from papo_fast.model.saving import whole_weights, write_checkpoint
 from papo_fast.parallel import device_mesh, is_main, shard
 from papo_fast.samples import Group
 from papo_kernels import TokenStats, token_stats
@@ -56,6 +55,7 @@ class Policy(nn.Module):
         dtype: of the forward pass; the model's weights stay in theirs.
         always_run_vision: run the vision tower, with weight zero, for batches without pictures
             too: ranks that share its parameters must all run it.
+        offload_activations: `parallel.offload_activations`.
     """
 
     banned_logit = BANNED_LOGIT
@@ -66,11 +66,13 @@ class Policy(nn.Module):
         banned_token_ids: Sequence[int],
         dtype: torch.dtype = torch.float32,
         always_run_vision: bool = False,
+        offload_activations: bool = False,
     ):
         super().__init__()
         self.model = model
         self.dtype = dtype
         self.always_run_vision = always_run_vision
+        self.offload_activations = offload_activations
         # `generate` fills every option left unset from the checkpoint's own (Qwen ships a
         # repetition penalty and a near-zero temperature), which is not the policy that is scored.
         self._shipped_generation_config = model.generation_config
@@ -90,20 +92,32 @@ class Policy(nn.Module):
     ) -> Policy:
         """The checkpoint `config.path`; sharded over all processes with `parallel`.
 
-        mesh: what to shard over with `parallel`; None: all processes, where there are several.
+        mesh: what to shard over with `parallel`; None: all processes, where there are several, or
+            this one alone where it offloads its weights.
         """
         if mesh is None and parallel is not None:
-            mesh = device_mesh(device, parallel.replicas)
+            mesh = device_mesh(device, parallel)
         model = cls._model(config, device, empty=mesh is not None and not is_main())
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         dtype = getattr(torch, config.dtype)
         if config.lora_rank:
             add_adapters(model, config)
+            if config.quantize == "nf4":
+                quantize_linears(model, dtype, device if mesh is None else torch.device("cpu"))
             freeze_in(model, dtype)
         elif not config.train_vision:
             cls._vision(model).requires_grad_(False)
-        policy = cls(model, banned_token_ids, dtype, always_run_vision=mesh is not None)
+        for weight in model.parameters():
+            if weight.requires_grad and weight.dtype != torch.float32:
+                weight.grad_dtype = torch.float32  # in which micro-batches add up
+        policy = cls(
+            model,
+            banned_token_ids,
+            dtype,
+            always_run_vision=mesh is not None,
+            offload_activations=parallel is not None and parallel.offload_activations,
+        )
         if mesh is None:
             return policy.to(device)
         return shard(
@@ -141,7 +155,10 @@ class Policy(nn.Module):
         if config.model.lora_rank:
             return SharedReference(self)
         bans = self.banned_V.nonzero().flatten().tolist()
-        reference = type(self).load(config.model, bans, self.device, config.parallel)
+        kept = config.model.reference_dtype
+        dtype = kept if kept == "bfloat16" else config.model.dtype
+        model = replace(config.model, weights_dtype=kept, dtype=dtype)
+        reference = type(self).load(model, bans, self.device, config.parallel)
         return reference.requires_grad_(False).eval()
 
     @cached_property
@@ -152,6 +169,11 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.banned_V.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no weight is whole outside of a forward pass."""
+        return any(isinstance(p, DTensor) for p in self.parameters())
 
     def autocast(self) -> torch.autocast:
         """Context in which the model computes in `dtype`."""
@@ -256,7 +278,8 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:
         """Hidden states that predict the response tokens, (N, D) of each of the batch's streams."""
-        with self.autocast():
+        offload = self.offload_activations and torch.is_grad_enabled()
+        with self.autocast(), OffloadedActivations() if offload else nullcontext():
             if batch.pixel_values is None and self.always_run_vision:
                 # in front, as with pictures: ranks gather weights in one order, both ways
                 nothing = self._vision_of_nothing()
@@ -304,23 +327,22 @@ class Policy(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.model.lm_head.weight.to(self.dtype)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config and weights (safetensors) as a HuggingFace checkpoint under `path`.
 
         Adapters are merged into the weights. Every rank of a sharded policy takes part; the main
         one writes.
+
+        Args:
+            dtype: of the weights that are written.
         """
         whole = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if not is_main():
             return
-        path.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(path, state_dict=merged(whole, self.model))
-        # the checkpoint's own sampling options, written as they came: transformers refuses to
-        # save some that published checkpoints carry
-        shipped = self._shipped_generation_config.to_json_string(use_diff=True)
-        (path / "generation_config.json").write_text(shipped)
+        shipped = self._shipped_generation_config
+        write_checkpoint(self.model, whole, path, dtype, shipped)
 
     def copy_weights_from(self, other: Policy) -> None:
         """Take over the trained weights of a policy of the same model, sharded or not."""
@@ -331,26 +353,8 @@ class Policy(nn.Module):
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
-
-        Adapters are merged. Every rank of a sharded policy takes part, from the first weight to
-        the last.
-        """
-
-        def whole(weight: Tensor) -> Tensor:
-            weight = weight.detach()
-            return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-        layers = adapted_layers(self.model)
-        for name, weight in self.model.named_parameters():
-            layer = layers.get(name.partition(BASE)[0])
-            if is_adapter(name):
-                continue
-            if layer is not None and name.endswith(f"{BASE}.weight"):
-                weight = merged_weight(layer, weight, whole)
-            else:
-                weight = whole(weight.to(self.dtype))
-            yield name.replace(BASE, ""), weight.to(self.dtype)
+        """Names as in the checkpoint and whole weights in `dtype` (see `saving.whole_weights`)."""
+        return whole_weights(self.model, self.dtype)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`papo-fast plan`: the table of a plan, and what to switch on where it does not fit."""
+"""`papo-fast plan`: the table of a plan, and what to switch on where it does not fit or is slow."""
 
 from __future__ import annotations
 
@@ -11,59 +11,152 @@ from rich.console import Console
 from rich.table import Table
 
 from papo_fast.config import Config
-from papo_fast.config_checks import resolve
+from papo_fast.config_checks import check_processes, resolve
+from papo_fast.data.prompts import steps_of_epochs
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
-from papo_fast.planning.advice import effects, remedy
+from papo_fast.planning.advice import changed_by, effects, faster_engine, gpus_needed, remedy
 from papo_fast.planning.gpus import GIB, GPU, find_gpu
 from papo_fast.planning.memory import RESERVE_BYTES, RESERVE_SHARE, Layout, MemoryPlan, plan_memory
 from papo_fast.planning.seconds import StepTime, estimate_step
+from papo_fast.planning.shell import train_command
+from papo_fast.planning.simulate import ASSUMPTIONS, EASYR1, QWEN2_5_VL, Model, tables
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths
 
 MOST_GPUS = 10**6
+VIRL39K = 38_870
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Memory per GPU and seconds per step, before anything runs, from config.json alone."""
+    """Memory per GPU and time, before anything runs, from config.json alone."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     gpu: str = "h100"
     """GPU type: a100-40g, a100, h100, h200, b200, l40s, rtx4090 or mi300x."""
+    gpu_memory: float = 0.0
+    """GiB of a GPU of another type; 0: as `gpu` has."""
+    gpu_tflops: float = 0.0
+    """Its dense bfloat16 TFLOP/s; 0: as `gpu` has."""
+    gpu_bandwidth: float = 0.0
+    """Its memory's GB/s; 0: as `gpu` has."""
     gpus: int = 1
-    """GPUs, one process each."""
+    """GPUs in all. Each has a process of its own, save those of a vLLM server."""
+    rows: int = VIRL39K
+    """Rows of the training data, for the time of the whole run; ViRL39K's by default."""
     mfu: float = seconds.MFU
     """Share of the GPU's dense bfloat16 rate that is assumed for the estimate of the time."""
+    simulate: bool = False
+    """Print instead the simulated time and MFU of a step on 1 to 64 GPUs, of `model.path` or of
+    Qwen2.5-VL's 3B, 7B and 32B, beside published times."""
     lengths: Lengths = field(default_factory=Lengths)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is planned: the resolved configuration of one model on some GPUs."""
+
+    config: Config
+    sizes: ModelSizes
+    lengths: Lengths
+    layout: Layout
+    gpu: GPU
+    mfu: float
+    steps: int
+
+    def plan(self) -> MemoryPlan:
+        return plan_memory(self.config, self.sizes, self.lengths, self.layout)
+
+    def time(self) -> StepTime:
+        return estimate_step(self.config, self.sizes, self.lengths, self.layout, self.gpu, self.mfu)
+
+    @property
+    def setup(self) -> tuple[Config, ModelSizes, Lengths, Layout]:
+        return self.config, self.sizes, self.lengths, self.layout
 
 
 def print_plan(arguments: PlanArguments, console: Console) -> None:
     """Raises `InputError` for settings that cannot be planned with."""
-    config, lengths = arguments.config, arguments.lengths
+    if arguments.simulate:
+        _print_simulation(arguments, console)
+        return
+    case = _case(arguments)
+    plan, time, gpu = case.plan(), case.time(), case.gpu
+    console.print(
+        f"[bold]{case.sizes.parameters / 1e9:.2f} B parameters ({case.sizes.family}) on "
+        f"{arguments.gpus} x {gpu.name}[/], preset {case.config.preset}",
+        soft_wrap=True,
+    )
+    console.print(_memory_table(plan, gpu))
+    _print_about(case, plan, console)
+    _print_time(case, time, console)
+    _print_options(case, plan, time, console)
+    _print_commands(arguments.config, case, plan, time, console)
+
+
+def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+    config, models = arguments.config, QWEN2_5_VL
+    if config.model.path:
+        sizes = ModelSizes.of(config.model)
+        models = {f"{sizes.parameters / 1e9:.1f} B": Model.of(sizes)}
+    # vLLM in both schedules
+    rollout = dataclasses.replace(config.rollout, engine="vllm", server_urls=())
+    model = dataclasses.replace(config.model, path=config.model.path or "any")
+    config = dataclasses.replace(config, rollout=rollout, model=model)
+    case = _checked(dataclasses.replace(arguments, config=config))
+    for table in tables(case, arguments.lengths, _gpu(arguments), models):
+        console.print(table)
+    low, high = EASYR1
+    console.print(
+        f"Beside them: EasyR1 publishes {low} to {high} tokens/s/GPU for GRPO on eight H100s "
+        "(geo3k, whose prompts are shorter).",
+        soft_wrap=True,
+    )
+    for line in ASSUMPTIONS:
+        console.print(f"- {line}", soft_wrap=True, highlight=False)
+
+
+def _gpu(arguments: PlanArguments) -> GPU:
+    given = (arguments.gpu_memory, arguments.gpu_tflops, arguments.gpu_bandwidth)
+    return find_gpu(arguments.gpu, *given)
+
+
+def _checked(arguments: PlanArguments) -> Config:
+    """The resolved configuration; what is not needed to plan may be missing."""
+    config = arguments.config
     if not 1 <= arguments.gpus <= MOST_GPUS:
         raise InputError(f"gpus is {arguments.gpus}: it must be between 1 and {MOST_GPUS}")
     if not 0 < arguments.mfu <= 1:
         raise InputError(f"mfu is {arguments.mfu}: expected a share in (0, 1]")
-    lengths.check()
-    gpu = find_gpu(arguments.gpu)
-    # what is not needed to plan may be missing
+    if not 1 <= arguments.rows <= 10**9:
+        raise InputError(f"rows is {arguments.rows}: it must be between 1 and 1e9")
+    arguments.lengths.check()
     digits = dataclasses.replace(config.digits, enabled=False)
     data = dataclasses.replace(config.data, train=config.data.train or "any")
-    config = resolve(dataclasses.replace(config, digits=digits, data=data))
+    return resolve(dataclasses.replace(config, digits=digits, data=data))
+
+
+def _case(arguments: PlanArguments) -> _Case:
+    gpu = _gpu(arguments)
+    config = _checked(arguments)
+    ranks = arguments.gpus - servers_gpus(config)
+    if ranks < 1:
+        raise InputError(
+            f"gpus is {arguments.gpus}, of which the vLLM server takes {servers_gpus(config)} "
+            "(rollout.tensor_parallel): none is left to train on"
+        )
+    check_processes(config, ranks)
+    steps = config.train.steps or steps_of_epochs(config, arguments.rows)
+    layout = Layout(ranks=ranks, gpu_memory=gpu.memory)
     sizes = ModelSizes.of(config.model)
-    layout = Layout(ranks=arguments.gpus, gpu_memory=gpu.memory)
-    plan = plan_memory(config, sizes, lengths, layout)
-    time = estimate_step(config, sizes, lengths, layout, gpu, arguments.mfu)
-    console.print(
-        f"[bold]{sizes.parameters / 1e9:.2f} B parameters ({sizes.family}) on {arguments.gpus} x "
-        f"{gpu.name}[/], preset {config.preset}",
-        soft_wrap=True,
-    )
-    console.print(_memory_table(plan, gpu))
-    _print_about(arguments, plan, console)
-    _print_time(arguments, time, gpu, console)
-    _print_options(config, sizes, lengths, layout, plan, console)
+    return _Case(config, sizes, arguments.lengths, layout, gpu, arguments.mfu, steps)
+
+
+def servers_gpus(config: Config) -> int:
+    """GPUs that a run's own vLLM server takes."""
+    own = config.rollout.engine == "vllm_server" and not config.rollout.server_urls
+    return config.rollout.tensor_parallel if own else 0
 
 
 def _memory_table(plan: MemoryPlan, gpu: GPU) -> Table:
@@ -81,8 +174,8 @@ def _memory_table(plan: MemoryPlan, gpu: GPU) -> Table:
     return table
 
 
-def _print_about(arguments: PlanArguments, plan: MemoryPlan, console: Console) -> None:
-    lengths, config, batch = arguments.lengths, arguments.config, plan.batch
+def _print_about(case: _Case, plan: MemoryPlan, console: Console) -> None:
+    lengths, config, batch, ranks = case.lengths, case.config, plan.batch, case.layout.ranks
     lines = [
         f"For prompts of {lengths.image} image and {lengths.text} text tokens, "
         f"{config.rollout.group_size} responses of {lengths.response}: micro-batches of "
@@ -94,65 +187,97 @@ def _print_about(arguments: PlanArguments, plan: MemoryPlan, console: Console) -
         f"CPU memory: {_gib(plan.loading)} GiB in the main process while the model is loaded"
         + (f", {_gib(plan.host)} GiB in each while it trains (offload)" if plan.host else "")
         + f", and up to {_gib(plan.scoring)} GiB in the {config.reward.workers} reward worker(s) "
-        f"of each process (--reward.workers). All {arguments.gpus} process(es) on one machine: up "
-        f"to {_gib(plan.host_peak(arguments.gpus))} GiB.",
+        f"of each process (--reward.workers). All {ranks} process(es) on one machine: up "
+        f"to {_gib(plan.host_peak(ranks))} GiB.",
     ]
-    if config.rollout.engine == "vllm_server" and not config.rollout.server_urls:
-        lines.append(
-            f"vLLM runs on {config.rollout.tensor_parallel} GPU(s) of its own beside these."
-        )
+    if servers := servers_gpus(config):
+        lines.append(f"vLLM's server has {servers} of the GPUs; {ranks} train.")
     for line in lines:
         console.print(line, soft_wrap=True)
 
 
-def _print_time(arguments: PlanArguments, time: StepTime, gpu: GPU, console: Console) -> None:
-    config = arguments.config
+def _print_time(case: _Case, time: StepTime, console: Console) -> None:
+    gpu = case.gpu
     console.print(
         f"\nEstimated, not measured: [bold]{_duration(time.total)}[/] per step of "
-        f"{config.rollout.prompts} prompts (rollout {_duration(time.rollout)}, experience "
-        f"{_duration(time.experience)}, update {_duration(time.update)}), from FLOPs at "
-        f"{arguments.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s (--mfu) and sampling at "
-        f"{seconds.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s; communication and "
-        "rewards not counted.",
+        f"{case.config.rollout.prompts} prompts (rollout {_duration(time.rollout)}, experience "
+        f"{_duration(time.experience)}, update {_duration(time.update)}), and "
+        f"[bold]{_duration(case.steps * time.total)}[/] for the whole run of {case.steps} steps "
+        f"(--rows), from FLOPs at {case.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s (--mfu), "
+        f"sampling at {seconds.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s and "
+        f"{seconds.HOST_BANDWIDTH / 1e9:.0f} GB/s to the CPU's memory; communication between GPUs "
+        "and rewards not counted.",
         soft_wrap=True,
     )
 
 
-def _print_options(
-    config: Config,
-    sizes: ModelSizes,
-    lengths: Lengths,
-    layout: Layout,
-    plan: MemoryPlan,
-    console: Console,
-) -> None:
-    memory = layout.gpu_memory or 0
+def _print_options(case: _Case, plan: MemoryPlan, time: StepTime, console: Console) -> None:
+    memory = case.gpu.memory
     table = Table(title="each option alone", title_justify="left")
-    for heading, justify in (("", "left"), ("GiB of one GPU", "right"), ("", "left")):
+    for heading, justify in (
+        ("", "left"),
+        ("GiB of one GPU", "right"),
+        ("a step", "right"),
+        ("", "left"),
+    ):
         table.add_column(heading, justify=justify)
-    for effect in effects(config, sizes, lengths, layout):
-        word = "[green]fits[/]" if effect.fits else "does not fit"
-        table.add_row(effect.option.name, _gib(effect.plan.peak), word)
+    table.add_row("as it is", _gib(plan.peak), _duration(time.total), _fits(plan.fits(memory)))
+    for effect in effects(*case.setup, case.gpu, case.mfu):
+        peak, its_time = _gib(effect.plan.peak), _duration(effect.time.total)
+        table.add_row(effect.option.name, peak, its_time, _fits(effect.fits))
     console.print()
     console.print(table)
+
+
+def _fits(yes: bool) -> str:
+    return "[green]fits[/]" if yes else "does not fit"
+
+
+def _print_commands(
+    given: Config, case: _Case, plan: MemoryPlan, time: StepTime, console: Console
+) -> None:
+    """What is left or missing, the options that mend it, a faster engine, and commands to copy."""
+    memory = case.gpu.memory
+    chosen = []
     if plan.fits(memory):
         console.print(f"[green]fits[/]: {_gib(memory - plan.peak)} GiB are left")
-        return
-    console.print(
-        "[red]does not fit[/]: "
-        + (plan.problem or f"{_gib(plan.peak - memory)} GiB too much on each GPU")
-    )
-    found = remedy(config, sizes, lengths, layout)
-    if found is None:
-        console.print("no combination of these options makes it fit")
-        return
-    chosen, better = found
-    flags = ", ".join(option.name for option in chosen)
-    host = f", and {_gib(better.host)} GiB of CPU memory in each process" if better.host else ""
-    console.print(
-        f"switch on: [bold]{flags}[/] ({_gib(better.peak)} of {_gib(memory)} GiB{host})",
-        soft_wrap=True,
-    )
+    else:
+        console.print(
+            "[red]does not fit[/]: "
+            + (plan.problem or f"{_gib(plan.peak - memory)} GiB too much on each GPU")
+        )
+        found = remedy(*case.setup)
+        if found is None:
+            least = gpus_needed(*case.setup)
+            more = f": it takes {least} of these" if least else ""
+            console.print(
+                f"no combination of these options makes it fit on so many GPUs{more}",
+                soft_wrap=True,
+            )
+            return
+        chosen, better = found
+        host = f", and {_gib(better.host)} GiB of CPU memory in each process" if better.host else ""
+        flags = ", ".join(option.name for option in chosen)
+        console.print(
+            f"switch on: [bold]{flags}[/] ({_gib(better.peak)} of {_gib(memory)} GiB{host})",
+            soft_wrap=True,
+        )
+    config, layout = changed_by(chosen, case.config, case.layout)
+    mended = dataclasses.replace(case, config=config, layout=layout)
+    now = mended.time() if chosen else time
+    command = train_command(given, layout.ranks, " ".join(option.flags for option in chosen))
+    console.print(f"the command: {command}", soft_wrap=True, highlight=False)
+    found_effects = list(effects(*mended.setup, case.gpu, case.mfu))
+    faster = faster_engine(found_effects, now)
+    if faster is not None:
+        _, there = faster.option.change(config, layout)
+        flags = " ".join([*(o.flags for o in chosen), faster.option.flags])
+        console.print(
+            f"faster: vLLM takes [bold]{_duration(faster.time.total)}[/] for a step in place of "
+            f"{_duration(now.total)}: {train_command(given, there.ranks, flags)}",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _gib(value: float) -> str:
@@ -162,4 +287,6 @@ def _gib(value: float) -> str:
 def _duration(value: float) -> str:
     if value < 120:
         return f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    if value < 7200:
+        return f"{value / 60:.0f} min"
+    return f"{value / 3600:.1f} h" if value < 48 * 3600 else f"{value / 86400:.1f} days"

@@ -34,8 +34,30 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> GPU:
-    """Raises `InputError` for a type that is not listed."""
+def find_gpu(name: str, memory: float = 0, tflops: float = 0, bandwidth: float = 0) -> GPU:
+    """A listed type, or one like it.
+
+    Args:
+        memory, tflops, bandwidth: in GiB, dense bfloat16 TFLOP/s and GB/s, where not 0 in place of
+            the type's own.
+
+    Raises `InputError` for a type that is not listed, and for numbers of no GPU.
+    """
     if name.lower() not in GPUS:
-        raise InputError(f"gpu is {name!r}: expected one of {', '.join(GPUS)}")
-    return GPUS[name.lower()]
+        raise InputError(
+            f"gpu is {name!r}: expected one of {', '.join(GPUS)}; for another, pass --gpu-memory, "
+            "--gpu-tflops and --gpu-bandwidth"
+        )
+    given = {"memory": memory, "tflops": tflops, "bandwidth": bandwidth}
+    for what, value in given.items():
+        if value and not 1 <= value <= 1e6:
+            raise InputError(f"gpu_{what} is {value}: expected a number from 1 to 1e6")
+    known = GPUS[name.lower()]
+    if not any(given.values()):
+        return known
+    return GPU(
+        "GPU",
+        int(memory * GIB) or known.memory,
+        tflops * 1e12 or known.flops,
+        bandwidth * 1e9 or known.bandwidth,
+    )

@@ -32,13 +32,15 @@ class Part:
     """Modules of one kind: `count` of them with `parameters` each.
 
     `largest` is the largest matrix; `linear` holds the names of the linear layers in one of them
-    and their inputs and outputs together, which LoRA of rank r has r parameters for each of.
+    and their inputs and outputs together, which LoRA of rank r has r parameters for each of;
+    `in_linear` are the weights of these layers without their biases.
     """
 
     count: int
     parameters: int
     largest: int
     linear: tuple[tuple[str, int], ...] = ()
+    in_linear: int = 0
 
     def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Parameters that adapters add to one of them; no targets: all linear layers."""
@@ -137,6 +139,7 @@ def _part(modules: Iterable[nn.Module]) -> Part:
         parameters=sum(p.numel() for p in weights),
         largest=max(p.numel() for p in weights),
         linear=tuple((n.rpartition(".")[2], m.in_features + m.out_features) for n, m in linear),
+        in_linear=sum(m.weight.numel() for _, m in linear),
     )
 
 

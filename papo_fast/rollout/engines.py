@@ -9,7 +9,6 @@ from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.plain_encoder import PlainEncoder
 from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
-from papo_fast.parallel import world_size
 from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.plain import PlainRollout
 from papo_fast.rollout.protocol import RolloutEngine
@@ -50,7 +49,7 @@ def make_engine(
     if config.rollout.engine == "vllm_server":
         return engine(config, encoder, run_dir)
     sampler = policy
-    if world_size() > 1:  # transformers' generate needs whole weights
+    if policy.is_sharded:  # transformers' generate needs whole weights
         sampler = type(policy).load(config.model, encoder.banned_token_ids, policy.device)
         sampler.requires_grad_(False)
     if isinstance(encoder, PlainEncoder):

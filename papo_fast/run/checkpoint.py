@@ -198,16 +198,19 @@ class CheckpointStore:
                 shutil.rmtree(doomed)
 
 
-def export_model(policy: Any, encoder: Any, path: Path) -> None:
+def export_model(policy: Any, encoder: Any, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """The policy and its encoder as a HuggingFace checkpoint, in the place of an older one.
 
     Every rank of a sharded policy takes part; the main one writes.
+
+    Args:
+        dtype: of the weights that are written.
     """
     refuse_if_not_finite(list(policy.parameters()))
     partial = path.with_name(path.name + PARTIAL)
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
-    policy.save(partial)
+    policy.save(partial, dtype)
     if is_main():
         encoder.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)

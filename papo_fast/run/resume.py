@@ -24,6 +24,7 @@ _FREE_IN_ROLLOUT = (
 # How long and how often a service is asked, and by how many.
 _FREE_IN_REWARD = ("http_timeout", "http_retries", "http_parallel")
 _FREE_IN_EVAL = ("examples",)
+_FREE_IN_MODEL = ("save_dtype",)
 # A bad row that stopped a run may be skipped from there on.
 _FREE_IN_DATA = ("on_bad_sample",)
 
@@ -41,11 +42,11 @@ def check_settings(config: Config, folder: Path) -> None:
         return
     before, now = _settings(path), json.loads(json.dumps(asdict(config)))
     free = {"": _FREE, "train": _FREE_IN_TRAIN, "rollout": _FREE_IN_ROLLOUT, "data": _FREE_IN_DATA}
-    free |= {"reward": _FREE_IN_REWARD, "eval": _FREE_IN_EVAL}
+    free |= {"reward": _FREE_IN_REWARD, "eval": _FREE_IN_EVAL, "model": _FREE_IN_MODEL}
     if config.train.lr_schedule == "constant":
         free["train"] += _FREE_WHERE_LR_IS_CONSTANT
     if config.digits.enabled:  # filled in from the cache
-        free |= {"model": ("path",), "data": (*free["data"], "train", "test")}
+        free |= {"model": (*_FREE_IN_MODEL, "path"), "data": (*free["data"], "train", "test")}
     for settings in (before, now):
         for section, names in free.items():
             part = settings.get(section) if section else settings

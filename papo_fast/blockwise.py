@@ -1,0 +1,84 @@
+"""Numbers in 8 and in 4 bits, in blocks with a scale each, by bitsandbytes.
+
+8 bits are for the optimizer's moments (Dettmers et al., arXiv 2110.02861), 4 for weights that do
+not change (NF4: Dettmers et al., arXiv 2305.14314). Codes and scales are plain tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from papo_fast.errors import InputError
+
+BLOCK_8, BLOCK_4 = 256, 64
+"""Numbers that share a scale."""
+
+
+def require_bitsandbytes(setting: str) -> None:
+    """Raise `InputError` with the command that installs it where it is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"{setting} needs bitsandbytes: pip install -e '.[quant]'")
+
+
+def blocks_of(columns: int) -> int:
+    """Blocks of 8-bit numbers in a row, which no block reaches beyond."""
+    return -(-columns // BLOCK_8)
+
+
+def code_8(signed: bool, device: torch.device) -> Tensor:
+    """(256,) float32, the numbers in [-1, 1] or [0, 1] that codes stand for."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)
+
+
+def quantize_8(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (R, C) uint8 and scales (R, blocks) float32 of (R, C) float32 values."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    rows, columns = values.shape
+    spare = -columns % BLOCK_8
+    padded = torch.nn.functional.pad(values, (0, spare)) if spare else values.contiguous()
+    codes, state = quantize_blockwise(padded, code=code, blocksize=BLOCK_8)
+    return codes.view(rows, columns + spare)[:, :columns], state.absmax.view(rows, -1)
+
+
+def dequantize_8(codes: Tensor, scales: Tensor, code: Tensor) -> Tensor:
+    """(R, C) float32 values of codes and scales."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    rows, columns = codes.shape
+    spare = -columns % BLOCK_8
+    padded = torch.nn.functional.pad(codes, (0, spare)) if spare else codes.contiguous()
+    values = dequantize_blockwise(
+        padded, absmax=scales.reshape(-1).contiguous(), code=code, blocksize=BLOCK_8
+    )
+    return values.view(rows, columns + spare)[:, :columns]
+
+
+def quantize_4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, two in a byte, and scales (blocks,) float32 of a weight of any shape."""
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK_4, quant_type="nf4")
+    return codes, state.absmax
+
+
+def dequantize_4(
+    codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight of this shape and dtype that `quantize_4` made codes and scales of."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = QuantState(
+        absmax=scales, shape=torch.Size(shape), blocksize=BLOCK_4, quant_type="nf4", dtype=dtype
+    )
+    return dequantize_4bit(codes, state)
+
+
+def bytes_4(numbers: int) -> int:
+    """Bytes of so many numbers in 4 bits, scales included."""
+    return -(-numbers // 2) + 4 * -(-numbers // BLOCK_4)

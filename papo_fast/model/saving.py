@@ -1,0 +1,87 @@
+"""A model as a HuggingFace checkpoint: adapters merged, weights whole, in the dtype asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig
+
+from papo_fast.model.four_bit import four_bit_layers
+from papo_fast.model.lora import BASE, adapted_layers, is_adapter, merged, merged_weight
+
+
+def write_checkpoint(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype,
+    generation: GenerationConfig,
+) -> None:
+    """Write config, weights (safetensors) and sampling options under `path`.
+
+    Args:
+        state: the model's whole state dict, on the CPU.
+        dtype: of the weights that are written.
+        generation: the checkpoint's own sampling options, written as they came: transformers
+            refuses to save some that published checkpoints carry.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    four_bits = {f"{name}.weight": x.weight.cpu() for name, x in four_bit_layers(model).items()}
+    weights = in_dtype(merged({**state, **four_bits}, model), dtype)
+    model.save_pretrained(path, state_dict=weights)
+    # transformers writes the dtype of what is in memory
+    file = path / "config.json"
+    config = _with_dtype(json.loads(file.read_text()), str(dtype).removeprefix("torch."))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (path / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
+
+
+def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict in another dtype; tied weights stay one."""
+    made: dict[int, Tensor] = {}
+    return {
+        name: made.setdefault(x.data_ptr(), x.to(dtype)) if x.is_floating_point() else x
+        for name, x in state.items()
+    }
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """The same settings, those of the parts included, with this dtype where one stands."""
+    if not isinstance(config, dict):
+        return config
+    return {k: dtype if k == "dtype" else _with_dtype(v, dtype) for k, v in config.items()}
+
+
+def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+
+    Adapters are merged. Every rank of a sharded model takes part, from the first weight to the
+    last.
+    """
+
+    def whole(weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    layers = adapted_layers(model)
+    for name, weight in model.named_parameters():
+        layer = layers.get(name.partition(BASE)[0])
+        if is_adapter(name):
+            continue
+        if layer is not None and name.endswith(f"{BASE}.weight"):
+            weight = merged_weight(layer, weight, whole)
+        else:
+            weight = whole(weight.to(dtype))
+        yield name.replace(BASE, ""), weight.to(dtype)
+    for name, four_bits in four_bit_layers(model).items():
+        layer = layers.get(name.removesuffix(BASE))
+        weight = four_bits.weight
+        if layer is not None:
+            weight = merged_weight(layer, weight, whole)
+        yield f"{name.removesuffix(BASE)}.weight", weight.to(dtype)
