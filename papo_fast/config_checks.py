@@ -53,6 +53,8 @@ def check(config: Config) -> None:
         raise InputError(
             f"rollout.importance_cap is {rollout.importance_cap}: expected at least 1, or 0"
         )
+    if rollout.overlap:
+        check_overlap(config)
     if rollout.prompts % train.update_prompts:
         raise InputError(
             f"rollout.prompts ({rollout.prompts}) must be a multiple of train.update_prompts "
@@ -88,6 +90,26 @@ def check(config: Config) -> None:
             raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
         if not config.data.train:
             raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")
+
+
+def check_overlap(config: Config) -> None:
+    """Raise `InputError` where nothing else samples, or nothing corrects for its older weights."""
+    if config.rollout.engine != "vllm_server":
+        raise InputError(
+            f"rollout.overlap is on, but rollout.engine is {config.rollout.engine}, which samples "
+            "in the process that trains: set rollout.engine to vllm_server"
+        )
+    if config.rollout.old_logprobs == "recompute" and not config.weighs_by_sampler:
+        why = (
+            "the authors' objective (objective.parity official) has none"
+            if config.objective.parity == "official"
+            else "rollout.importance_cap is 0"
+        )
+        raise InputError(
+            "rollout.overlap samples with weights of one step before, which importance weights "
+            f"correct for, and {why}: set rollout.old_logprobs to sampler, so that the policy "
+            "ratio is taken to what the sampler reported"
+        )
 
 
 def check_memory(config: Config) -> None:

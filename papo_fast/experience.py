@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from papo_fast.config import Config
 from papo_fast.data.corruption import prompt_seed
 from papo_fast.data.prompts import Prompt
+from papo_fast.data.views import CorruptedViews
 from papo_fast.errors import InputError
 from papo_fast.model.batching import distribute
 from papo_fast.model.policy import Policy, SharedReference, inference
@@ -31,11 +31,11 @@ class Collector:
         self,
         config: Config,
         sampler: Sampler,
-        corrupt: Callable[[Prompt, int], tuple[Tensor | None, Tensor | None]],
+        views: CorruptedViews,
+        steps: int,
     ):
-        self.config = config
-        self.sampler = sampler
-        self.corrupt = corrupt
+        self.config, self.sampler = config, sampler
+        self.views, self.steps = views, steps
 
     def collect(
         self, stream: Iterator[list[Prompt]], step: int, advance: Callable[[int], None]
@@ -47,10 +47,8 @@ class Collector:
         the groups that the filter drops.
         """
         rollout = self.config.rollout
-        sampled: list[Group] = []
-        kept: list[Group] = []
-        dropped: list[Group] = []
-        rounds = 0
+        self.views.at((step - 1) / self.steps)
+        sampled, kept, dropped, rounds = [], [], [], 0
         while len(kept) < rollout.prompts:
             if rounds == (rollout.max_filter_rounds if rollout.dynamic_filter else 1):
                 if rollout.filter_unfilled == "top_up":
@@ -80,7 +78,7 @@ class Collector:
             for group in batch:
                 # one corruption per prompt and step, shared by its responses
                 seed = prompt_seed(self.config.seed, step, group.prompt.index)
-                group.aug_pixels, group.second_pixels = self.corrupt(group.prompt, seed)
+                group.aug_pixels, group.second_pixels = self.views(group.prompt, seed)
         return batch, sampling_metrics(all_samples(sampled)) | {
             "groups_kept": len(kept) / len(sampled),
             "groups_differ": sum(_differ(group) for group in sampled) / len(sampled),

@@ -10,6 +10,7 @@ averaged over groups.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,7 @@ TIMEOUT = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out", "Broken pipe")
 
 
+_of_thread = threading.local()  # `group`, of a thread that has one of its own
 _alone = False  # the main process, while the others wait for it in `main_first`
 
 
@@ -119,7 +121,7 @@ def gather_in_order(mine: Sequence[Any], count: int) -> list[Any]:
     if world_size() == 1:
         return list(mine)
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, list(mine))
+    dist.all_gather_object(parts, list(mine), group=getattr(_of_thread, "group", None))
     everything: list[Any] = [None] * count
     for r, part in enumerate(parts):
         everything[r :: world_size()] = part
@@ -131,8 +133,27 @@ def gather(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, value)
+    dist.all_gather_object(parts, value, group=getattr(_of_thread, "group", None))
     return parts
+
+
+class Collectives:
+    """A process group for one thread, whose messages must not mix with the main thread's.
+
+    Every rank makes one at the same time, in its main thread.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(timeout=TIMEOUT, backend="gloo") if world_size() > 1 else None
+
+    @contextmanager
+    def of_this_thread(self) -> Iterator[None]:
+        """`gather` and `gather_in_order` go through it, in the thread that calls them."""
+        _of_thread.group = self._group
+        try:
+            yield
+        finally:
+            _of_thread.group = None
 
 
 def wait_for_all() -> None:

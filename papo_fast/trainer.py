@@ -29,6 +29,7 @@ from papo_fast.report import print_summary, save_examples, write_report
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rollout.engines import make_engine
 from papo_fast.rollout.sampler import Sampler
+from papo_fast.rollouts import OverlappedRollouts, Rollouts
 from papo_fast.run.checkpoint import export_model
 from papo_fast.run.clock import Clock
 from papo_fast.run.files import SUMMARY
@@ -50,7 +51,6 @@ class Trainer:
         with self.progress.task("training", total=self.steps) as advance:
             advance(self.journal.done)
             for step in range(self.journal.done + 1, self.steps + 1):
-                self.views.at((step - 1) / self.steps)
                 self.journal.enter(self.step(step), self.state(), self.steps)
                 stopping = any(gather(stop.requested))
                 if stopping or self.checkpoint_is_due(step):
@@ -65,12 +65,14 @@ class Trainer:
         """One rollout and its updates; returns its metrics."""
         rollout, clock, seconds = self.config.rollout, self.clock, {}
         clock.lap()
+        self.rollouts.settle()
+        waited = clock.lap()
         self.load_sampler()
         seconds["sync_seconds"] = clock.lap()
         with self.progress.task("rollout", total=rollout.prompts, transient=True) as advance:
-            groups, sampled = self.collector.collect(self.stream, step, advance)
+            groups, sampled = self.rollouts.take(step, advance)
         self.engine.sleep()
-        seconds["rollout_seconds"] = clock.lap()
+        seconds["rollout_seconds"] = waited + clock.lap()
         scored = add_logprobs(groups, self.policy, self.reference, self.config)
         scored |= self.updater.weigher.measure(groups, self.policy)
         seconds["experience_seconds"] = clock.lap()
@@ -117,7 +119,9 @@ class Trainer:
         self.engine = make_engine(config, self.policy, encoder, folder)
         self.stream = PromptStream.of(config, self.train_data)
         sampler = Sampler(self.engine, encoder, scorer)
-        self.collector = Collector(config, sampler, self.views)
+        collector = Collector(config, sampler, self.views, self.steps)
+        kind = OverlappedRollouts if config.rollout.overlap else Rollouts
+        self.rollouts = kind(collector, self.stream, self.steps)
         self.evaluator = Evaluator(config, sampler, self.views.first, questions, progress)
         self.journal = Journal(config, folder, clock, self.say)
         self.updates_sampled: int | None = None  # whose weights the engine has
@@ -145,7 +149,7 @@ class Trainer:
         """What a checkpoint of the step that has just ended keeps besides weights and optimizer."""
         return {
             "updater": self.updater.counters(),
-            "stream": self.stream.state_dict(),
+            "stream": self.rollouts.position(),
             "bad_rows": dict(self.train_data.bad_rows),
             **self.reward_counts(),
             "rng": torch.get_rng_state(),

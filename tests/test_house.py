@@ -71,6 +71,7 @@ FLOORS = (
     {"model"},
     {"rollout", "report", "weighing"},
     {"experience", "update", "evaluate", "planning"},
+    {"rollouts"},
     {"trainer", "digits"},
     {"launch", "integrations", "doctor"},
     {"cli"},

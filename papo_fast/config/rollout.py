@@ -21,6 +21,9 @@ class RolloutConfig:
     """Longest response in tokens."""
     batch_size: int = 64
     """Sequences generated at a time, by each process or server."""
+    overlap: bool = False
+    """Sample the next batch by vLLM servers while this one trains. Its responses are one step off
+    the policy, which importance weights or old log-probs of the sampler correct for."""
     dynamic_filter: bool = False
     """DAPO's dynamic sampling: drop groups whose mean accuracy is outside `filter_range`."""
     filter_range: tuple[float, float] = (0.01, 0.99)
