@@ -8,7 +8,7 @@ held as a whole: `papo_kernels.token_stats` takes hidden states and the output e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -278,8 +278,7 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:
         """Hidden states that predict the response tokens, (N, D) of each of the batch's streams."""
-        offload = self.offload_activations and torch.is_grad_enabled()
-        with self.autocast(), OffloadedActivations() if offload else nullcontext():
+        with self.autocast(), self._activations():
             if batch.pixel_values is None and self.always_run_vision:
                 # in front, as with pictures: ranks gather weights in one order, both ways
                 nothing = self._vision_of_nothing()
@@ -310,6 +309,11 @@ class Policy(nn.Module):
                 tuple(layer[i] for i in picked) for layer in features.deepstack_features
             ]
         return {"image": features}
+
+    def _activations(self) -> AbstractContextManager:
+        """Context that decides where a forward pass keeps them."""
+        offload = self.offload_activations and torch.is_grad_enabled()
+        return OffloadedActivations() if offload else nullcontext()
 
     def _vision_of_nothing(self) -> Tensor:
         """Zero, with a gradient of zero to every parameter of the vision tower."""
