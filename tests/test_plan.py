@@ -232,6 +232,24 @@ def test_where_vllm_does_not_fit_into_its_share_it_gets_gpus_of_its_own(sizes):
     assert better.fits(GPUS["h100"].memory) and not any("--gpus" in name for name in names)
 
 
+def test_a_rollout_beside_the_update_takes_the_longer_of_the_two(sizes):
+    config = resolved_preset("papo-g-7b")
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, engine="vllm_server")
+    )
+    case = (sizes["qwen2_5_vl_7b"], Lengths(), Layout(6, GPUS["h100"].memory))
+    now = estimate_step(config, *case, GPUS["h100"])
+    [overlap] = [e for e in effects(config, *case) if "--rollout.overlap" in e.option.name]
+    assert overlap.option.name == "--rollout.overlap"
+    then = overlap.time
+    assert then.total == max(then.rollout, then.experience + then.update) < now.total
+    # the authors' objective has no importance weights
+    goal = dataclasses.replace(config.objective, parity="official")
+    config = dataclasses.replace(config, objective=goal)
+    [overlap] = [e for e in effects(config, *case) if "--rollout.overlap" in e.option.name]
+    assert overlap.option.name == "--rollout.overlap --rollout.old-logprobs sampler"
+
+
 def test_every_option_is_of_use_somewhere_and_none_makes_it_worse(sizes):
     config = resolved_preset("papo-g-7b")
     config = dataclasses.replace(

@@ -82,6 +82,16 @@ def offload_option() -> Option:
     return Option("--parallel.offload", change)
 
 
+def overlap_option(config: Config) -> Option:
+    """Sampling beside the update, with what corrects for its older weights."""
+    changes: dict[str, object] = {"overlap": True}
+    name = "--rollout.overlap"
+    if not config.weighs_by_sampler and config.rollout.old_logprobs == "recompute":
+        changes["old_logprobs"] = "sampler"
+        name += " --rollout.old-logprobs sampler"
+    return _option(name, "rollout", **changes)
+
+
 def rollout_options(config: Config, sizes: ModelSizes, layout: Layout) -> Iterator[Option]:
     """vLLM in each process where one GPU can hold its weights, and on some of the GPUs alone."""
     memory = layout.gpu_memory or 1
@@ -96,6 +106,8 @@ def rollout_options(config: Config, sizes: ModelSizes, layout: Layout) -> Iterat
             engine="vllm",
             gpu_memory=share,
         )
+    if config.rollout.engine == "vllm_server" and not config.rollout.overlap:
+        yield overlap_option(config)
     together = 1
     while vllm_least(sizes) / together > MOST_SHARE * memory:
         together *= 2

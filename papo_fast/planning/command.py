@@ -201,7 +201,8 @@ def _print_time(case: _Case, time: StepTime, console: Console) -> None:
     console.print(
         f"\nEstimated, not measured: [bold]{_duration(time.total)}[/] per step of "
         f"{case.config.rollout.prompts} prompts (rollout {_duration(time.rollout)}, experience "
-        f"{_duration(time.experience)}, update {_duration(time.update)}), and "
+        f"{_duration(time.experience)}, update {_duration(time.update)}"
+        f"{'; the next rollout runs beside the rest' if time.overlapped else ''}), and "
         f"[bold]{_duration(case.steps * time.total)}[/] for the whole run of {case.steps} steps "
         f"(--rows), from FLOPs at {case.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s (--mfu), "
         f"sampling at {seconds.BANDWIDTH_SHARE:.0%} of {gpu.bandwidth / 1e9:.0f} GB/s and "

@@ -32,10 +32,13 @@ class StepTime:
     rollout: float
     experience: float
     update: float
+    overlapped: bool = False
+    """Whether the next rollout runs beside the rest (`rollout.overlap`)."""
 
     @property
     def total(self) -> float:
-        return self.rollout + self.experience + self.update
+        training = self.experience + self.update
+        return max(self.rollout, training) if self.overlapped else self.rollout + training
 
 
 def estimate_step(
@@ -54,6 +57,7 @@ def estimate_step(
         rollout=sampling_seconds(config, sizes, lengths, layout, gpu, mfu),
         experience=work.experience / rate + experience,
         update=work.update / rate + update,
+        overlapped=config.rollout.overlap,
     )
 
 
