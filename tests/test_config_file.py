@@ -56,7 +56,7 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path):
         ({"train": {"kl_coef": 0}}, "unknown key train.kl_coef; .* one is objective.kl_coef"),
         ({"seed.x": 3}, "unknown key seed.x"),
         ({"xyzzy": 3}, "unknown key xyzzy$"),
-        ({"train": 3}, "train is 3, expected settings by name, such as train.lr"),
+        ({"train": 3}, "train is 3, expected settings by name, such as train.optimizer"),
         ({"train": {"lr": "fast"}}, "train.lr is 'fast': expected a number"),
         ({"train": {"steps": 1.5}}, "train.steps is 1.5: expected an integer"),
         ({"train": {"steps": True}}, "train.steps is True: expected an integer"),

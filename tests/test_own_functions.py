@@ -228,6 +228,8 @@ class Encoder:
     """What `PromptCorruption` asks of one, for a corruption of the user's."""
 
     image_processor = None
+    tiles = None
+    not_corrupted_by = ()
 
 
 def test_a_second_corruption_is_named_by_its_own_setting():

@@ -544,7 +544,8 @@ def test_a_hub_name_can_be_planned_from_its_cache(capsys, monkeypatch, tmp_path)
     told = said(capsys, ["plan", "--model.path", "Some/Model"])
     assert "3.75 B parameters" in told and "--model.path Some/Model" in told
     assert main(["plan", "--model.path", "Some/Other"]) == 2
-    assert "no model of that name" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "there is no file Some/Other; expected a local checkpoint" in told and "hub name" in told
 
 
 # --- simulation -----------------------------------------------------------------------------------

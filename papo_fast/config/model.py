@@ -12,9 +12,6 @@ Dtype = Literal["float32", "bfloat16"]
 class ModelConfig:
     path: str = ""
     """Local checkpoint directory (or hub name) of an image-text-to-text model (docs/models.md)."""
-    forward: Literal["auto", "fast", "plain"] = "auto"
-    """`fast`: a group's prompt runs once, for the families that allow it; `plain`: each response is
-    a padded sequence of its own, for any family; auto: fast where it is possible."""
     dtype: Dtype = "bfloat16"
     """Dtype of the forward pass. Weights and optimizer stay in float32, where an update of 1e-6 is
     not rounded away, unless weights_dtype says otherwise."""
@@ -42,6 +39,9 @@ class ModelConfig:
     decoder layers, and with train_vision of the vision blocks."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's kernels for RMSNorm and SwiGLU; auto: where there is a GPU and liger-kernel."""
+    forward: Literal["auto", "fast", "plain"] = "auto"
+    """`fast`: a group's prompt runs once, for the families that allow it; `plain`: each response is
+    a padded sequence of its own, for any family; auto: fast where it is possible."""
     trust_remote_code: bool = False
     """Let transformers run code that ships with the checkpoint. Leave off unless you trust it."""
 

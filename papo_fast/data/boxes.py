@@ -112,11 +112,10 @@ def boxes_of(prompt: Prompt, key: str, grid: PatchGrid) -> list[list[Rect]]:
     of_pictures = [value] if flat and n == 1 else value or [[] for _ in range(n)]
     if len(of_pictures) != n:
         raise InputError(f"{where} holds {len(of_pictures)} lists of boxes for {n} pictures")
-    assert prompt.encoded.image_grid_thw is not None
+    sizes = prompt.encoded.image_grid_thw
+    grids = [] if sizes is None else sizes.tolist()  # a row without pictures has none
     found = []
-    for i, (boxes, (_, h, w)) in enumerate(
-        zip(of_pictures, prompt.encoded.image_grid_thw.tolist(), strict=True)
-    ):
+    for i, (boxes, (_, h, w)) in enumerate(zip(of_pictures, grids, strict=True)):
         if boxes is None:
             boxes = []
         if not isinstance(boxes, list) or not all(_is_box(x) for x in boxes):
