@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# verl's own FSDP engine with and without the hooks, on the CPU: differences and seconds.
+#   bash bench/peers/verl.sh [DIR] [ARGUMENTS of compare_verl.py]    default DIR: a temporary one
+# DIR/env gets an environment of its own: torch in the version of constraints/cpu.txt, verl without
+# what it only needs on GPUs, and the transformers that verl asks for, not that of our trainer. Once
+# it is there it is used again. VERL and TRANSFORMERS pick other versions. Needs Python 3.11 or 3.12.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+if [ $# -ge 1 ] && [ "${1#-}" = "$1" ]; then
+  folder=$1
+  shift
+else
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+fi
+env=$folder/env
+if [ ! -e "$env/.installed" ]; then
+  mkdir -p "$folder"
+  "${PYTHON:-python3}" -m venv "$env"
+  pip=("$env/bin/python" -m pip install -qq --disable-pip-version-check)
+  "${pip[@]}" $(grep -E '^(torch|torchvision)==' "$root/constraints/cpu.txt")
+  # What verl 0.9.1 imports for FSDP, within the bounds that it declares.
+  "${pip[@]}" "transformers==${TRANSFORMERS:-5.9.0}" 'tensordict>=0.8,<=0.10' 'ray>=2.41' \
+    accelerate cachetools codetiming datasets dill hydra-core 'numpy>=2' packaging pandas peft \
+    psutil 'pyarrow>=19' torchdata
+  "${pip[@]}" --no-deps "verl==${VERL:-0.9.1}"
+  # papo_fast's wheel holds papo_kernels; without dependencies, as none of them may move verl's.
+  "${pip[@]}" --no-deps "$root"
+  touch "$env/.installed"
+fi
+export PYTHONPATH="$root:$root/kernels:$root/tests" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+"$env/bin/python" "$root/bench/peers/compare_verl.py" "$@"
