@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import inspect
 import itertools
 import json
 import os
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY, PROMPTS, RESPONSES, LONGEST = 16_384, 2, 2, 48
 EXTERNAL_LIB = "papo_fast.integrations.verl_engine"
 COEFFICIENTS = {"kl_prcp_coef": 0.02, "entropy_loss_coef": 0.03, "aug_entropy_loss_coef": 0.05}
@@ -102,9 +105,20 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return attended[0].transpose(0, 1)
 
 
+def check_record() -> None:
+    """What the tests' stand-ins have for signatures is what this verl has."""
+    record = json.loads((ROOT / "tests/data/verl_interfaces.json").read_text())
+    for place, published in record["verl"]["engine"]["signatures"].items():
+        module, _, dotted = place.partition(":")
+        thing = functools.reduce(getattr, dotted.split("."), importlib.import_module(module))
+        found = list(inspect.signature(thing).parameters)
+        assert found == published, f"{place} has {found}, recorded is {published}"
+
+
 def write_model(folder: Path) -> None:
-    from support.family_checkpoints import write_processor_files
     from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from support.family_checkpoints import write_processor_files
 
     write_processor_files(folder, "qwen2_5_vl", head_dim=32)
     config = AutoConfig.from_pretrained(folder)
@@ -192,7 +206,7 @@ def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) ->
         engine_config=FSDPEngineConfig(
             strategy=case.strategy,
             ulysses_sequence_parallel_size=case.ulysses,
-            mixed_precision={x: "fp32" for x in ("param_dtype", "reduce_dtype", "buffer_dtype")},
+            mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32"),
             use_orig_params=True,
             use_torch_compile=False,
         ),
@@ -284,12 +298,14 @@ def papo_by_logits(engine: Any, processor: Any, loss_function: Any, trained: boo
 
 def gradients(module: Any) -> dict[str, Tensor]:
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+    from torch.distributed.tensor import DTensor
+
+    def whole(gradient: Tensor) -> Tensor:  # FSDP2 keeps shards
+        return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
     def cleaned() -> dict[str, Tensor]:
         return {
-            name.replace("_fsdp_wrapped_module.", ""): getattr(
-                p.grad, "full_tensor", p.grad.clone
-            )()
+            name.replace("_fsdp_wrapped_module.", ""): whole(p.grad)
             for name, p in module.named_parameters()
             if p.grad is not None
         }
@@ -332,6 +348,7 @@ def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def run_case(rank: int, case: Case, folder: Path, out: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     use_cpu()
+    check_record()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": "0"}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.init", rank=rank, world_size=case.ranks

@@ -18,16 +18,15 @@ if [ ! -e "$env/.installed" ]; then
   mkdir -p "$folder"
   "${PYTHON:-python3}" -m venv "$env"
   pip=("$env/bin/python" -m pip install -qq --disable-pip-version-check)
+  # torch first, alone, so that nothing else decides which build of it is installed
   "${pip[@]}" $(grep -E '^(torch|torchvision)==' "$root/constraints/cpu.txt")
-  # What verl 0.9.1 imports for FSDP, within the bounds that it declares.
-  "${pip[@]}" "transformers==${TRANSFORMERS:-5.9.0}" 'tensordict>=0.8,<=0.10' 'ray>=2.41' \
-    accelerate cachetools codetiming datasets dill hydra-core 'numpy>=2' packaging pandas peft \
-    psutil 'pyarrow>=19' torchdata
+  # papo_fast with all that it asks for, and what verl 0.9.1 imports for FSDP, within verl's bounds:
+  # pip refuses if the two do not fit. verl itself would bring what only GPUs and loggers need.
+  "${pip[@]}" "$root" "transformers==${TRANSFORMERS:-5.9.0}" 'tensordict>=0.8,<=0.10' 'ray>=2.41' \
+    accelerate cachetools codetiming dill hydra-core pandas peft psutil 'pyarrow>=19' torchdata
   "${pip[@]}" --no-deps "verl==${VERL:-0.9.1}"
-  # papo_fast's wheel holds papo_kernels; without dependencies, as none of them may move verl's.
-  "${pip[@]}" --no-deps "$root"
   touch "$env/.installed"
 fi
-export PYTHONPATH="$root:$root/kernels:$root/tests" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+export PYTHONPATH="$root/tests" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$env/bin/python" "$root/bench/peers/compare_verl.py" "$@"
