@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from papo_fast.errors import InputError
 from papo_fast.integrations.processor import load_processor
+from papo_fast.integrations.verl import StatsOutput
 from support import verl_stand_in
 from support.family_checkpoints import write_checkpoint
 from support.verl_stand_in import MicroBatch
@@ -167,9 +168,7 @@ def test_statistics_of_a_packed_batch_lose_their_padding(engine_module, folder):
     engine = engine_with(engine_module, folder, kl_prcp_coef=0.02)
     batch = micro_batch(engine.module.config)
     n = batch["input_ids"].values().numel()
-    output = engine_module.forward_with_token_stats.__globals__["StatsOutput"](
-        *(torch.arange(n + 3.0)[None] + 100 * k for k in range(6))
-    )
+    output = StatsOutput(*(torch.arange(n + 3.0)[None] + 100 * k for k in range(6)))
     found = engine.prepare_model_outputs(output, {"pad_size": 3}, batch, None)
     for k, name in enumerate(("log_probs", "entropy", "aug_log_probs", "aug_entropy", "kl_prcp")):
         if name != "aug_log_probs":
@@ -183,7 +182,6 @@ def test_without_coefficients_it_is_verls_own_loss(engine_module, folder):
     loss_function = functools.partial(verl_stand_in.ppo_loss, config=actor_config())
     loss, metrics = engine.forward_step(batch, loss_function, forward_only=False)
     assert set(metrics) == {"actor/pg_loss"} and loss.item() == metrics["actor/pg_loss"]
-    engine_module.PAPOEngine.corrupt = None  # a reference's engine has no schedule and needs none
     assert "aug_pixel_values" not in engine.prepare_model_inputs(batch)[0]
 
 

@@ -3,33 +3,33 @@
 Each case has processes of its own. In each, a random Qwen2.5-VL goes through verl's
 `FSDPEngineWithLMHead`, which makes whole logits, and through `PAPOEngine`; the loss of PAPO is
 compared with one that is computed here from the logits that verl's engine makes.
-
-verl has no platform for CPUs and its packed attention calls flash-attn: `use_cpu` gives it both, a
-platform on gloo and causal attention per sequence by torch. Nothing else of verl is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import inspect
-import itertools
 import json
 import os
 import tempfile
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from verl_pieces import (
+    PROMPTS,
+    RESPONSES,
+    Case,
+    batch_of,
+    check_record,
+    parts_of,
+    use_cpu,
+    write_model,
+)
 
-ROOT = Path(__file__).parents[2]
-VOCABULARY, PROMPTS, RESPONSES, LONGEST = 16_384, 2, 2, 48
-EXTERNAL_LIB = "papo_fast.integrations.verl_engine"
 COEFFICIENTS = {"kl_prcp_coef": 0.02, "entropy_loss_coef": 0.03, "aug_entropy_loss_coef": 0.05}
 AVERAGES = (
     "token-mean",
@@ -38,15 +38,6 @@ AVERAGES = (
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    packed: bool = False
-    strategy: str = "fsdp2"
-    ranks: int = 1
-    ulysses: int = 1
-
 
 CASES = {
     "padded": Case(),
@@ -59,160 +50,10 @@ CASES = {
 }
 
 
-def use_cpu() -> None:
-    from verl.plugin.platform import platform_manager
-
-    class CPU(platform_manager.PlatformCUDA):
-        device_name = "cpu"
-
-        def is_available(self) -> bool:
-            return True
-
-        def current_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def communication_backend_name(self) -> str:
-            return "gloo"
-
-    platform_manager.set_platform(CPU())
-
-    from verl.models.transformers import qwen2_vl
-
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p=0.0, softmax_scale=None, **_):
-        parts = [
-            _causal(q[a:b], k[a:b], v[a:b], softmax_scale)
-            for a, b in itertools.pairwise(cu_seqlens_q.tolist())
-        ]
-        return torch.cat(parts)
-
-    def one_sequence(q, k, v, attention_mask, query_length, softmax_scale=None, **_):
-        return torch.stack([_causal(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
-
-    qwen2_vl.flash_attn_varlen_func = varlen
-    qwen2_vl._flash_attention_forward = one_sequence
-    qwen2_vl.fa_peft_integration_check = lambda q, k, v, **_: (q, k, v)  # flash-attn: no float32
-    qwen2_vl._flash_supports_window_size = True
-    qwen2_vl._flash_supports_deterministic = False
-    qwen2_vl._flash_use_top_left_mask = False
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """(S, heads, head dim), thrice → the same."""
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, is_causal=True, scale=scale
-    )
-    return attended[0].transpose(0, 1)
-
-
-def check_record() -> None:
-    """What the tests' stand-ins have for signatures is what this verl has."""
-    record = json.loads((ROOT / "tests/data/verl_interfaces.json").read_text())
-    for place, published in record["verl"]["engine"]["signatures"].items():
-        module, _, dotted = place.partition(":")
-        thing = functools.reduce(getattr, dotted.split("."), importlib.import_module(module))
-        found = list(inspect.signature(thing).parameters)
-        assert found == published, f"{place} has {found}, recorded is {published}"
-
-
-def write_model(folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from support.family_checkpoints import write_processor_files
-
-    write_processor_files(folder, "qwen2_5_vl", head_dim=32)
-    config = AutoConfig.from_pretrained(folder)
-    config.text_config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    for p in model.parameters():  # far from uniform, so that pictures and positions matter
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(folder)
-
-
-def batch_of(processor: Any, data_rank: int, ours: bool, case: Case) -> Any:
-    """What verl's trainer hands to its engine: jagged tensors, pictures beside them."""
-    from PIL import Image
-    from verl.models.transformers.qwen2_vl import get_rope_index
-    from verl.utils import tensordict_utils as tu
-
-    generator = torch.Generator().manual_seed(data_rank)
-    rows: dict[str, list[Any]] = {}
-
-    def add(**values: Any) -> None:
-        for name, value in values.items():
-            rows.setdefault(name, []).append(value)
-
-    for n in range(PROMPTS):
-        colours = torch.randint(0, 256, (112, 56 + 28 * n, 3), generator=generator)
-        picture = Image.fromarray(colours.byte().numpy())
-        text = "<|vision_start|><|image_pad|><|vision_end|>" + "What is it?" * (n + 1)
-        its = processor(images=[picture], text=[text], return_tensors="pt")
-        prompt = its["input_ids"][0]
-        for _ in range(RESPONSES):
-            length = int(torch.randint(LONGEST // 2, LONGEST, (), generator=generator))
-            response = torch.randint(0, 200, (length,), generator=generator)
-            ids = torch.cat([prompt, response])
-            places = get_rope_index(processor, ids, image_grid_thw=its["image_grid_thw"])
-            random = functools.partial(torch.randn, length, generator=generator)
-            add(
-                input_ids=ids,
-                position_ids=torch.cat([torch.arange(len(ids))[None], places]),
-                prompts=prompt,
-                responses=response,
-                loss_mask=torch.ones(length, dtype=torch.long),
-                response_mask=torch.ones(length, dtype=torch.long),
-                old_log_probs=-9 + random(),
-                ref_log_prob=-9 + random(),
-                advantages=random(),
-                multi_modal_inputs={k: its[k] for k in ("pixel_values", "image_grid_thw")},
-            )
-    pictures = rows.pop("multi_modal_inputs")
-    tensors: dict[str, Any] = {
-        name: torch.nested.as_nested_tensor(values, layout=torch.jagged)
-        for name, values in rows.items()
-    }
-    return tu.get_tensordict(
-        tensors | {"multi_modal_inputs": pictures},
-        {
-            "temperature": 0.8,
-            "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": 2,
-            "global_batch_size": PROMPTS * RESPONSES * (case.ranks // case.ulysses),
-            "use_remove_padding": case.packed,
-            "use_fused_kernels": ours,
-            "calculate_entropy": True,
-            "max_response_len": max(len(r) for r in rows["responses"]),
-        },
-    )
-
-
 def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) -> Any:
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
-    parts = dict(
-        model_config=HFModelConfig(
-            path=str(folder),
-            external_lib=EXTERNAL_LIB if ours else None,
-            use_remove_padding=case.packed,
-            use_fused_kernels=ours,
-            fused_kernel_options={"impl_backend": "torch", "papo": papo or {}} if ours else {},
-            enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
-        ),
-        engine_config=FSDPEngineConfig(
-            strategy=case.strategy,
-            ulysses_sequence_parallel_size=case.ulysses,
-            mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32"),
-            use_orig_params=True,
-            use_torch_compile=False,
-        ),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
-        checkpoint_config=CheckpointConfig(),
-    )
+    parts = parts_of(folder, case, ours, papo)
     if ours:
         engine = EngineRegistry.new("language_model", case.strategy, **parts)
         assert type(engine).__name__ == "PAPOEngine", type(engine)
@@ -220,6 +61,25 @@ def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) ->
         engine = FSDPEngineWithLMHead(**parts)
     engine.initialize()
     return engine
+
+
+def loss_of_worker(folder: Path, case: Case, data: Any, loss_function: Any) -> float:
+    """PAPO's loss as verl's own `TrainingWorker` reports it for one mini-batch."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.config import TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    config = TrainingWorkerConfig(
+        model_type="language_model", **parts_of(folder, case, True, COEFFICIENTS)
+    )
+    worker = TrainingWorker(config)
+    worker.reset()
+    worker.set_loss_fn(loss_function)
+    dp = case.ranks // case.ulysses
+    tu.assign_non_tensor(data, mini_batch_size=PROMPTS * RESPONSES * dp, epochs=1)
+    metrics = tu.get(worker.train_mini_batch(data), "metrics")
+    assert "actor/kl_prcp" in metrics, sorted(metrics)
+    return metrics["loss"][0]
 
 
 def ppo_loss_of(case: Case, average: str) -> Any:
@@ -349,7 +209,9 @@ def run_case(rank: int, case: Case, folder: Path, out: Path, rounds: int) -> Non
     torch.set_num_threads(1)
     use_cpu()
     check_record()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": "0"}
+    ranks = {"RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_RANK": 0}  # TrainingWorker reads them
+    os.environ |= {name: str(n) for name, n in ranks.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.init", rank=rank, world_size=case.ranks
     )
@@ -394,6 +256,8 @@ def run_case(rank: int, case: Case, folder: Path, out: Path, rounds: int) -> Non
         pairs = [(ours[name][a], theirs[name][a]) for a in AVERAGES]
         row[f"{name}: loss"] = max(abs(x[0] - y[0]) / max(1, abs(y[0])) for x, y in pairs)
         row[f"{name}: gradients"] = max(farthest(x[1], y[1]) for x, y in pairs)
+    told = loss_of_worker(folder, case, data(ours=True), losses["token-mean"])
+    row["TrainingWorker: PAPO's loss"] = abs(told - theirs["PAPO"]["token-mean"][0])
     row["what PAPO adds"] = abs(theirs["PAPO"]["token-mean"][0] - theirs["GRPO"]["token-mean"][0])
     if rank == 0:
         out.write_text(json.dumps(row))

@@ -1,4 +1,4 @@
-"""The parts of verl 0.9.1 that `papo_fast.integrations.verl_engine` imports, for tests without verl.
+"""What `papo_fast.integrations.verl_engine` imports of verl 0.9.1, for tests without verl.
 
 Names, arguments and order of calls are verl's (tests/data/verl_interfaces.json); the bodies do the
 same on a padded batch without FSDP. bench/peers/verl.sh runs the engine in verl itself.
