@@ -98,7 +98,7 @@ def ppo_loss_of(case: Case, average: str) -> Any:
     return functools.partial(ppo_loss, config=config)
 
 
-def papo_by_logits(engine: Any, processor: Any, loss_function: Any, trained: bool) -> Any:
+def papo_by_logits(engine: Any, processor: Any, verl_loss: Any, trained: bool) -> Any:
     """A `forward_step` for verl's own engine: PAPO's loss from two passes of whole logits."""
     from verl.trainer.ppo.core_algos import agg_loss
     from verl.workers.utils.padding import no_padding_2_padding
@@ -116,7 +116,7 @@ def papo_by_logits(engine: Any, processor: Any, loss_function: Any, trained: boo
             )
         return torch.nested.nested_tensor_from_jagged(values, offsets)
 
-    def forward_step(micro_batch: Any, _: Any, forward_only: bool) -> Any:
+    def forward_step(micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         inputs, output_args = engine.prepare_model_inputs(micro_batch=micro_batch)
         pixels = [
             corrupt(
@@ -138,9 +138,9 @@ def papo_by_logits(engine: Any, processor: Any, loss_function: Any, trained: boo
             "aug_entropy_loss": -(q.exp() * q).sum(-1),
         }
         found = engine.prepare_model_outputs(real, output_args, micro_batch, None)
-        loss, metrics = loss_function(model_output=found, data=micro_batch)
+        loss, metrics = verl_loss(model_output=found, data=micro_batch)
         mask = micro_batch.select("response_mask").to_padded_tensor()["response_mask"].bool()
-        config = loss_function.keywords["config"]
+        config = verl_loss.keywords["config"]
         for name, values in statistics.items():
             values = jagged(values, output_args, micro_batch["input_ids"].offsets())
             term = agg_loss(
