@@ -11,6 +11,7 @@ import importlib
 import inspect
 import itertools
 import json
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,18 @@ class Case:
 def use_cpu() -> None:
     from verl.plugin.platform import platform_manager
 
+    counters = [f"{x}memory_{y}" for x in ("", "max_") for y in ("allocated", "reserved")]
+
     class CPU(platform_manager.PlatformCUDA):
         device_name = "cpu"
+        device_module = types.SimpleNamespace(  # its memory is logged
+            **dict.fromkeys(counters, lambda *_: 0),
+            mem_get_info=lambda: (0, 0),
+            empty_cache=lambda: None,
+            get_device_name=lambda: "CPU",
+            is_available=lambda: True,
+            synchronize=lambda *_: None,
+        )
 
         def is_available(self) -> bool:
             return True
@@ -104,18 +115,26 @@ def write_model(folder: Path) -> None:
 
 
 def batch_of(processor: Any, data_rank: int, ours: bool, case: Case) -> Any:
-    """What verl's trainer hands to its engine: jagged tensors, pictures beside them."""
+    """What verl's trainer hands to its engine, by verl's own way there from padded rows."""
     from PIL import Image
     from verl.models.transformers.qwen2_vl import get_rope_index
     from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
 
     generator = torch.Generator().manual_seed(data_rank)
-    rows: dict[str, list[Any]] = {}
+    rows: dict[str, list[Tensor]] = {}
+    pictures = []
 
-    def add(**values: Any) -> None:
+    def add(before: int = 0, **values: Tensor) -> None:
         for name, value in values.items():
-            rows.setdefault(name, []).append(value)
+            behind = longest[name] - before - value.shape[-1] if name in longest else 0
+            padded = torch.nn.functional.pad(value, (before, behind))
+            rows.setdefault(name, []).append(padded)
 
+    most = 64
+    whole = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), most + LONGEST)
+    response = ("responses", "response_mask", "old_log_probs", "ref_log_prob", "advantages")
+    longest = whole | dict.fromkeys(response, LONGEST)
     for n in range(PROMPTS):
         colours = torch.randint(0, 256, (112, 56 + 28 * n, 3), generator=generator)
         picture = Image.fromarray(colours.byte().numpy())
@@ -124,29 +143,29 @@ def batch_of(processor: Any, data_rank: int, ours: bool, case: Case) -> Any:
         prompt = its["input_ids"][0]
         for _ in range(RESPONSES):
             length = int(torch.randint(LONGEST // 2, LONGEST, (), generator=generator))
-            response = torch.randint(0, 200, (length,), generator=generator)
-            ids = torch.cat([prompt, response])
+            answer = torch.randint(0, 200, (length,), generator=generator)
+            ids = torch.cat([prompt, answer])
             places = get_rope_index(processor, ids, image_grid_thw=its["image_grid_thw"])
             random = functools.partial(torch.randn, length, generator=generator)
+            before = most - len(prompt)
             add(
+                before,
                 input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 position_ids=torch.cat([torch.arange(len(ids))[None], places]),
                 prompts=prompt,
-                responses=response,
-                loss_mask=torch.ones(length, dtype=torch.long),
-                response_mask=torch.ones(length, dtype=torch.long),
+            )
+            add(
+                responses=answer,
+                response_mask=torch.ones_like(answer),
                 old_log_probs=-9 + random(),
                 ref_log_prob=-9 + random(),
                 advantages=random(),
-                multi_modal_inputs={k: its[k] for k in ("pixel_values", "image_grid_thw")},
             )
-    pictures = rows.pop("multi_modal_inputs")
-    tensors: dict[str, Any] = {
-        name: torch.nested.as_nested_tensor(values, layout=torch.jagged)
-        for name, values in rows.items()
-    }
-    return tu.get_tensordict(
-        tensors | {"multi_modal_inputs": pictures},
+            pictures.append({k: its[k] for k in ("pixel_values", "image_grid_thw")})
+    data = tu.get_tensordict(
+        {name: torch.stack(values) for name, values in rows.items()}
+        | {"multi_modal_inputs": pictures},
         {
             "temperature": 0.8,
             "use_dynamic_bsz": False,
@@ -155,9 +174,9 @@ def batch_of(processor: Any, data_rank: int, ours: bool, case: Case) -> Any:
             "use_remove_padding": case.packed,
             "use_fused_kernels": ours,
             "calculate_entropy": True,
-            "max_response_len": max(len(r) for r in rows["responses"]),
         },
     )
+    return left_right_2_no_padding(data)
 
 
 def parts_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) -> dict[str, Any]:

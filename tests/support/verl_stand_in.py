@@ -10,6 +10,8 @@ import types
 
 import torch
 
+from papo_fast.integrations.verl import FusedLinearForPPO
+
 
 class MicroBatch(dict):
     """The few methods of a TensorDict that are called."""
@@ -124,6 +126,7 @@ class Metric:
 
 MODULES = {
     "verl.trainer.ppo.core_algos": {"agg_loss": agg_loss},
+    "verl.utils.experimental.torch_functional": {"FusedLinearForPPO": FusedLinearForPPO},
     "verl.utils.metric": {"AggregationType": AggregationType, "Metric": Metric},
     "verl.workers.engine": {"EngineRegistry": EngineRegistry},
     "verl.workers.engine.fsdp.transformer_impl": {"FSDPEngineWithLMHead": FSDPEngineWithLMHead},
