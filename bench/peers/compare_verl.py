@@ -22,6 +22,7 @@ from torch import Tensor
 from verl_pieces import (
     PROMPTS,
     RESPONSES,
+    STRATEGY,
     Case,
     batch_of,
     check_record,
@@ -42,10 +43,8 @@ AVERAGES = (
 CASES = {
     "padded": Case(),
     "packed": Case(packed=True),
-    "packed, FSDP1": Case(packed=True, strategy="fsdp"),
     "padded, 2 ranks": Case(ranks=2),
     "packed, 2 ranks": Case(packed=True, ranks=2),
-    "packed, FSDP1, 2 ranks": Case(packed=True, strategy="fsdp", ranks=2),
     "packed, Ulysses over 2 ranks": Case(packed=True, ranks=2, ulysses=2),
 }
 
@@ -55,7 +54,7 @@ def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) ->
 
     parts = parts_of(folder, case, ours, papo)
     if ours:
-        engine = EngineRegistry.new("language_model", case.strategy, **parts)
+        engine = EngineRegistry.new("language_model", STRATEGY, **parts)
         assert type(engine).__name__ == "PAPOEngine", type(engine)
     else:
         engine = FSDPEngineWithLMHead(**parts)
@@ -82,12 +81,12 @@ def loss_of_worker(folder: Path, case: Case, data: Any, loss_function: Any) -> f
     return metrics["loss"][0]
 
 
-def ppo_loss_of(case: Case, average: str) -> Any:
+def ppo_loss_of(average: str) -> Any:
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
     config = FSDPActorConfig(
-        strategy=case.strategy,
+        strategy=STRATEGY,
         rollout_n=RESPONSES,
         ppo_micro_batch_size_per_gpu=2,
         clip_ratio_high=0.3,
@@ -157,23 +156,9 @@ def papo_by_logits(engine: Any, processor: Any, verl_loss: Any, trained: bool) -
 
 
 def gradients(module: Any) -> dict[str, Tensor]:
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-    from torch.distributed.tensor import DTensor
-
-    def whole(gradient: Tensor) -> Tensor:  # FSDP2 keeps shards
-        return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
-
-    def cleaned() -> dict[str, Tensor]:
-        return {
-            name.replace("_fsdp_wrapped_module.", ""): whole(p.grad)
-            for name, p in module.named_parameters()
-            if p.grad is not None
-        }
-
-    if isinstance(module, FSDP1):
-        with FSDP1.summon_full_params(module, with_grads=True):
-            return cleaned()
-    return cleaned()
+    return {
+        name: p.grad.full_tensor() for name, p in module.named_parameters() if p.grad is not None
+    }
 
 
 def update(engine: Any, data: Any, loss_function: Any) -> tuple[float, dict[str, Tensor], float]:
@@ -215,7 +200,7 @@ def run_case(rank: int, case: Case, folder: Path, out: Path, rounds: int) -> Non
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.init", rank=rank, world_size=case.ranks
     )
-    losses = {average: ppo_loss_of(case, average) for average in AVERAGES}
+    losses = {average: ppo_loss_of(average) for average in AVERAGES}
     theirs: dict[str, Any] = {}
     ours: dict[str, Any] = {}
     seconds: dict[str, float] = {}

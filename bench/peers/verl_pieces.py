@@ -21,13 +21,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, PROMPTS, RESPONSES, LONGEST = 16_384, 2, 2, 48
+STRATEGY = "fsdp2"  # verl asks FSDP1 to sync_module_states, which torch refuses on CPUs
 EXTERNAL_LIB = "papo_fast.integrations.verl_engine"
 
 
 @dataclass(frozen=True)
 class Case:
     packed: bool = False
-    strategy: str = "fsdp2"
     ranks: int = 1
     ulysses: int = 1
 
@@ -195,7 +195,7 @@ def parts_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) -> 
             override_config={"attn_implementation": "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
-            strategy=case.strategy,
+            strategy=STRATEGY,
             ulysses_sequence_parallel_size=case.ulysses,
             mixed_precision=dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32"),
             use_orig_params=True,

@@ -142,6 +142,7 @@ class PAPOEngine(FSDPEngineWithLMHead):
 
     papo: PAPOSettings
     corrupt: PatchCorruption | TileCorruption | None
+    """None where no term has a coefficient, and nothing is corrupted."""
 
     def _build_module(self) -> nn.Module:
         if not self.model_config.use_fused_kernels:
@@ -170,12 +171,12 @@ class PAPOEngine(FSDPEngineWithLMHead):
         brought = model_inputs.pop("aug_pixel_values", None)  # the dataset's own, if it makes some
         if self.mode == "train" and self.corrupt is not None:
             model_inputs["aug_pixel_values"] = (
-                self._corrupted(micro_batch) if brought is None else brought
+                self._corrupted(self.corrupt, micro_batch) if brought is None else brought
             )
             model_inputs["aug_gradient"] = self.papo.aug == "trained"
         return model_inputs, output_args
 
-    def _corrupted(self, micro_batch: Any) -> Tensor:
+    def _corrupted(self, corrupt: PatchCorruption | TileCorruption, micro_batch: Any) -> Tensor:
         """The micro-batch's pictures in the layout of `pixel_values`, prompt by prompt.
 
         A prompt's patches are the same for all its responses, mini-batches and epochs of a step:
@@ -191,7 +192,7 @@ class PAPOEngine(FSDPEngineWithLMHead):
                 continue
             index = zlib.crc32(prompt.cpu().numpy().tobytes())
             seed = prompt_seed(self.papo.corruption_seed, step, index)
-            pictures.append(self.corrupt(its["pixel_values"], its.get("image_grid_thw"), seed))
+            pictures.append(corrupt(its["pixel_values"], its.get("image_grid_thw"), seed))
         if not pictures:
             raise InputError(
                 "a micro-batch has no picture: its ranks would run one stream and others two, and "
