@@ -165,7 +165,7 @@ def test_a_dataset_may_bring_its_own_corrupted_pictures(engine_module, folder):
 
 
 def test_statistics_of_a_packed_batch_lose_their_padding(engine_module, folder):
-    engine = engine_with(engine_module, folder, kl_prcp_coef=0.02)
+    engine = engine_with(engine_module, folder, **COEFFICIENTS)
     batch = micro_batch(engine.module.config)
     n = batch["input_ids"].values().numel()
     output = StatsOutput(*(torch.arange(n + 3.0)[None] + 100 * k for k in range(6)))
@@ -183,6 +183,22 @@ def test_without_coefficients_it_is_verls_own_loss(engine_module, folder):
     loss, metrics = engine.forward_step(batch, loss_function, forward_only=False)
     assert set(metrics) == {"actor/pg_loss"} and loss.item() == metrics["actor/pg_loss"]
     assert "aug_pixel_values" not in engine.prepare_model_inputs(batch)[0]
+
+
+def test_the_entropy_alone_needs_no_corrupted_stream(engine_module, folder):
+    engine = engine_with(engine_module, folder, entropy_loss_coef=0.5)
+    batch = micro_batch(engine.module.config)
+    loss_function = functools.partial(verl_stand_in.ppo_loss, config=actor_config())
+    loss, metrics = engine.forward_step(batch, loss_function, forward_only=False)
+    (entropy,) = metrics["actor/entropy"].values
+    assert entropy > 0.1
+    assert loss.item() == pytest.approx(metrics["actor/pg_loss"] + 0.5 * entropy, rel=1e-6)
+    assert "aug_pixel_values" not in engine.prepare_model_inputs(batch)[0]
+    batch["multi_modal_inputs"] = [None] * 3  # and so needs no pictures
+    batch["input_ids"] = torch.nested.nested_tensor_from_jagged(
+        batch["input_ids"].values() % 200, batch["input_ids"].offsets()
+    )
+    engine.forward_step(batch, loss_function, forward_only=False)
 
 
 def test_it_is_registered_for_both_fsdp_backends(engine_module):

@@ -38,9 +38,6 @@ except ImportError as error:
         f"FSDP cannot be imported here ({error}): install verl 0.9.1"
     ) from error
 
-OF_BOTH_STREAMS = ("entropy", "aug_entropy", "kl_prcp")
-"""What the engine hands to the loss beside log-probs, under the names that a forward gives."""
-
 
 @dataclass(frozen=True)
 class PAPOSettings:
@@ -86,6 +83,10 @@ class PAPOSettings:
         }
         return {name: coef for name, coef in every.items() if coef != 0}
 
+    @property
+    def needs_aug(self) -> bool:
+        return bool(self.signed.keys() - {"entropy"})
+
 
 def papo_ppo_loss(
     config: Any,
@@ -102,7 +103,8 @@ def papo_ppo_loss(
 
     Args:
         config: verl's `ActorConfig`.
-        model_output: jagged (B, S) float32 of `log_probs` and `OF_BOTH_STREAMS`.
+        model_output: jagged (B, S) float32 of `log_probs`, and of `kl_prcp`, `entropy` and
+            `aug_entropy` where they have a coefficient.
         data: the micro-batch.
 
     Raises:
@@ -142,7 +144,7 @@ class PAPOEngine(FSDPEngineWithLMHead):
 
     papo: PAPOSettings
     corrupt: PatchCorruption | TileCorruption | None
-    """None where no term has a coefficient, and nothing is corrupted."""
+    """None where no term needs a corrupted picture."""
 
     def _build_module(self) -> nn.Module:
         if not self.model_config.use_fused_kernels:
@@ -152,7 +154,7 @@ class PAPOEngine(FSDPEngineWithLMHead):
             )
         self.papo = PAPOSettings.of(self.model_config.fused_kernel_options)
         self.corrupt = None
-        if self.papo.signed:
+        if self.papo.needs_aug:
             processor = self.model_config.get_processor()
             if not hasattr(processor, "image_processor"):
                 raise InputError(
@@ -206,16 +208,17 @@ class PAPOEngine(FSDPEngineWithLMHead):
         found = super().prepare_model_outputs(
             output, output_args, micro_batch, logits_processor_func
         )
-        if output.get("kl_prcp") is not None:
-            offsets = micro_batch["input_ids"].offsets()
-            for name in OF_BOTH_STREAMS:
-                if "pad_size" in output_args:  # packed (1, N), in parts where Ulysses splits them
-                    row = output[name].squeeze(0)
-                    values = self._gather_and_unpad_packed(row, output_args["pad_size"])
-                else:
-                    places = torch.arange(output[name].shape[1], device=offsets.device)
-                    values = output[name][places < offsets.diff()[:, None]]
-                found[name] = torch.nested.nested_tensor_from_jagged(values, offsets)
+        if self.mode != "train":
+            return found
+        offsets = micro_batch["input_ids"].offsets()
+        for name in self.papo.signed:
+            if "pad_size" in output_args:  # packed (1, N), in parts where Ulysses splits them
+                row = output[name].squeeze(0)
+                values = self._gather_and_unpad_packed(row, output_args["pad_size"])
+            else:
+                places = torch.arange(output[name].shape[1], device=offsets.device)
+                values = output[name][places < offsets.diff()[:, None]]
+            found[name] = torch.nested.nested_tensor_from_jagged(values, offsets)
         return found
 
     def forward_step(
