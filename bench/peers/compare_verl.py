@@ -63,7 +63,10 @@ def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) ->
 
 
 def loss_of_worker(folder: Path, case: Case, data: Any, loss_function: Any) -> float:
-    """PAPO's loss as verl's own `TrainingWorker` reports it for one mini-batch."""
+    """PAPO's loss as verl's own `TrainingWorker` reports it for one mini-batch.
+
+    NaN where it reports nothing, which it does from the first rank of those that share sequences.
+    """
     from verl.utils import tensordict_utils as tu
     from verl.workers.config import TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
@@ -76,7 +79,10 @@ def loss_of_worker(folder: Path, case: Case, data: Any, loss_function: Any) -> f
     worker.set_loss_fn(loss_function)
     dp = case.ranks // case.ulysses
     tu.assign_non_tensor(data, mini_batch_size=PROMPTS * RESPONSES * dp, epochs=1)
-    metrics = tu.get(worker.train_mini_batch(data), "metrics")
+    told = worker.train_mini_batch(data)
+    if told is None:
+        return float("nan")
+    metrics = tu.get(told, "metrics")
     assert "actor/kl_prcp" in metrics, sorted(metrics)
     return metrics["loss"][0]
 
