@@ -65,7 +65,7 @@ def engine_of(folder: Path, case: Case, ours: bool, papo: dict | None = None) ->
 def loss_of_worker(folder: Path, case: Case, data: Any, loss_function: Any) -> float:
     """PAPO's loss as verl's own `TrainingWorker` reports it for one mini-batch.
 
-    NaN where it reports nothing, which it does from the first rank of those that share sequences.
+    NaN on ranks that report nothing: of those that share sequences only the first does.
     """
     from verl.utils import tensordict_utils as tu
     from verl.workers.config import TrainingWorkerConfig

@@ -14,10 +14,10 @@ else
   trap 'rm -rf "$folder"' EXIT
 fi
 env=$folder/env
+pip=("$env/bin/python" -m pip install -qq --disable-pip-version-check)
 if [ ! -e "$env/.installed" ]; then
   mkdir -p "$folder"
   "${PYTHON:-python3}" -m venv "$env"
-  pip=("$env/bin/python" -m pip install -qq --disable-pip-version-check)
   # torch first, alone, so that nothing else decides which build of it is installed
   "${pip[@]}" $(grep -E '^(torch|torchvision)==' "$root/constraints/cpu.txt")
   # papo_fast with all that it asks for, and what verl 0.9.1 imports for FSDP, within verl's bounds:
@@ -32,6 +32,7 @@ if [ ! -e "$env/.installed" ]; then
   echo 'import papo_fast_torchvision' > "$site/papo_fast_torchvision.pth"
   touch "$env/.installed"
 fi
+"${pip[@]}" --no-deps --force-reinstall "$root"  # as the tree is now
 export PYTHONPATH="$root/tests" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 "$env/bin/python" "$root/bench/peers/compare_verl.py" "$@"
