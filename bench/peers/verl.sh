@@ -23,7 +23,7 @@ if [ ! -e "$env/.installed" ]; then
   # papo_fast with all that it asks for, and what verl 0.9.1 imports for FSDP, within verl's bounds:
   # pip refuses if the two do not fit. verl itself would bring what only GPUs and loggers need.
   "${pip[@]}" "$root" "transformers==${TRANSFORMERS:-5.9.0}" 'tensordict>=0.8,<=0.10' 'ray>=2.41' \
-    accelerate cachetools codetiming dill fastapi hydra-core pandas peft psutil 'pyarrow>=19' \
+    accelerate cachetools codetiming dill fastapi hydra-core pandas peft psutil 'pyarrow>=19' pyzmq \
     torchdata uvicorn
   "${pip[@]}" --no-deps "verl==${VERL:-0.9.1}"
   # On the CPU torchvision's wheel imports only with what this file declares; see there.
