@@ -1,6 +1,7 @@
 """PAPO in verl and EasyR1: what their actors call, with their names, shapes and layout.
 
-Neither is imported. `forward_with_token_stats` is a model's `forward` as verl's fused backends are;
+Neither is imported. Under verl 0.9 `papo_fast.integrations.verl_engine` puts all of it in place by
+itself. `forward_with_token_stats` is a model's `forward` as verl's fused backends are;
 `linear_cross_entropy` and `FusedLinearForPPO` are the two functions such a forward ends in;
 `papo_loss` takes what an actor holds at its update, (batch, response) tensors and a response mask.
 How to put them in place: docs/trainers.md. The interfaces as they were published:
@@ -131,9 +132,9 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """verl's module of this name; `chunk_size` is accepted and not needed."""
+    """verl's module of this name; `chunk_size` and `impl_backend` are accepted and not needed."""
 
-    def __init__(self, chunk_size: int = 512):
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
         super().__init__()
 
     def forward(
