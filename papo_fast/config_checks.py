@@ -99,7 +99,7 @@ def check_overlap(config: Config) -> None:
             f"rollout.overlap is on, but rollout.engine is {config.rollout.engine}, which samples "
             "in the process that trains: set rollout.engine to vllm_server"
         )
-    if config.rollout.old_logprobs == "recompute" and not config.weighs_by_sampler:
+    if not config.corrects_for_sampler:
         why = (
             "the authors' objective (objective.parity official) has none"
             if config.objective.parity == "official"

@@ -24,6 +24,7 @@ from papo_fast.blockwise import (
     require_bitsandbytes,
 )
 from papo_fast.config import Config
+from papo_fast.parallel import local
 
 PIECE = 1 << 22
 """Numbers of a weight that are updated at a time."""
@@ -128,15 +129,15 @@ class CompactAdamW(Optimizer):
                 state[name] = self._like(parameter, parameter.shape, torch.float32, 0)
         if self.master and parameter.dtype != torch.float32:
             state["master"] = self._like(parameter, parameter.shape, torch.float32, 0)
-            _local(state["master"]).copy_(_local(parameter.detach()))
+            local(state["master"]).copy_(local(parameter.detach()))
         return state
 
     def _like(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype, value: int) -> Tensor:
         """A tensor of this shape beside `parameter`, sharded as it is."""
-        local = (*_local(parameter).shape[:1], *shape[1:])
+        here = (*local(parameter).shape[:1], *shape[1:])
         pinned = self.offload and self.device.type == "cuda"
         where = torch.device("cpu") if self.offload else parameter.device
-        made = torch.full(local, value, dtype=dtype, device=where, pin_memory=pinned)
+        made = torch.full(here, value, dtype=dtype, device=where, pin_memory=pinned)
         if not isinstance(parameter, DTensor):
             return made
         return DTensor.from_local(
@@ -161,8 +162,8 @@ class CompactAdamW(Optimizer):
     def _update(self, group: dict[str, Any], parameter: Tensor, number: int) -> None:
         state = dict(self.state[parameter])
         count = state.pop("step").add_(1)
-        step, state = int(count), {name: _rows(_local(x)) for name, x in state.items()}
-        weight, gradient = _rows(_local(parameter)), _rows(_local(parameter.grad))
+        step, state = int(count), {name: _rows(local(x)) for name, x in state.items()}
+        weight, gradient = _rows(local(parameter)), _rows(local(parameter.grad))
         if weight.numel() == 0:  # a shard of nothing
             return
         rounds = weight.dtype != torch.float32 and not self.master
@@ -235,10 +236,6 @@ def stochastic_rounding_(values: Tensor, random: torch.Generator) -> Tensor:
     )
     bits.add_(noise).bitwise_and_(-(1 << 16))
     return values
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rows(tensor: Tensor) -> Tensor:

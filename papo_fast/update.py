@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from papo_fast.config import Config
 from papo_fast.errors import InputError
@@ -17,7 +16,7 @@ from papo_fast.model.batching import distribute
 from papo_fast.model.policy import Policy, SharedReference
 from papo_fast.objective import mean_metrics, objective
 from papo_fast.optimizer import make_optimizer
-from papo_fast.parallel import gather, rank, world_size
+from papo_fast.parallel import gather, rank, whole, world_size
 from papo_fast.samples import Group, all_samples
 from papo_fast.token_batch import Denominators, Metrics, TokenBatch
 from papo_fast.weighing import TokenWeigher
@@ -84,7 +83,7 @@ class Updater:
             metrics.append(of_loss | of_sampler)
             advance(sum(len(group.samples) for group in some))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        norm = whole(norm).item()
         if math.isfinite(norm):
             self.optimizer.step()
             self._bad_in_a_row = 0

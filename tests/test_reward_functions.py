@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from papo_fast.rewards.functions import GIVE_UP
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rewards.workers import PATIENCE
 from papo_fast.user_function import forget_files, name_given
+from support.standing_in import answering
 
 RIGHT = "<think>two</think>\\boxed{2}"
 WRONG = "\\boxed{3}"
@@ -284,15 +284,8 @@ def serving(answer):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/judge", bodies
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
+        yield f"http://127.0.0.1:{port}/judge", bodies
 
 
 def test_a_service_judges_each_response_by_everything_there_is():
@@ -365,16 +358,8 @@ def writing(*parts, pause=0.0):
                     self.request.sendall(part)
                     time.sleep(pause)
 
-    server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/judge", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with answering(ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
+        yield f"http://127.0.0.1:{port}/judge", asked
 
 
 @pytest.mark.parametrize("what", RAW)

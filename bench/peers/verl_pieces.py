@@ -101,16 +101,14 @@ def check_record() -> None:
 def write_model(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from support.family_checkpoints import write_processor_files
+    from support.family_checkpoints import spread, write_processor_files
 
     write_processor_files(folder, "qwen2_5_vl", head_dim=32)
     config = AutoConfig.from_pretrained(folder)
     config.text_config.vocab_size = VOCABULARY
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
-    for p in model.parameters():  # far from uniform, so that pictures and positions matter
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
+    spread(model)
     model.save_pretrained(folder)
 
 

@@ -82,3 +82,8 @@ class Config:
             and rollout.old_logprobs == "recompute"
             and self.objective.parity != "official"
         )
+
+    @property
+    def corrects_for_sampler(self) -> bool:
+        """Whether the policy loss knows that another policy may have sampled, by either way."""
+        return self.weighs_by_sampler or self.old_logprobs_from == "sampler"

@@ -134,10 +134,8 @@ def papo_ppo_loss(
     model_type="language_model",
     backend=["fsdp", "fsdp2"],
     device=["cuda", "cpu"],
-    vendor=[
-        "nvidia",
-        "amd",
-    ],  # verl asks for (device, vendor) before its own engine, which has none
+    # with a vendor, verl finds it before its own engine, which has none
+    vendor=["nvidia", "amd"],
 )
 class PAPOEngine(FSDPEngineWithLMHead):
     """verl's FSDP engine with `token_stats` in it, and a corrupted stream where a term needs it."""

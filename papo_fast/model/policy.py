@@ -35,7 +35,7 @@ from papo_fast.model.lora import (
 )
 from papo_fast.model.packing import PackedBatch, pack
 from papo_fast.model.saving import whole_weights, write_checkpoint
-from papo_fast.parallel import device_mesh, is_main, shard
+from papo_fast.parallel import device_mesh, is_main, shard, whole
 from papo_fast.samples import Group
 from papo_kernels import TokenStats, token_stats
 
@@ -354,7 +354,7 @@ class Policy(nn.Module):
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 if not theirs.requires_grad:  # frozen: as both were loaded
                     continue
-                mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+                mine.copy_(whole(theirs))
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in the checkpoint and whole weights in `dtype` (see `saving.whole_weights`)."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from papo_fast.model.four_bit import four_bit_layers
 from papo_fast.model.lora import BASE, adapted_layers, is_adapter, merged, merged_weight
+from papo_fast.parallel import whole
 
 
 def write_checkpoint(
@@ -65,9 +65,8 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
     last.
     """
 
-    def whole(weight: Tensor) -> Tensor:
-        weight = weight.detach()
-        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    def detached(weight: Tensor) -> Tensor:
+        return whole(weight.detach())
 
     layers = adapted_layers(model)
     for name, weight in model.named_parameters():
@@ -75,13 +74,13 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
         if is_adapter(name):
             continue
         if layer is not None and name.endswith(f"{BASE}.weight"):
-            weight = merged_weight(layer, weight, whole)
+            weight = merged_weight(layer, weight, detached)
         else:
-            weight = whole(weight.to(dtype))
+            weight = detached(weight.to(dtype))
         yield name.replace(BASE, ""), weight.to(dtype)
     for name, four_bits in four_bit_layers(model).items():
         layer = layers.get(name.removesuffix(BASE))
         weight = four_bits.weight
         if layer is not None:
-            weight = merged_weight(layer, weight, whole)
+            weight = merged_weight(layer, weight, detached)
         yield f"{name.removesuffix(BASE)}.weight", weight.to(dtype)

@@ -86,7 +86,7 @@ def overlap_option(config: Config) -> Option:
     """Sampling beside the update, with what corrects for its older weights."""
     changes: dict[str, object] = {"overlap": True}
     name = "--rollout.overlap"
-    if not config.weighs_by_sampler and config.rollout.old_logprobs == "recompute":
+    if not config.corrects_for_sampler:
         changes["old_logprobs"] = "sampler"
         name += " --rollout.old-logprobs sampler"
     return _option(name, "rollout", **changes)

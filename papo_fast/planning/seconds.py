@@ -99,7 +99,7 @@ def of_options(
     batches = max(1.0, trees * batch.streams / max(1, batch.tokens) / layout.ranks)
     bandwidth = gpu.bandwidth * BANDWIDTH_SHARE
     numbers = model.trainable / model.shards
-    passes = 3 if config.model.gradient_checkpointing else 2
+    passes = passes_of_update(config)
     per_update = numbers * STEP_BYTES["compact" if is_compact(config) else "plain"] / bandwidth
     per_batch = passes * _of_codes(model) / bandwidth
     per_batch += 2 * model.waiting() / HOST_BANDWIDTH
@@ -111,6 +111,11 @@ def of_options(
         per_update += 2 * model.state(numbers) / HOST_BANDWIDTH
     experience = batches * updates * _of_codes(model) / bandwidth
     return experience, updates * (per_update + batches * per_batch)
+
+
+def passes_of_update(config: Config) -> int:
+    """How often an update goes over the weights: forward, backward, and once to recompute."""
+    return 3 if config.model.gradient_checkpointing else 2
 
 
 def _of_codes(model: ModelBytes) -> float:

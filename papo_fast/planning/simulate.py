@@ -16,7 +16,14 @@ from rich.table import Table
 from papo_fast.config import Config
 from papo_fast.model.flops import ModelShape
 from papo_fast.planning.gpus import GPU, find_gpu
-from papo_fast.planning.seconds import BANDWIDTH_SHARE, MFU, TOKEN_SECONDS, VLLM_SEQUENCES
+from papo_fast.planning.seconds import (
+    BANDWIDTH_SHARE,
+    MFU,
+    TOKEN_SECONDS,
+    VLLM_SEQUENCES,
+    StepTime,
+    passes_of_update,
+)
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import Lengths, step_work
 
@@ -104,9 +111,9 @@ class Simulated:
 
     @property
     def seconds(self) -> float:
-        train = self.experience + self.update
-        both = max(self.rollout, train) if self.samplers else self.rollout + train
-        return both + self.sync + FIXED
+        overlapped = self.samplers > 0
+        parts = StepTime(self.rollout, self.experience, self.update, overlapped=overlapped)
+        return parts.total + self.sync + FIXED
 
     @property
     def tokens_per_gpu(self) -> float:
@@ -159,8 +166,7 @@ def ours(
     trees = lengths.tree(config.rollout.group_size) * config.rollout.prompts
     streams = config.objective.streams_at_once
     batches = max(1.0, streams * trees / config.train.max_tokens / trainers)
-    passes = 3 if config.model.gradient_checkpointing else 2
-    update = max(work.update / rate, gathers(sizes, trainers, batches, passes))
+    update = max(work.update / rate, gathers(sizes, trainers, batches, passes_of_update(config)))
     experience = work.experience / rate
     if experience:
         experience = max(experience, gathers(sizes, trainers, batches, 1))

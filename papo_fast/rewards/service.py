@@ -19,6 +19,7 @@ from PIL import Image
 
 from papo_fast.rewards.function_worker import LARGEST
 from papo_fast.rewards.workers import Outcome
+from papo_fast.user_function import one_line
 
 PAUSE = 1.0
 """Seconds before the first repetition; twice as long before each further one."""
@@ -70,8 +71,8 @@ def ask_service(
             late = isinstance(error.reason, TimeoutError)
             reason = f"no answer within {timeout:g} s" if late else str(error.reason)
         except (ServiceError, HTTPException, OSError, ValueError) as error:
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            reason, late = str(error) if isinstance(error, ServiceError) else what, False
+            known = isinstance(error, ServiceError)
+            reason, late = str(error) if known else one_line(error), False
     return Outcome("timeout" if late else "failure", reason=reason, late=True)
 
 
@@ -140,20 +141,18 @@ class _Deadline:
             raise TimeoutError from error
 
 
-class _Http(urllib.request.HTTPHandler):
+class _Timed:
     def __init__(self, deadline: _Deadline):
         super().__init__()
         self.deadline = deadline
 
+
+class _Http(_Timed, urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> HTTPResponse:
         return self.do_open(_noting(HTTPConnection, self.deadline), request)
 
 
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, deadline: _Deadline):
-        super().__init__()
-        self.deadline = deadline
-
+class _Https(_Timed, urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> HTTPResponse:
         return self.do_open(_noting(HTTPSConnection, self.deadline), request)
 

@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from papo_fast.errors import InputError
-from papo_fast.parallel import gather, is_main, wait_for_all
+from papo_fast.parallel import gather, is_main, local, wait_for_all
 from papo_fast.run.shards import SafePlanner, SafeReader, damage, write_manifest
 from papo_fast.whole_files import PARTIAL
 
@@ -219,9 +218,9 @@ def export_model(policy: Any, encoder: Any, path: Path, dtype: torch.dtype = tor
 
 def refuse_if_not_finite(weights: list[torch.Tensor]) -> None:
     """Raise `InputError` on every rank where a weight of any of them is NaN or infinite."""
-    local = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
-    local = [w.detach() for w in local if w.numel() and w.is_floating_point()]
-    largest = torch._foreach_norm(local, float("inf")) if local else ()
+    ours = [local(w) for w in weights]
+    ours = [w.detach() for w in ours if w.numel() and w.is_floating_point()]
+    largest = torch._foreach_norm(ours, float("inf")) if ours else ()
     finite = not largest or bool(torch.stack([x.float() for x in largest]).isfinite().all())
     if not all(gather(finite)):
         raise InputError(

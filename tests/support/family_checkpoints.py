@@ -147,6 +147,13 @@ def write_processor_files(path: Path, family: str, head_dim: int = 16) -> Path:
     return path
 
 
+def spread(model: torch.nn.Module) -> None:
+    """Random weights far from those of uniform answers, so that pictures and positions matter."""
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+
+
 def write_checkpoint(
     path: Path, family: str, generation: dict[str, Any] | None = None, head_dim: int = 16
 ) -> Path:
@@ -156,9 +163,7 @@ def write_checkpoint(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
-        for p in model.parameters():  # far from uniform, so that pictures and positions matter
-            if p.ndim > 1:
-                torch.nn.init.normal_(p, std=0.2)
+        spread(model)
     model.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps(options))
     return path

@@ -24,7 +24,7 @@ from papo_fast.cli import leave
 from papo_fast.integrations.streams import AugStream, two_streams
 from papo_fast.integrations.verl import linear_cross_entropy
 from papo_fast.parallel import gather, process_group, rank, world_size
-from support.family_checkpoints import byte_tokenizer, family_config
+from support.family_checkpoints import byte_tokenizer, family_config, spread
 
 WEIGHTS = (1.0, 0.3, 0.2, 0.1, -0.5)
 """Of the loss's terms: log-probs, entropy, those of the corrupted stream, perception KL."""
@@ -35,9 +35,7 @@ def make_model(tied: bool) -> torch.nn.Module:
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
+    spread(model)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     return model
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from support.family_checkpoints import CHAT_TEMPLATE, byte_tokenizer
+from support.family_checkpoints import CHAT_TEMPLATE, byte_tokenizer, spread
 
 CHAT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -210,9 +210,7 @@ def write_plain_checkpoint(path: Path, name: str) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
-        for p in model.parameters():  # far from uniform, so that pictures and positions matter
-            if p.ndim > 1:
-                torch.nn.init.normal_(p, std=0.2)
+        spread(model)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     (path / "preprocessor_config.json").write_text(json.dumps(family.image_processor))

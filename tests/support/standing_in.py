@@ -72,14 +72,23 @@ class StandIn(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def answering(server):
+    """A server of threads answers while the block lasts; gives its port."""
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
 def standing_in(encoder, fault=lambda handler: False, port=0):
     own = {"fault": staticmethod(fault), "format": RequestFormat(encoder)}
     handler = type("Handler", (StandIn,), own)
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(server) as port:
+        yield f"http://127.0.0.1:{port}"
