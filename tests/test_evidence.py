@@ -87,7 +87,9 @@ def test_every_arm_has_the_same_budget_and_test_seeds_are_fresh():
 def test_all_arms_reach_a_seed_before_the_next_one_starts():
     chosen = {name: arm.settings[0].name for name, arm in ARMS.items()}
     found = list(cells("test", (), (), (), chosen))
-    assert len(found) == len(ARMS) * len(protocol.TEST_SEEDS) * 2
+    both = [name for name in ARMS if not name.endswith("-entropy")]
+    assert len(found) == (len(ARMS) + len(both)) * len(protocol.TEST_SEEDS)
+    assert {c.arm.name for c in found if c.task == "digits-shortcut"} == set(both)
     assert [seed for seed, _ in itertools.groupby(c.seed for c in found)] == list(
         protocol.TEST_SEEDS
     )
@@ -184,6 +186,17 @@ def test_seeds_of_another_stage_are_refused(capsys):
 
     assert main(["run", "--stage", "development", "--seeds", "100"]) == 2
     assert "seeds [100]" in capsys.readouterr().err
+
+
+def test_the_sweep_leaves_out_arms_that_collapsed_already(monkeypatch, tmp_path):
+    from bench.evidence import __main__ as command
+
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    for arm, collapsed in (("paper", True), ("official", False)):
+        write(tmp_path, cell(arm, "gamma-0.04", 10, stage="development"), collapsed=collapsed)
+    words = ["run", "--stage", "sweep", "--arms", "paper", "official", "reverse"]
+    plan = command.asked(command.command_line().parse_args(words))
+    assert [c.arm.name for c in plan.cells] == ["official"] * 2 + ["reverse"] * 2
 
 
 # --- the runner -----------------------------------------------------------------------------------

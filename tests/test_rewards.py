@@ -237,6 +237,27 @@ def test_reward_weighs_accuracy_and_format():
     assert [(s.accuracy, s.format) for s in scores] == [(1, 1), (0, 1), (1, 0), (0, 0)]
 
 
+def test_a_comparison_is_made_once(monkeypatch):
+    asked = []
+    compare = scorer_module._Worker.compare
+
+    def counted(self, *pair):
+        asked.append(pair)
+        return compare(self, *pair)
+
+    monkeypatch.setattr(scorer_module._Worker, "compare", counted)
+    with Scorer(RewardConfig(timeout=LIMIT, workers=1)) as scorer:
+        first = scorer.score([boxed("1/2"), boxed("1/3")], ["0.5", "0.5"])
+        assert len(asked) == 2
+        again = scorer.score([boxed("1/3"), boxed("1/2"), boxed("2/4")], ["0.5"] * 3)
+        assert len(asked) == 3 and [s.accuracy for s in (*first, *again)] == [1, 0, 0, 1, 1]
+        monkeypatch.setattr(scorer_module, "REMEMBERED", 1)
+        scorer.score([boxed("1/2")], ["0.5"])
+        assert len(asked) == 3
+        assert [s.accuracy for s in scorer.score([boxed("1/3")], ["0.5"])] == [0]
+        assert len(asked) == 4  # the others were forgotten
+
+
 # --- answers that would hang ----------------------------------------------------------------------
 
 PATHOLOGICAL = ["9^{9^{9^{9}}}", "10^{10^{10}}!", "\\sum_{i=1}^{10^{12}} i^{i}", "1+" * 20000 + "1"]

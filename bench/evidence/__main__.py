@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.evidence.arms import ARMS
 from bench.evidence.choice import choose, chosen_settings
-from bench.evidence.protocol import RESULTS, STAGES, TASKS, cells, seeds_outside
+from bench.evidence.protocol import RESULTS, STAGES, TASKS, Cell, cells, seeds_outside
 from bench.evidence.runner import SCRATCH, Plan, result_of, work, work_in_processes
 from papo_fast.errors import InputError
 
@@ -53,10 +53,17 @@ def asked(arguments: argparse.Namespace) -> Plan:
         )
     chosen = chosen_settings(RESULTS) if arguments.stage == "test" else {}
     wanted = (arguments.stage, tuple(arguments.tasks), tuple(arguments.arms), seeds)
-    found = Plan.of(list(cells(*wanted, chosen)))
+    left = [x for x in cells(*wanted, chosen) if x.stage != "sweep" or not collapsed_below(x)]
+    found = Plan.of(left)
     without = [name for name in arguments.arms or ARMS if name not in chosen]
     lines = [f"skipped: arm {name} has no setting yet: see the command choose" for name in without]
     return Plan(found.cells, (*found.impossible, *lines * (arguments.stage == "test")))
+
+
+def collapsed_below(cell: Cell) -> bool:
+    """Whether the arm collapsed at its last setting of the development already."""
+    below = Cell("development", cell.task, cell.arm, cell.arm.settings[-1], cell.seed)
+    return bool((result_of(below, RESULTS) or {}).get("collapsed"))
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:

@@ -16,8 +16,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from bench.evidence.protocol import FIRST, LAST, ROOT, Cell, collapse, largest_k
 from papo_fast.config import Config, CorruptionConfig
 from papo_fast.config_checks import resolve
 from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.prompts import Prompt
 from papo_fast.digits.warmstart import cache_folder, prepare
 from papo_fast.presets import PRESETS
 from papo_fast.rewards.scorer import Scorer
@@ -109,6 +111,24 @@ class EvidenceTrainer(Trainer):
         return self.folder
 
 
+def remember_prompts(trainer: Trainer, config: Config) -> None:
+    """Encode a row of the training data once for all runs of this process on the same data."""
+    data = trainer.train_data
+    key = (config.data.train, repr(config.data), repr(config.corruption))
+    if key not in _prompts:
+        _prompts.clear()
+    data._prompt = partial(_remembered, _prompts.setdefault(key, {}), data._prompt)
+
+
+_prompts: dict[tuple, dict[int, Prompt]] = {}
+
+
+def _remembered(known: dict[int, Prompt], make: Callable[[int], Prompt], index: int) -> Prompt:
+    if index not in known:
+        known[index] = make(index)
+    return known[index]
+
+
 def shared_file(config: Config, scratch: Path) -> Path:
     """The evaluation before training: of one warm start, by these settings of the evaluation."""
     settings = [config.eval, MEASURED_WITH, config.rollout.max_new_tokens, config.reward]
@@ -133,6 +153,7 @@ def train(cell: Cell, config: Config, scratch: Path, scorer: Scorer) -> dict:
     trainer.evaluator.corrupt = PromptCorruption(MEASURED_WITH, trainer.encoder)
     laps["loading"] = time.perf_counter() - started - laps["warm_start"]
     trainer.shared, trainer.measured, trainer.laps = shared_file(config, scratch), {}, laps
+    remember_prompts(trainer, config)
     with closing(trainer.engine):
         trainer.run(StopRequest())
     rows, _ = read_metrics(folder / METRICS)

@@ -21,6 +21,8 @@ TASKS = {
     # six cells, hint by kind, of 128 questions
     "digits-shortcut": ("--digits.task", "digits-shortcut", "--digits.test-questions", "768"),
 }
+WITHOUT_ENTROPY = ("digits-shortcut",)
+"""Tasks on which the arms with double entropy do not run, because runs are dear."""
 TUNED_ON = "digits"
 """Settings are chosen on this task alone; `digits-shortcut` takes what was chosen here."""
 DEVELOPMENT_SEEDS = (10,)
@@ -108,6 +110,8 @@ def cells(
         for task in tasks or TASKS:
             for name in arms or ARMS:
                 arm = ARMS[name]
+                if task in WITHOUT_ENTROPY and name.endswith("-entropy"):
+                    continue
                 if stage == "test":
                     settings = (arm.setting(chosen[name]),) if name in chosen else ()
                 else:

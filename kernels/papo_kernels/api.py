@@ -86,10 +86,11 @@ def token_stats(
             bias none through q, and aug_logprobs and aug_entropy none at all; the KLs pull on p
             alone. The backward then costs that of one stream, and q's logits where a KL is used.
         grad_budget: share of each token's gradient that the backward may leave out, in [0, 1);
-            0.0 is exact. With dz the gradient of `hidden @ weight.T + bias` in one stream, sum |dz|
-            over the words left out is at most this share of what `budget_of` names;
-            `record_certificates` reads what it was. Norms of the weight's rows are not looked at:
-            words that are left out should not be hundreds of times longer than the others.
+            0.0 is exact, and on the CPU so is any where the weight has at most 2^18 elements. With
+            dz the gradient of `hidden @ weight.T + bias` in one stream, sum |dz| over the words
+            left out is at most this share of what `budget_of` names; `record_certificates` reads
+            what it was. Norms of the weight's rows are not looked at: words that are left out
+            should not be hundreds of times longer than the others.
         budget_of: "call": of the token's own sum |dz| or of the call's root mean square of it,
             whichever is larger (where the weight wants a gradient, that of sum |dz| |h| over the
             token's own |h|). This bounds the error of the whole gradient, and a token whose own

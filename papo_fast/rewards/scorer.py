@@ -34,6 +34,9 @@ from papo_fast.rewards.workers import (
 
 Verdict = Literal["right", "wrong", "timeout", "failure"]
 
+REMEMBERED = 100_000
+"""Comparisons whose verdicts are kept, at most. They forget all at once."""
+
 _BOX = re.compile(r"\\boxed\s*\{")
 _JOINED = re.compile(r"[\s$]*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\})?[\s$]*")
 _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.S)
@@ -79,6 +82,7 @@ class Scorer:
         self.prompt_end = ""
         self.entries = rewarded(config)
         self._functions = RewardFunctions(config, self.entries)
+        self._compared: dict[Algebra, Verdict] = {}
         self._pool = Workers(lambda: _Worker(config.timeout), config.workers, "answer-check")
 
     def __enter__(self) -> Scorer:
@@ -137,7 +141,7 @@ class Scorer:
                 verdicts[pair] = "timeout"
             else:
                 undecided[pair] = judged
-        compared = self._compare(list(dict.fromkeys(undecided.values())))
+        compared = self._compare_once(list(dict.fromkeys(undecided.values())))
         verdicts.update((pair, compared[algebra]) for pair, algebra in undecided.items())
         self.timeouts += sum(verdicts[pair] == "timeout" for pair in pairs)
         self.failures += sum(verdicts[pair] == "failure" for pair in pairs)
@@ -171,6 +175,17 @@ class Scorer:
         values = {"accuracy": accuracy, "format": format_, **own}
         reward = sum((one.weight * values[one.label] for one in self.entries), 0.0)
         return Score(reward, accuracy, format_, verdict == "timeout", own)
+
+    def _compare_once(self, pairs: list[Algebra]) -> dict[Algebra, Verdict]:
+        """`_compare` of those that were not compared before: a policy repeats its mistakes."""
+        found = self._compare([pair for pair in pairs if pair not in self._compared])
+        found.update((pair, self._compared[pair]) for pair in pairs if pair in self._compared)
+        if len(self._compared) > REMEMBERED:
+            self._compared.clear()
+        # what ran out of time or memory may do better on a quieter machine
+        lasting = ((pair, v) for pair, v in found.items() if v in ("right", "wrong"))
+        self._compared.update(lasting)
+        return found
 
     def _compare(self, pairs: list[Algebra]) -> dict[Algebra, Verdict]:
         if not pairs:

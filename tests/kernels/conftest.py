@@ -1,13 +1,15 @@
-"""The torch backend's C++ runs in every test, however small, and its fallback where one asks."""
+"""The torch backend's C++ and its search for words run in every test, however small the call."""
 
 import pytest
 
+from papo_kernels import op
 from papo_kernels.cpu import library
 
 
 @pytest.fixture(autouse=True)
-def cpp_for_small_calls(monkeypatch):
+def as_in_large_calls(monkeypatch):
     monkeypatch.setattr(library, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(op, "DENSE_WEIGHT", 0)
 
 
 @pytest.fixture
