@@ -27,7 +27,7 @@ class ViewTermSettings:
     margin_kl_bound: float | None = None
     """Margin: largest mean KL of a response to a view; None: no bound."""
     margin_transform: Literal["linear", "softplus"] = "linear"
-    """Margin: -margin itself, or softplus(-margin), is minimised."""
+    """Margin: -margin itself, or softplus(-margin), is minimised; the latter is log 2 at 0."""
 
     @property
     def has_dvrp_term(self) -> bool:

@@ -74,10 +74,12 @@ def test_trackio_and_tensorboard(monkeypatch, tmp_path):
         log=lambda metrics, step=None: calls.append((metrics, step)),
         finish=lambda: calls.append("finish"),
     )
-    tracking = Tracking("trackio", tmp_path, {})
-    tracking.log(ROW)
-    tracking.close()
-    assert calls == [("papo_fast", tmp_path.name, "allow"), (LOGGED, 3), "finish"]
+    for resume in ("never", "allow"):  # the second one is the same run, resumed
+        tracking = Tracking("trackio", tmp_path, {})
+        tracking.log(ROW)
+        tracking.close()
+        assert calls == [("papo_fast", tmp_path.name, resume), (LOGGED, 3), "finish"]
+        calls.clear()
 
     class SummaryWriter:
         def __init__(self, log_dir):

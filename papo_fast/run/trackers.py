@@ -122,7 +122,10 @@ class _Trackio:
         import trackio
 
         self._trackio = trackio
-        trackio.init(project=PROJECT, name=folder.name, config=dict(settings), resume="allow")
+        # it knows runs by their name: of a run that begins again it would go on with the old one
+        resume = "allow" if (folder / LEFT[-1]).is_file() else "never"
+        _id_of(folder)
+        trackio.init(project=PROJECT, name=folder.name, config=dict(settings), resume=resume)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._trackio.log(dict(metrics), step=step)
