@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from papo_fast.data.encoder import EncodedPrompt
 from papo_fast.model.policy import Policy, inference
+from papo_fast.rollout.reserved_cache import branch
 from papo_fast.samples import Completion
 
 # Finished responses leave the batch when at most this share of it is still being written: leaving
@@ -84,7 +85,7 @@ class HFRollout:
         self, prompts: Sequence[EncodedPrompt], n: int, temperature: float, max_new_tokens: int
     ) -> list[list[Completion]]:
         model, device = self.policy.model, self.policy.device
-        hidden_RD, cache, seen_RK, places_R = self._prefill(prompts, n)
+        hidden_RD, cache, seen_RK, places_R = self._prefill(prompts, n, max_new_tokens)
         count = len(hidden_RD)
         # row r of the batch writes response written_R[r]
         written_R = torch.arange(count, device=device)
@@ -96,7 +97,7 @@ class HFRollout:
             # the same order as token_stats: (logits + bias) / T
             logits_RV = model.lm_head(hidden_RD).float() + self.policy.banned_V
             logprobs_RV = (logits_RV / temperature).log_softmax(-1)
-            drawn_R1 = torch.multinomial(logprobs_RV.exp(), 1)
+            drawn_R1 = draw(logprobs_RV)
             tokens[written_R, t] = drawn_R1[:, 0]
             logprobs[written_R, t] = logprobs_RV.gather(1, drawn_R1)[:, 0]
             writing = writing & ~torch.isin(drawn_R1[:, 0], eos)
@@ -121,9 +122,12 @@ class HFRollout:
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def _prefill(
-        self, prompts: Sequence[EncodedPrompt], n: int
+        self, prompts: Sequence[EncodedPrompt], n: int, room: int
     ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
         """Each prompt once, then what a response needs of it, `n` times in turn (R = B n rows).
+
+        Args:
+            room: the most tokens of a response.
 
         Returns:
             The (R, D) hidden states that predict the first token, the keys and values, the (R, K)
@@ -140,7 +144,7 @@ class HFRollout:
         hidden_BD = model(
             **inputs, position_ids=places_3BL.to(device), past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        cache.batch_repeat_interleave(n)
+        branch(cache, n, room)
         expanded = [x.repeat_interleave(n, dim=0) for x in (hidden_BD, inputs["attention_mask"])]
         return expanded[0], cache, expanded[1], first.repeat_interleave(n)
 
@@ -148,6 +152,18 @@ class HFRollout:
         end = next((i for i, t in enumerate(tokens) if t in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
         return Completion(tokens[:length], logprobs[:length], finished=end is not None)
+
+
+def draw(logprobs_RV: Tensor) -> Tensor:
+    """(R, 1) int64 words drawn with these probabilities, from torch's generator of the device.
+
+    By inversion, with one random number for a row. `torch.multinomial` draws one for each word,
+    which takes longer than the layers of a small model.
+    """
+    sums_RV = logprobs_RV.exp().double().cumsum(-1)
+    total_R1 = sums_RV[:, -1:]
+    points_R1 = torch.rand_like(total_R1) * total_R1
+    return torch.searchsorted(sums_RV, points_R1, right=True).clamp_(max=sums_RV.shape[1] - 1)
 
 
 def pad_left(

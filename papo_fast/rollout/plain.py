@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from papo_fast.data.plain_encoder import PlainPrompt
-from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.hf import HFRollout, draw
 from papo_fast.samples import Completion
 
 
@@ -54,7 +54,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # the same order as token_stats: (logits + bias) / T
         logprobs_RV = ((scores.float() + self.banned_V) / self.temperature).log_softmax(-1)
-        drawn_R1 = torch.multinomial(logprobs_RV.exp(), 1)
+        drawn_R1 = draw(logprobs_RV)
         self.logprobs.append(logprobs_RV.gather(1, drawn_R1)[:, 0])
         # what is left for `generate` to choose
         return torch.full_like(scores, -torch.inf).scatter(1, drawn_R1, 0.0)
