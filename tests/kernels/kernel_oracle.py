@@ -251,6 +251,8 @@ def gradient_errors(case, token_stats, upstream, wanted=GRADS, aug_constant=Fals
 
 # Words of a case that the backward does sparsely; an interpreter gets fewer.
 WORDS = 6007 if FAST == "triton" else 16411
+ROWS = 70 if FAST == "triton" else 130
+"""Fewer where kernels are interpreted: several tiles, and rows that fill none."""
 
 
 def policy_case(n, v, *, sharpness, distance=0.15, seed=0, d=48, dtype=torch.float32, **head):

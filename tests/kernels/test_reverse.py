@@ -12,6 +12,7 @@ from kernel_oracle import (
     FAST,
     GRADS,
     OUTPUTS,
+    ROWS,
     WORDS,
     Case,
     Oracle,
@@ -184,7 +185,7 @@ def test_a_constant_stream_has_no_account_in_the_certificate(needs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_constant_stream_in_the_sparse_backward(outputs, dtype, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
-    case = policy_case(130, WORDS, sharpness=36.0, dtype=dtype)
+    case = policy_case(ROWS, WORDS, sharpness=36.0, dtype=dtype)
     upstream = random_upstream(case, outputs)
     oracle = Oracle(case)
     exact = oracle.gradients(upstream, aug_constant=True)
@@ -194,7 +195,7 @@ def test_a_constant_stream_in_the_sparse_backward(outputs, dtype, monkeypatch):
         with record_certificates() as found:
             got = case.gradients(token_stats, upstream, aug_constant=constant, backend=FAST)
         kept.append(found.kept)
-        assert found.rows == 130 and found.largest_share <= 3e-3
+        assert found.rows == ROWS and found.largest_share <= 3e-3
     print(f"  kept {kept[1]:.3f}, with both streams {kept[0]:.3f}")
     assert kept[1] <= kept[0] + 0.01
     bound = {g: 4e-3 + (dtype != torch.float32) * gradient_error(rounded[g], exact[g]) for g in got}

@@ -6,6 +6,7 @@ from kernel_oracle import (
     FAST,
     GRADS,
     OUTPUTS,
+    ROWS,
     WORDS,
     Case,
     Oracle,
@@ -34,7 +35,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
-    case = policy_case(130, WORDS, sharpness=sharpness, dtype=dtype)
+    case = policy_case(ROWS, WORDS, sharpness=sharpness, dtype=dtype)
     oracle = Oracle(case)
     print(f"  entropy {oracle.entropy.mean():.2f}, {oracle.aug_entropy.mean():.2f} nats")
     for outputs in MIXES:
@@ -48,7 +49,7 @@ def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
             rounded = oracle.gradients(upstream, rounded=dtype)
             bound = {g: 4e-3 + gradient_error(rounded[g], exact[g]) for g in GRADS}
         check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
-        assert certificate.rows == 130 and certificate.largest_share <= 3e-3
+        assert certificate.rows == ROWS and certificate.largest_share <= 3e-3
         if sharpness > 30 and FAST == "torch":
             assert certificate.dense_rows == 0 and certificate.kept < 0.2
 
@@ -56,14 +57,14 @@ def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
 @torch_only
 @pytest.mark.parametrize("head", [{"temperature": 0.8}, {"softcap": 80.0}])
 def test_default_budget_with_a_head(head):
-    case = policy_case(130, WORDS, sharpness=30.0, **head)
+    case = policy_case(ROWS, WORDS, sharpness=30.0, **head)
     for outputs in MIXES:
         upstream = random_upstream(case, outputs)
         exact = Oracle(case).gradients(upstream)
         with record_certificates() as certificate:
             got = case.gradients(token_stats, upstream, backend=FAST)
         check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
-        assert certificate.dense_rows < 130
+        assert certificate.dense_rows < ROWS
 
 
 @pytest.mark.parametrize("output", ["kl_prcp", "kl_reverse"])
