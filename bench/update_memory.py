@@ -35,9 +35,9 @@ from papo_fast.data.prompts import Prompt
 from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import process_group
+from papo_fast.planning.arguments import Lengths
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Score
 from papo_fast.samples import Completion, Group, Sample, all_samples

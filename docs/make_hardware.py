@@ -8,15 +8,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from papo_fast.data.prompts import steps_of_epochs
+from papo_fast.config_checks import steps_of_epochs
 from papo_fast.planning.advice import changed_by, effects, faster_engine, remedy
-from papo_fast.planning.command import VIRL39K
+from papo_fast.planning.arguments import VIRL39K, Lengths
 from papo_fast.planning.gpus import GIB, GPUS
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.shell import train_command
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths
 from papo_fast.presets import get_preset
 
 ROOT = Path(__file__).parents[1]

@@ -183,8 +183,8 @@ def _start(name: str | None, file: str | None) -> tuple[str, Config]:
     from papo_fast.presets import PRESETS
 
     settings = {} if file is None else read_settings(file)
-    where = "" if name else f"{file}: "
-    name = name or settings.get("preset") or None
+    where = f"{file}: " if name is None else ""
+    name = settings.get("preset") or None if name is None else name
     if name is not None and not (isinstance(name, str) and name in PRESETS):
         raise InputError(f"{where}unknown preset {name!r}{_suggest(str(name), list(PRESETS))}")
     about, config = ("Settings of a file.", Config()) if name is None else PRESETS[name]
@@ -253,19 +253,12 @@ def _one_line(box: str) -> str:
 
 
 def _eval(argv: list[str], console: Console) -> int:
-    from papo_fast.launch import evaluate
-    from papo_fast.presets import PRESETS
-
     if argv and not argv[0].startswith("-"):
         return _eval_run(argv[0], argv[1:], console)
     arguments = _parse(EvalArguments, argv, "papo-fast eval")
     if arguments is None:
         return 0
-    if arguments.preset not in PRESETS:
-        raise InputError(
-            f"unknown preset {arguments.preset!r}{_suggest(arguments.preset, PRESETS)}"
-        )
-    preset = PRESETS[arguments.preset][1]
+    _, preset = _start(arguments.preset, None)
     config = dataclasses.replace(
         preset,
         seed=arguments.seed,
@@ -279,13 +272,18 @@ def _eval(argv: list[str], console: Console) -> int:
         ),
         digits=dataclasses.replace(preset.digits, enabled=False),
     )
+    return _evaluate(config, console)
+
+
+def _evaluate(config: Config, console: Console) -> int:
+    from papo_fast.launch import evaluate  # not for --help: it takes seconds
+
     evaluate(config, console)
     return 0
 
 
 def _eval_run(run: str, argv: list[str], console: Console) -> int:
     from papo_fast.config_file import CONFIG
-    from papo_fast.launch import evaluate
 
     folder = Path(run)
     for name in (CONFIG, "model"):
@@ -306,9 +304,7 @@ def _eval_run(run: str, argv: list[str], console: Console) -> int:
         corruption=dataclasses.replace(default.corruption, second=""),
     )
     config = _parse(Config, argv, f"papo-fast eval {run}", default=default, about=_eval_run_help)
-    if config is not None:
-        evaluate(config, console)
-    return 0
+    return 0 if config is None else _evaluate(config, console)
 
 
 _eval_run_help = "Mean@k of a run's model, as the run evaluated it; every setting may be changed."
@@ -328,17 +324,17 @@ def _report(argv: list[str], console: Console) -> int:
 
 
 def _plan(argv: list[str], console: Console) -> int:
-    from papo_fast.planning.command import PlanArguments, print_plan
+    from papo_fast.planning.arguments import PlanArguments
 
     # these come first, whatever place they stand in: the other options change them
     name, argv = _taken(argv, "--preset")
     file, argv = _taken(argv, "--config")
     _, config = _start(name or ("papo-g-7b" if file is None else None), file)
-    default = PlanArguments(config)
-    arguments = _parse(PlanArguments, argv, "papo-fast plan", default=default)
-    if arguments is None:
-        return 0
-    print_plan(arguments, console)
+    arguments = _parse(PlanArguments, argv, "papo-fast plan", default=PlanArguments(config))
+    if arguments is not None:
+        from papo_fast.planning.command import print_plan
+
+        print_plan(arguments, console)
     return 0
 
 

@@ -253,3 +253,17 @@ def _check_weights(objective: ObjectiveConfig) -> None:
             "objective.dependency is exact, but objective.aug stored keeps log-probs of the "
             "sampled tokens alone: take frozen, or objective.dependency_of rollout"
         )
+
+
+def steps_of_epochs(config: Config, rows: int) -> int:
+    """Steps that `train.epochs` passes over so many rows make.
+
+    Raises `InputError` where they are none.
+    """
+    steps = config.train.epochs * rows // config.rollout.prompts
+    if steps < 1:
+        raise InputError(
+            f"data.train has {rows} rows, fewer in {config.train.epochs} epoch(s) than "
+            f"rollout.prompts = {config.rollout.prompts}: lower it, or set train.steps"
+        )
+    return steps

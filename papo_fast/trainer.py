@@ -19,7 +19,8 @@ import torch
 from rich.markup import escape
 
 from papo_fast.config import Config
-from papo_fast.data.prompts import PromptDataset, PromptStream, steps_of_epochs
+from papo_fast.config_checks import steps_of_epochs
+from papo_fast.data.prompts import PromptDataset, PromptStream
 from papo_fast.data.views import CorruptedViews
 from papo_fast.evaluate import Evaluator, held_out
 from papo_fast.experience import Collector, add_logprobs

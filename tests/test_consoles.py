@@ -36,6 +36,14 @@ def test_a_reader_that_has_gone_is_no_error_even_where_home_is_not_writable(word
     assert "BrokenPipe" not in errors and "Traceback" not in errors
 
 
+@pytest.mark.parametrize("words", COMMANDS[:-1])
+def test_help_loads_no_library(words):
+    command = [sys.executable, "-X", "importtime", "-m", "papo_fast", *words.split()]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    loaded = {line.rpartition("|")[2].strip() for line in said.splitlines()}
+    assert "papo_fast.cli" in loaded and not loaded & {"torch", "transformers"}
+
+
 def test_a_stdout_that_the_shell_closed_is_no_error():
     status, errors = call("train tiny --help", preexec_fn=lambda: os.close(1))
     assert status == 0 and not errors

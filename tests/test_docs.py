@@ -580,11 +580,11 @@ STEPS = 2 * 38_800 // 384
 
 
 def planned(preset, model, gpus, engine):
+    from papo_fast.planning.arguments import Lengths
     from papo_fast.planning.gpus import GIB, find_gpu
     from papo_fast.planning.memory import Layout, plan_memory
     from papo_fast.planning.seconds import estimate_step
     from papo_fast.planning.sizes import ModelSizes
-    from papo_fast.planning.workload import Lengths
 
     config = PRESETS[preset][1]
     config = dataclasses.replace(

@@ -31,11 +31,12 @@ from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
 from papo_fast.planning import simulate
 from papo_fast.planning.advice import changed_by, effects, gpus_needed, remedy
+from papo_fast.planning.arguments import Lengths
 from papo_fast.planning.gpus import GPUS
 from papo_fast.planning.memory import Layout, plan_memory
 from papo_fast.planning.seconds import estimate_step
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths, micro_batch, step_work
+from papo_fast.planning.workload import micro_batch, step_work
 from papo_fast.presets import get_preset
 from papo_fast.rewards import answer_check
 from papo_fast.rollout.engines import engine_class

@@ -180,20 +180,6 @@ class PromptDataset(Dataset):
         return prompt
 
 
-def steps_of_epochs(config: Config, rows: int) -> int:
-    """Steps that `train.epochs` passes over so many rows make.
-
-    Raises `InputError` where they are none.
-    """
-    steps = config.train.epochs * rows // config.rollout.prompts
-    if steps < 1:
-        raise InputError(
-            f"data.train has {rows} rows, fewer in {config.train.epochs} epoch(s) than "
-            f"rollout.prompts = {config.rollout.prompts}: lower it, or set train.steps"
-        )
-    return steps
-
-
 class PromptStream:
     """Endless stream of prompts, epoch after epoch, whose position can be saved and restored.
 

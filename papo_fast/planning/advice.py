@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from papo_fast.config import Config
-from papo_fast.planning import seconds
+from papo_fast.planning.arguments import MFU, Lengths
 from papo_fast.planning.gpus import GPU, GPUS
 from papo_fast.planning.memory import Layout, MemoryPlan, plan_memory, vllm_least
 from papo_fast.planning.seconds import StepTime, estimate_step
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths, update_streams
+from papo_fast.planning.workload import update_streams
 
 LORA_RANK = 64
 MOST_SHARE = 0.85
@@ -181,7 +181,7 @@ def effects(
     lengths: Lengths,
     layout: Layout,
     gpu: GPU = GPUS["h100"],
-    mfu: float = seconds.MFU,
+    mfu: float = MFU,
 ) -> Iterator[Effect]:
     """Each option alone."""
     for option in options(config, sizes, lengths, layout):

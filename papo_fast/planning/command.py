@@ -3,54 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from papo_fast.config import Config
-from papo_fast.config_checks import check_processes, resolve
-from papo_fast.data.prompts import steps_of_epochs
+from papo_fast.config_checks import check_processes, resolve, steps_of_epochs
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
 from papo_fast.planning.advice import changed_by, effects, faster_engine, gpus_needed, remedy
+from papo_fast.planning.arguments import Lengths, PlanArguments
 from papo_fast.planning.gpus import GIB, GPU, find_gpu
 from papo_fast.planning.memory import RESERVE_BYTES, RESERVE_SHARE, Layout, MemoryPlan, plan_memory
 from papo_fast.planning.seconds import StepTime, estimate_step
 from papo_fast.planning.shell import train_command
 from papo_fast.planning.simulate import ASSUMPTIONS, EASYR1, QWEN2_5_VL, Model, tables
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths
 
 MOST_GPUS = 10**6
-VIRL39K = 38_870
-
-
-@dataclass(frozen=True)
-class PlanArguments:
-    """Memory per GPU and time, before anything runs, from config.json alone."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    gpu: str = "h100"
-    """GPU type: a100-40g, a100, h100, h200, b200, l40s, rtx4090 or mi300x."""
-    gpu_memory: float = 0.0
-    """GiB of a GPU of another type; 0: as `gpu` has."""
-    gpu_tflops: float = 0.0
-    """Its dense bfloat16 TFLOP/s; 0: as `gpu` has."""
-    gpu_bandwidth: float = 0.0
-    """Its memory's GB/s; 0: as `gpu` has."""
-    gpus: int = 1
-    """GPUs in all. Each has a process of its own, save those of a vLLM server."""
-    rows: int = VIRL39K
-    """Rows of the training data, for the time of the whole run; ViRL39K's by default."""
-    mfu: float = seconds.MFU
-    """Share of the GPU's dense bfloat16 rate that is assumed for the estimate of the time."""
-    simulate: bool = False
-    """Print instead the simulated time and MFU of a step on 1 to 64 GPUs, of `model.path` or of
-    Qwen2.5-VL's 3B, 7B and 32B, beside published times."""
-    lengths: Lengths = field(default_factory=Lengths)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from papo_fast.config import Config
+from papo_fast.planning.arguments import Lengths
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.units import FULL, Bytes, Layout, ModelBytes
-from papo_fast.planning.workload import Lengths, MicroBatch, micro_batch, update_streams
+from papo_fast.planning.workload import MicroBatch, micro_batch, update_streams
 from papo_fast.reward_settings import rewarded
 from papo_fast.rewards import answer_check, function_worker
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from papo_fast.config import Config
 from papo_fast.optimizer import is_compact
+from papo_fast.planning.arguments import MFU, Lengths
 from papo_fast.planning.gpus import GPU
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.units import FULL, Layout, ModelBytes
-from papo_fast.planning.workload import Lengths, micro_batch, step_work
+from papo_fast.planning.workload import micro_batch, step_work
 
-MFU = 0.35
-"""Share of a GPU's dense bfloat16 rate that forward and backward passes are assumed to reach."""
 BANDWIDTH_SHARE = 0.5
 """Share of its memory bandwidth that sampling, and the optimizer, are assumed to reach."""
 HOST_BANDWIDTH = 20e9

@@ -15,17 +15,17 @@ from rich.table import Table
 
 from papo_fast.config import Config
 from papo_fast.model.flops import ModelShape
+from papo_fast.planning.arguments import MFU, Lengths
 from papo_fast.planning.gpus import GPU, find_gpu
 from papo_fast.planning.seconds import (
     BANDWIDTH_SHARE,
-    MFU,
     TOKEN_SECONDS,
     VLLM_SEQUENCES,
     StepTime,
     passes_of_update,
 )
 from papo_fast.planning.sizes import ModelSizes
-from papo_fast.planning.workload import Lengths, step_work
+from papo_fast.planning.workload import step_work
 
 MASKED_FORWARD = 49.0
 """Published seconds of the pass with corrupted pictures, PAPO-G 3B on two H100s."""

@@ -8,40 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from papo_fast.config import Config
-from papo_fast.errors import InputError
 from papo_fast.model.flops import ModelShape
+from papo_fast.planning.arguments import Lengths
 from papo_fast.rollout.engines import engine_class
-from papo_fast.setting_bounds import BOUNDS
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a typical prompt and response."""
-
-    image: int = 640
-    """Image tokens of a prompt; one is 28 x 28 pixels in Qwen2.5-VL, 32 x 32 in Qwen3-VL."""
-    text: int = 120
-    """Text tokens of a prompt."""
-    response: int = 350
-    """Tokens of a response."""
-
-    @property
-    def prompt(self) -> int:
-        return self.image + self.text
-
-    def tree(self, responses: float) -> float:
-        """Tokens of a prompt and its responses in one stream."""
-        return self.prompt + responses * self.response
-
-    def check(self) -> None:
-        """Raise `InputError` for a length that no prompt or response has."""
-        most = BOUNDS["rollout.max_new_tokens"][1]
-        for name, least in (("image", 0), ("text", 1), ("response", 1)):
-            if not least <= getattr(self, name) <= most:
-                raise InputError(
-                    f"lengths.{name} is {getattr(self, name)}: it must be between {least} and "
-                    f"{most}"
-                )
 
 
 @dataclass(frozen=True)
