@@ -344,7 +344,7 @@ def test_a_prompt_goes_through_the_model_as_often_as_its_engine_says(tmp_path, r
         lambda module, given, output: patches.append(len(output))
     )
     with torch.no_grad():
-        hidden_RD = engine._prefill(prompts, responses)[0]
+        hidden_RD = engine._prefill(prompts, responses, 1)[0]
     assert len(hidden_RD) == 2 * responses
     passes = HFRollout.prompt_passes(responses)
     assert sum(tokens) == passes * sum(map(len, prompts))
