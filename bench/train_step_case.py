@@ -184,7 +184,7 @@ class Case:
         alone = []
         for group in self.groups:
             for sample in group.samples:
-                prompt, pixels = group.prompt, group.aug_pixels
+                prompt, pixels = group.prompt, group.pixels("aug")
                 if what == "nothing":
                     copied = prompt.encoded.pixel_values.clone()
                     encoded = replace(prompt.encoded, pixel_values=copied)

@@ -215,10 +215,7 @@ def _padded(policy, groups, streams):
     grids = torch.cat([group.prompt.encoded.image_grid_thw for group in groups])
     log_probs = []
     for stream in streams:
-        pixels = [
-            group.prompt.encoded.pixel_values if stream == "full" else group.aug_pixels
-            for group in groups
-        ]
+        pixels = [group.pixels(stream) for group in groups]
         policy.model.model.rope_deltas = None
         with policy.autocast():
             logits_BTV = policy.model(

@@ -27,13 +27,7 @@ from papo_fast.samples import Group, Sample, all_samples
 class Collector:
     """Samples and scores groups until a step's batch is full."""
 
-    def __init__(
-        self,
-        config: Config,
-        sampler: Sampler,
-        views: CorruptedViews,
-        steps: int,
-    ):
+    def __init__(self, config: Config, sampler: Sampler, views: CorruptedViews, steps: int):
         self.config, self.sampler = config, sampler
         self.views, self.steps = views, steps
 
@@ -47,7 +41,7 @@ class Collector:
         the groups that the filter drops.
         """
         rollout = self.config.rollout
-        self.views.at((step - 1) / self.steps)
+        self.views.progress = (step - 1) / self.steps
         sampled, kept, dropped, rounds = [], [], [], 0
         while len(kept) < rollout.prompts:
             if rounds == (rollout.max_filter_rounds if rollout.dynamic_filter else 1):
@@ -76,9 +70,9 @@ class Collector:
         self._compare(batch)
         if self.config.objective.needs_aug:
             for group in batch:
-                # one corruption per prompt and step, shared by its responses
+                # one corruption per prompt and step, shared by its responses; made by who needs it
                 seed = prompt_seed(self.config.seed, step, group.prompt.index)
-                group.aug_pixels, group.second_pixels = self.views(group.prompt, seed)
+                group.aug_pixels, group.second_pixels = self.views.later(group.prompt, seed)
         return batch, sampling_metrics(all_samples(sampled)) | {
             "groups_kept": len(kept) / len(sampled),
             "groups_differ": sum(_differ(group) for group in sampled) / len(sampled),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from papo_fast.data.prompts import Prompt
+from papo_fast.data.views import Later
 from papo_fast.rewards.scorer import Score
 
 
@@ -63,11 +64,18 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
-    aug_pixels: Tensor | None = None
+    aug_pixels: Tensor | Later | None = None
     """The corrupted pictures, shaped as the prompt's own; None where no such stream is asked for,
     where its text sees no picture, and for a prompt without pictures."""
-    second_pixels: Tensor | None = None
+    second_pixels: Tensor | Later | None = None
     """The same for the second view."""
+
+    def pixels(self, stream: str) -> Tensor | None:
+        """Of the stream `full`, `aug` or `second`."""
+        if stream == "full":
+            return self.prompt.encoded.pixel_values
+        held = getattr(self, f"{stream}_pixels")
+        return held() if isinstance(held, Later) else held
 
 
 def all_samples(groups: Iterable[Group]) -> list[Sample]:

@@ -283,7 +283,7 @@ def test_noise_falls_over_the_run(encoder):
     config = CorruptionConfig(kind="patch", second="diffusion", noise_anneal=10.0)
     views, changes = CorruptedViews(config, encoder), []
     for progress in (0.0, 0.5, 1.0):
-        views.at(progress)
+        views.progress = progress
         changes.append((views(prompt, 4)[1] - prompt.encoded.pixel_values).std().item())
     assert changes[0] > 2 * changes[1] > 20 * changes[2]
 

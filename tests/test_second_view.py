@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -187,3 +188,27 @@ def test_a_term_and_its_second_view_must_come_together():
         check(dataclasses.replace(base, corruption=CorruptionConfig(second="blur")))
     both = dataclasses.replace(base, objective=goal, corruption=CorruptionConfig(second="blur"))
     assert isinstance(resolve(both), Config)
+
+
+def test_pixels_are_made_where_they_are_used_and_once_for_who_holds_them(loaded):
+    _, encoder = loaded
+    config = CorruptionConfig(kind="diffusion", noise_anneal=8.0, second="gaussian")
+    views = CorruptedViews(config, encoder)
+    image = picture(70, 110, 0)
+    group = group_of(encoder.encode("why?", [image]), [[70, 71], [90]])
+    group.prompt.images.append(image)
+    views.progress = 0.3
+    eager = views(group.prompt, 5)
+    group.aug_pixels, group.second_pixels = views.later(group.prompt, 5)
+    views.progress = 0.9  # the next batch is sampled before this one is used
+    assert not torch.equal(views(group.prompt, 5)[0], eager[0])
+    for stream, expected in zip(("aug", "second"), eager, strict=True):
+        held = group.pixels(stream)
+        assert torch.equal(held, expected)
+        assert group.pixels(stream) is held
+        address = id(held)
+        pieces = [dataclasses.replace(group, samples=[s]) for s in group.samples]
+        assert {id(piece.pixels(stream)) for piece in pieces} == {address}
+    assert group.pixels("full") is group.prompt.encoded.pixel_values
+    made = weakref.ref(group.pixels("aug"))
+    assert made() is None  # nobody holds them

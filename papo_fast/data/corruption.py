@@ -262,9 +262,6 @@ class PromptCorruption:
         pixels, images: a corruption of one's own, of processed patches or of raw images, in place
             of the one `config` names.
         setting: whose value its kind is, for messages.
-
-    Attributes:
-        progress: share of the run that is done, for noise that falls over it.
     """
 
     def __init__(
@@ -278,7 +275,6 @@ class PromptCorruption:
     ):
         self.config = config
         self.encoder = encoder
-        self.progress = 0.0
         self.kind = "own" if pixels or images else config.kind
         self.on_images = images
         self.on_pixels = pixels
@@ -302,7 +298,7 @@ class PromptCorruption:
         if self.kind == "official":
             self.on_images = OfficialCorruption(config.ratio)
         elif self.kind == "diffusion":
-            self.on_images = self._diffusion
+            self.on_images = self._diffusion(0.0)
         elif self.kind == "patch":
             if tiles is None:
                 self.on_pixels = PatchCorruption.of(processor, config.ratio)
@@ -318,10 +314,9 @@ class PromptCorruption:
             place = "evidence" if self.kind == "evidence" else "control"
             self.on_boxes = BoxCorruption(place, config.box_fill, black, grid)
 
-    def _diffusion(self, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
+    def _diffusion(self, progress: float) -> ImageCorruption:
         config = self.config
-        step = diffusion_step(config.noise_step, config.noise_anneal, self.progress)
-        return DiffusionCorruption(step)(images, seed)
+        return DiffusionCorruption(diffusion_step(config.noise_step, config.noise_anneal, progress))
 
     def check(self, columns: Collection[str]) -> None:
         """Raise `InputError` where it needs a column that the data does not have."""
@@ -333,14 +328,19 @@ class PromptCorruption:
         if self.on_boxes is not None:
             boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
 
-    def __call__(self, prompt: Prompt, seed: int) -> Tensor | None:
-        """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none."""
+    def __call__(self, prompt: Prompt, seed: int, progress: float = 0.0) -> Tensor | None:
+        """(P, C*T*p*p) float32; None for a prompt without pictures, or whose text sees none.
+
+        Args:
+            progress: share of the run that is done, for noise that falls over it.
+        """
         pixels = prompt.encoded.pixel_values
         grid: Any = prompt.encoded.image_grid_thw  # None where pictures are tiles
         if pixels is None or self.kind == "attention":
             return None
         if self.on_images is not None:
-            corrupted, _ = self.encoder.process_images(self.on_images(prompt.images, seed))
+            on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
+            corrupted, _ = self.encoder.process_images(on_images(prompt.images, seed))
             return corrupted
         if self.on_boxes is not None:
             boxes = boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)

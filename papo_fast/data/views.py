@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -18,9 +20,11 @@ class CorruptedViews:
 
     Attributes:
         first, second: the corruption of each; None without a second view.
+        progress: share of the run that is done, in [0, 1], for noise that falls over it.
     """
 
     def __init__(self, config: CorruptionConfig, encoder: PromptEncoder):
+        self.progress = 0.0
         self.first = PromptCorruption(config, encoder)
         self.second = None
         if config.second:
@@ -39,11 +43,28 @@ class CorruptedViews:
             if view is not None:
                 view.check_row(prompt)
 
-    def at(self, progress: float) -> None:
-        """Go on to a share of the run, in [0, 1], for noise that falls over it."""
-        for view in (self.first, self.second):
-            if view is not None:
-                view.progress = progress
-
     def __call__(self, prompt: Prompt, seed: int) -> tuple[Tensor | None, Tensor | None]:
-        return self.first(prompt, seed), None if self.second is None else self.second(prompt, seed)
+        first, second = self.later(prompt, seed)
+        return first(), None if second is None else second()
+
+    def later(self, prompt: Prompt, seed: int) -> tuple[Later, Later | None]:
+        """The same pixels, made where they are used: no rank makes, or holds, those of others."""
+        first, second = (
+            None if view is None else Later(partial(view, prompt, seed, self.progress))
+            for view in (self.first, self.second)
+        )
+        return first, second
+
+
+class Later:
+    """Pixels that are made when they are asked for, once for all who hold them at a time."""
+
+    def __init__(self, make: Callable[[], Tensor | None]):
+        self._make = make
+        self._made: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self) -> Tensor | None:
+        pixels = self._made()
+        if pixels is None and (pixels := self._make()) is not None:
+            self._made = weakref.ref(pixels)
+        return pixels

@@ -82,7 +82,7 @@ def pack(
         predictors.append([])
         for group, axes in zip(groups, axes_of, strict=True):
             prompt = group.prompt.encoded
-            pixels = prompt.pixel_values if stream == "full" else getattr(group, f"{stream}_pixels")
+            pixels = group.pixels(stream)
             pictures.add(pixels, prompt.image_grid_thw)
             # text that sees no picture: its tokens, which nothing would attend to, are left out
             kept = (prompt.mm_token_type_ids == 0) | (pixels is not None)

@@ -131,7 +131,7 @@ class PlainPolicy(Policy):
             for group in groups:
                 prompt = group.prompt.encoded
                 if stream != "full":
-                    prompt = replace(prompt, pixel_values=getattr(group, f"{stream}_pixels"))
+                    prompt = replace(prompt, pixel_values=group.pixels(stream))
                 prompts += [prompt] * len(group.samples)
             streams.append(self.padded(prompts, responses))
         prompts = [group.prompt.encoded for group in groups for _ in group.samples]
