@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from papo_fast.config import ModelConfig
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.data.prompts import Prompt
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy

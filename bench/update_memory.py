@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from papo_fast.config import Config
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.data.prompts import Prompt
 from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy

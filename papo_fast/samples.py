@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from papo_fast.data.encoded import Later
 from papo_fast.data.prompts import Prompt
-from papo_fast.data.views import Later
 from papo_fast.rewards.scorer import Score
 
 

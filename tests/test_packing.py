@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.errors import InputError
 from papo_fast.model import attention
 from papo_fast.model.attention import Segment, TreeLayout, tree_attention

@@ -186,7 +186,7 @@ def test_papo_trains_each_family_and_its_model_is_read_back(name, tiny, question
     assert len(rows) == 2 and "accuracy_after_corrupted" in summary
     for row in rows:
         assert row["bad_updates"] == 0 and row["grad_norm"] > 0
-        assert row["kl_prcp"] > 1e-4 and row["sampler_mismatch"] < 1e-4
+        assert row["kl_prcp"] > 1e-5 and row["sampler_mismatch"] < 1e-4
     before = loaded(tiny(name))[1].state_dict()
     encoder, policy = loaded(folder / "model")
     moved = [n for n, v in policy.state_dict().items() if not torch.equal(v, before[n])]

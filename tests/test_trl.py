@@ -15,7 +15,7 @@ from support.trl_runs import TERMS, build, loss_and_gradients, write_files  # fi
 from trl import GRPOConfig, GRPOTrainer
 
 from papo_fast.config import ModelConfig
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.integrations.trl import PAPOTrainer, use_token_stats
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy

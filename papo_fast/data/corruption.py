@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,7 +28,8 @@ from papo_fast.corruption_settings import (
     load_corruption,
 )
 from papo_fast.data.boxes import BoxCorruption, boxes_of, check_column
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.data.encoded import EncodedPrompt, Later
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.noise import (
     BlurCorruption,
     DiffusionCorruption,
@@ -334,14 +336,15 @@ class PromptCorruption:
         Args:
             progress: share of the run that is done, for noise that falls over it.
         """
-        pixels = prompt.encoded.pixel_values
-        grid: Any = prompt.encoded.image_grid_thw  # None where pictures are tiles
-        if pixels is None or self.kind == "attention":
+        encoded = prompt.encoded
+        if not encoded.has_pictures or self.kind == "attention":
             return None
         if self.on_images is not None:
             on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
             corrupted, _ = self.encoder.process_images(on_images(prompt.images, seed))
             return corrupted
+        pixels: Any = encoded.pixel_values
+        grid: Any = encoded.image_grid_thw  # None where pictures are tiles
         if self.on_boxes is not None:
             boxes = boxes_of(prompt, self.config.boxes_key, self.on_boxes.grid)
             return self.on_boxes(pixels, grid, boxes, seed)
@@ -352,12 +355,13 @@ class PromptCorruption:
 
     def prompt(self, prompt: Prompt, seed: int) -> Prompt:
         """The prompt with corrupted pictures, to sample from; without any for `attention`."""
-        pixels, encoded = self(prompt, seed), prompt.encoded
-        if encoded.pixel_values is None:
+        encoded = prompt.encoded
+        if not encoded.has_pictures:
             return prompt
-        if pixels is None:
+        if self.kind == "attention":
             return replace(prompt, encoded=without_pictures(encoded))
-        return replace(prompt, encoded=replace(encoded, pixel_values=pixels))
+        later: Any = Later(partial(self, prompt, seed))
+        return replace(prompt, encoded=replace(encoded, pixel_values=later))
 
     def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
         """The first corrupted picture as the model gets it, for people to look at."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from transformers.image_utils import SizeDict
 
 from papo_fast.config import DataConfig
+from papo_fast.data.encoded import EncodedPrompt, Later, accepted, grid_rule
 from papo_fast.data.model_folder import (
     chat_template,
     check_config,
@@ -45,23 +46,6 @@ _VISION_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt as the model takes it, unpadded, on the CPU."""
-
-    input_ids: torch.Tensor
-    """(L,) int64, every image already expanded to one image-pad id per merged patch."""
-    mm_token_type_ids: torch.Tensor
-    """(L,) int64, 1 at image tokens, 0 elsewhere. Qwen2.5-VL is silently wrong without it."""
-    pixel_values: torch.Tensor | None
-    """(P, C*T*p*p) float32, the normalised patches of all images; None without images."""
-    image_grid_thw: torch.Tensor | None
-    """(n, 3) int64, patches per image in time, height and width; None without images."""
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
 
 
 class PromptTooLong(InputError):
@@ -135,6 +119,7 @@ class PromptEncoder:
         self.merge_size: int = self.image_processor.merge_size
         self.temporal_patch_size: int = self.image_processor.temporal_patch_size
         self._check_against_model(config)
+        self._grid_rule = grid_rule(self.image_processor)
 
     def _limit_pixels(self, config: Any, data: DataConfig) -> None:
         """The limits of `data` in the place of the checkpoint's."""
@@ -188,7 +173,7 @@ class PromptEncoder:
                 f"the chat template of {self.model_path} wrote {int(is_image.sum())} image tokens "
                 f"for {len(images)} images; expected one {self._image_token} per image"
             )
-        pixels, grid = self.process_images(images)
+        pixels, grid = self._pictures(images)
         if grid is not None:
             repeats = torch.ones_like(ids)
             repeats[is_image] = grid.prod(dim=1) // self.merge_size**2
@@ -203,6 +188,25 @@ class PromptEncoder:
         types = (ids == self.image_token_id).long()
         return EncodedPrompt(ids, types, pixels, grid)
 
+    def _pictures(
+        self, images: Sequence[Image.Image]
+    ) -> tuple[torch.Tensor | Later | None, torch.Tensor | None]:
+        """As `process_images`; pixels are made later where the sizes alone say what the grid is."""
+        if self._grid_rule is None or not images:
+            return self.process_images(images)
+        images = [to_rgb(image) for image in images]
+        grid = torch.tensor([accepted(i, x, self._grid_rule) for i, x in enumerate(images)])
+        return Later(partial(self._promised, images, grid), keep=True), grid
+
+    def _promised(self, images: Sequence[Image.Image], grid: torch.Tensor) -> torch.Tensor:
+        pixels, found = self.process_images(images)
+        if pixels is None or not torch.equal(found, grid):
+            raise InputError(
+                f"{self.model_path}: the image processor cut pictures into {found.tolist()} "
+                f"patches, where its smart_resize says {grid.tolist()}"
+            )
+        return pixels
+
     def process_images(
         self, images: Sequence[Image.Image]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -216,19 +220,12 @@ class PromptEncoder:
             InputError: an image without pixels, or with an aspect ratio the processor refuses.
         """
         pixels, grids = [], []
+
+        def process(image: Image.Image) -> Any:
+            return self.image_processor(images=[to_rgb(image)], return_tensors="pt")
+
         for number, image in enumerate(images):
-            width, height = image.size
-            if width == 0 or height == 0:
-                raise InputError(
-                    f"image {number} is {width}x{height} pixels; expected at least 1x1"
-                )
-            try:
-                one = self.image_processor(images=[to_rgb(image)], return_tensors="pt")
-            except Exception as error:
-                raise InputError(
-                    f"image {number} of {width}x{height} pixels is refused by the image "
-                    f"processor: {first_line(error)}"
-                ) from error
+            one = accepted(number, image, process)
             pixels.append(one["pixel_values"].float())
             grids.append(one["image_grid_thw"].long())
         if not pixels:

@@ -20,7 +20,8 @@ from transformers import ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from papo_fast.config import DataConfig
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
+from papo_fast.data.encoded import EncodedPrompt
+from papo_fast.data.encoder import PromptEncoder, PromptTooLong
 from papo_fast.data.model_folder import first_line, load
 from papo_fast.data.pictures import to_rgb
 from papo_fast.data.tiles import Tiles, block_of

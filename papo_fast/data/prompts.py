@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from papo_fast.config import Config, DataConfig
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder, PromptTooLong
+from papo_fast.data.encoded import EncodedPrompt
+from papo_fast.data.encoder import PromptEncoder, PromptTooLong
 from papo_fast.data.rows import (
     BadSample,
     as_answer,

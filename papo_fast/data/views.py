@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from papo_fast.corruption_settings import CorruptionConfig
 from papo_fast.data.corruption import PromptCorruption
+from papo_fast.data.encoded import Later
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import Prompt
 
@@ -54,17 +54,3 @@ class CorruptedViews:
             for view in (self.first, self.second)
         )
         return first, second
-
-
-class Later:
-    """Pixels that are made when they are asked for, once for all who hold them at a time."""
-
-    def __init__(self, make: Callable[[], Tensor | None]):
-        self._make = make
-        self._made: Callable[[], Tensor | None] = lambda: None
-
-    def __call__(self) -> Tensor | None:
-        pixels = self._made()
-        if pixels is None and (pixels := self._make()) is not None:
-            self._made = weakref.ref(pixels)
-        return pixels

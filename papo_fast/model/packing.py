@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.model.attention import Segment, TreeLayout
 from papo_fast.samples import Group, Sample, all_samples
 

@@ -117,7 +117,7 @@ class PlainPolicy(Policy):
         self, groups: Sequence[Group], *, full: bool = True, aug: bool = False, second: bool = False
     ) -> PaddedBatch:
         """The groups' sequences, one after the other, in the streams that are asked for."""
-        if self.always_run_vision and all(g.prompt.encoded.pixel_values is None for g in groups):
+        if self.always_run_vision and not any(g.prompt.encoded.has_pictures for g in groups):
             raise InputError(
                 "a batch has no picture: on the plain path several processes need one in each, "
                 "since all run the vision tower together; leave out rows without pictures, or "

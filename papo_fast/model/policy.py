@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from papo_fast.config import Config, ModelConfig, ParallelConfig
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.model.activations import OffloadedActivations
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.four_bit import quantize_linears

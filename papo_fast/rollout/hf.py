@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.model.policy import Policy, inference
 from papo_fast.rollout.reserved_cache import branch
 from papo_fast.samples import Completion
@@ -185,7 +185,7 @@ def pad_left(
         "attention_mask": attention_mask,
         "mm_token_type_ids": token_types,
     }
-    pictures = [p for p in prompts if p.pixel_values is not None]
+    pictures = [p for p in prompts if p.has_pictures]
     if pictures:
         inputs["pixel_values"] = torch.cat([p.pixel_values for p in pictures])
         inputs["image_grid_thw"] = torch.cat([p.image_grid_thw for p in pictures])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from papo_fast.data.encoder import EncodedPrompt
+from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.errors import InputError
 from papo_fast.samples import Completion
 

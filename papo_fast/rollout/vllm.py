@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig
 
 from papo_fast.config import Config
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.data.encoded import EncodedPrompt
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import world_size

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from papo_fast.config import Config
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.data.encoded import EncodedPrompt
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.machine import gpu_names, install_command
 from papo_fast.model.family import Decoder
@@ -99,7 +100,7 @@ class RequestFormat:
     def prompt(self, prompt: EncodedPrompt) -> tuple[list[int], list[Image.Image]]:
         """Token ids with one image-pad id per picture, as vLLM expands them, and the pictures."""
         encoder, ids = self.encoder, prompt.input_ids.tolist()
-        if prompt.pixel_values is None:
+        if not prompt.has_pictures:
             return ids, []
         lengths = prompt.image_grid_thw.prod(dim=1) // encoder.merge_size**2
         runs, short, i = iter(lengths.tolist()), [], 0

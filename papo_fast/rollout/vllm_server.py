@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from papo_fast.config import Config
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.data.encoded import EncodedPrompt
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
