@@ -251,6 +251,7 @@ def corrupted(function, prompt):
 class Encoded:
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
+    has_pictures: bool = True
 
 
 @dataclasses.dataclass
