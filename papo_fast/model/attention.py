@@ -81,6 +81,21 @@ class Block:
     mask_BQK: Tensor | None
 
 
+@dataclass(frozen=True)
+class Padded:
+    """B prompts, or B responses, padded to one length L for layers that carry a state along.
+
+    `rows_BL` int64 are rows of the packed sequence to gather; `real_BL` bool says which of them are
+    tokens. `parents_B` int64 says which prompt, in the order of the lists of prompts, a response
+    continues; None for prompts. Prompts are padded in front, where a state is still zero, and
+    responses behind, where nobody reads their state.
+    """
+
+    rows_BL: Tensor
+    real_BL: Tensor
+    parents_B: Tensor | None
+
+
 class TreeLayout:
     """Which token attends to which in one packed sequence.
 
@@ -126,6 +141,35 @@ class TreeLayout:
                 position[s.start : s.start + s.length] = torch.arange(first, first + s.length)
             offset += len(members) * width
         return blocks, position.to(self.device)
+
+    @cached_property
+    def padded(self) -> tuple[list[Padded], Tensor]:
+        """Prompts and then responses in lists of similar length, and for each token its row in the
+        lists laid end to end."""
+        prompts = [s for s in self.segments if not s.prefix]
+        prompt_of = {s.start: s.prefix_start for s in self.segments if s.prefix}
+        responses = [Segment(s.start, s.length) for s in self.segments if s.prefix]
+        lists = _alike(prompts)
+        place = {s.start: i for i, s in enumerate(s for members in lists for s in members)}
+        padded, packed_rows, offset = [], [], 0
+        for members in [*lists, *_alike(responses)]:
+            is_response = members[0].start in prompt_of
+            # a layer takes a single token behind a state for a step of decoding
+            width = max(2, *(s.length for s in members)) if is_response else members[0].length
+            starts = torch.tensor([s.start for s in members])[:, None]
+            lengths = torch.tensor([s.length for s in members])[:, None]
+            at = torch.arange(width) - (0 if is_response else width - lengths)
+            real = (at >= 0) & (at < lengths)
+            rows = starts + torch.minimum(at.clamp(min=0), lengths - 1)
+            parents = None
+            if is_response:
+                parents = torch.tensor([place[prompt_of[s.start]] for s in members])
+                parents = parents.to(self.device)
+            padded.append(Padded(rows.to(self.device), real.to(self.device), parents))
+            packed_rows.append(torch.stack([rows[real], real.flatten().nonzero()[:, 0] + offset]))
+            offset += rows.numel()
+        token, row = torch.cat(packed_rows, dim=1)
+        return padded, row[token.argsort()].to(self.device)
 
 
 def _key_ranges(s: Segment) -> list[Tensor]:
