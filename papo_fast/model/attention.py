@@ -95,6 +95,10 @@ class Padded:
     real_BL: Tensor
     parents_B: Tensor | None
 
+    def to(self, device: torch.device) -> Padded:
+        moved = (None if x is None else x.to(device) for x in vars(self).values())
+        return Padded(*moved)
+
 
 class TreeLayout:
     """Which token attends to which in one packed sequence.
@@ -143,33 +147,20 @@ class TreeLayout:
         return blocks, position.to(self.device)
 
     @cached_property
-    def padded(self) -> tuple[list[Padded], Tensor]:
-        """Prompts and then responses in lists of similar length, and for each token its row in the
-        lists laid end to end."""
-        prompts = [s for s in self.segments if not s.prefix]
-        prompt_of = {s.start: s.prefix_start for s in self.segments if s.prefix}
-        responses = [Segment(s.start, s.length) for s in self.segments if s.prefix]
-        lists = _alike(prompts)
-        place = {s.start: i for i, s in enumerate(s for members in lists for s in members)}
-        padded, packed_rows, offset = [], [], 0
-        for members in [*lists, *_alike(responses)]:
-            is_response = members[0].start in prompt_of
-            # a layer takes a single token behind a state for a step of decoding
-            width = max(2, *(s.length for s in members)) if is_response else members[0].length
-            starts = torch.tensor([s.start for s in members])[:, None]
-            lengths = torch.tensor([s.length for s in members])[:, None]
-            at = torch.arange(width) - (0 if is_response else width - lengths)
-            real = (at >= 0) & (at < lengths)
-            rows = starts + torch.minimum(at.clamp(min=0), lengths - 1)
-            parents = None
-            if is_response:
-                parents = torch.tensor([place[prompt_of[s.start]] for s in members])
-                parents = parents.to(self.device)
-            padded.append(Padded(rows.to(self.device), real.to(self.device), parents))
-            packed_rows.append(torch.stack([rows[real], real.flatten().nonzero()[:, 0] + offset]))
-            offset += rows.numel()
-        token, row = torch.cat(packed_rows, dim=1)
-        return padded, row[token.argsort()].to(self.device)
+    def padded(self) -> tuple[list[Padded], list[Padded], Tensor]:
+        """Prompts and responses, each in lists of similar length, and for each token its row in all
+        of these lists laid end to end."""
+        prompts = _alike([s for s in self.segments if not s.prefix])
+        place = {s.start: i for i, s in enumerate(s for members in prompts for s in members)}
+        prompt_of = {s.start: place[s.prefix_start] for s in self.segments if s.prefix}
+        responses = _alike([Segment(s.start, s.length) for s in self.segments if s.prefix])
+        padded = [_padded(members, None) for members in prompts]
+        padded += [_padded(members, [prompt_of[s.start] for s in members]) for members in responses]
+        real = torch.cat([p.real_BL.flatten() for p in padded])
+        tokens = torch.cat([p.rows_BL.flatten() for p in padded])[real]
+        row = real.nonzero()[:, 0][tokens.argsort()]
+        padded = [p.to(self.device) for p in padded]
+        return padded[: len(prompts)], padded[len(prompts) :], row.to(self.device)
 
 
 def _key_ranges(s: Segment) -> list[Tensor]:
@@ -227,6 +218,17 @@ def _block(members: list[Segment], width: int, device: torch.device) -> Block:
         kv_index.flatten().to(device),
         mask.to(device),
     )
+
+
+def _padded(members: list[Segment], parents: list[int] | None) -> Padded:
+    # a layer takes a single token behind a state for a step of decoding
+    width = max(1 if parents is None else 2, *(s.length for s in members))
+    starts = torch.tensor([s.start for s in members])[:, None]
+    lengths = torch.tensor([s.length for s in members])[:, None]
+    at = torch.arange(width) - (width - lengths if parents is None else 0)
+    rows = starts + torch.minimum(at.clamp(min=0), lengths - 1)  # padding repeats a token
+    real = (at >= 0) & (at < lengths)
+    return Padded(rows, real, None if parents is None else torch.tensor(parents))
 
 
 def tree_attention(

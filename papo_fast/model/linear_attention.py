@@ -47,6 +47,16 @@ class _State:
         self.recurrent, self.inputs = recurrent, inputs
         self.layers = defaultdict(lambda: self)
 
+    @classmethod
+    def joined(cls, states: list[_State]) -> _State:
+        return cls(torch.cat([s.recurrent for s in states]), torch.cat([s.inputs for s in states]))
+
+    def of(self, sequences: Tensor) -> _State:
+        """Of these sequences, each as often as it is named."""
+        return _State(
+            self.recurrent.index_select(0, sequences), self.inputs.index_select(0, sequences)
+        )
+
     def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
         return self.recurrent is not None
 
@@ -83,31 +93,23 @@ class _InTrees(nn.Module):
         run = super().forward
         if tree is None:
             return run(hidden_states, cache_params, attention_mask, **kwargs)
-        lists, row = tree.padded
-        gathered = hidden_states[0].index_select(0, torch.cat([p.rows_BL.flatten() for p in lists]))
-        parts = gathered.split([p.rows_BL.numel() for p in lists])
-        outputs, ends = [], []
-        for p, part in zip(lists, parts, strict=True):
-            x_BLD = part.view(*p.rows_BL.shape, -1)
-            if p.parents_B is None:
-                # no bias anywhere, so that zeros in front leave a state of zero as it is
-                state = _State()
-                outputs.append(run(x_BLD, state, p.real_BL, **kwargs))
-                ends.append(state)
-                continue
-            if len(ends) > 1:  # the lists of prompts have all run
-                joined = (
-                    torch.cat([getattr(end, name) for end in ends])
-                    for name in ("recurrent", "inputs")
-                )
-                ends = [_State(*joined)]
-            state = _State(
-                ends[0].recurrent.index_select(0, p.parents_B),
-                ends[0].inputs.index_select(0, p.parents_B),
-            )
-            outputs.append(run(x_BLD, state, **kwargs))
-        joined = torch.cat([out.flatten(0, 1) for out in outputs])
-        return joined.index_select(0, row)[None]
+        prompts, responses, row = tree.padded
+        rows = [p.rows_BL for p in (*prompts, *responses)]
+        gathered = hidden_states[0].index_select(0, torch.cat([r.flatten() for r in rows]))
+        parts = gathered.split([r.numel() for r in rows])
+        padded = [part.view(*r.shape, -1) for part, r in zip(parts, rows, strict=True)]
+        # no layer has a bias here, so zeros in front of a prompt leave a state of zero as it is
+        ends = [_State() for _ in prompts]
+        outputs = [
+            run(x_BLD, end, p.real_BL, **kwargs)
+            for x_BLD, end, p in zip(padded, ends, prompts, strict=False)
+        ]
+        end = _State.joined(ends)
+        outputs += [
+            run(x_BLD, end.of(p.parents_B), **kwargs)
+            for x_BLD, p in zip(padded[len(prompts) :], responses, strict=True)
+        ]
+        return torch.cat([out.flatten(0, 1) for out in outputs]).index_select(0, row)[None]
 
 
 @functools.cache

@@ -1,0 +1,231 @@
+"""Linear attention over packed trees against sequences of their own, which share nothing."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+
+from papo_fast.config import ModelConfig
+from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
+from papo_fast.model.attention import Segment, TreeLayout
+from papo_fast.model.choice import load_encoder
+from papo_fast.model.linear_attention import branch_linear_attention
+from papo_fast.model.packing import pack
+from papo_fast.model.plain import PlainPolicy
+from papo_fast.model.policy import Policy
+from support.groups import DATA, group_of, token_ids
+from support.hybrid_float64 import hybrid_in_float64, library
+from support.plain_checkpoints import write_plain_checkpoint
+from support.whole_logits import picture
+
+# Tokens of prompts and of their responses: shorter than the convolution reads (4), about a chunk
+# of the delta rule (64), and longer.
+TREES = [(1, [1, 2]), (2, [3]), (70, [64, 65, 3]), (3, [4, 1, 70]), (130, [1, 30]), (5, [300, 2])]
+TOKENS = sum(prompt + sum(responses) for prompt, responses in TREES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_plain_checkpoint(tmp_path_factory.mktemp("hybrid") / "qwen3_5", "qwen3_5")
+
+
+def layout(trees):
+    segments, start = [], 0
+    for prompt, responses in trees:
+        root = Segment(start, prompt)
+        segments.append(root)
+        start += prompt
+        for length in responses:
+            segments.append(Segment(start, length, root.start, root.length))
+            start += length
+    return TreeLayout(segments)
+
+
+def a_layer(checkpoint, modeling, name="Qwen3_5GatedDeltaNet", **changes):
+    """A layer of random weights that forgets slowly enough for a prompt to matter."""
+    config = AutoConfig.from_pretrained(checkpoint).text_config
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(1)
+    layer = getattr(modeling, name)(config, 0)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(std=0.3)
+        layer.A_log.copy_(torch.linspace(-5, -1, len(layer.A_log)))
+    return layer
+
+
+def alone(layer, x_TD, tree):
+    """Each response behind a prompt of its own; prompts' outputs are those of the first time."""
+    out = {}
+    for s in tree.segments:
+        if s.prefix:
+            before = slice(s.prefix_start, s.prefix_start + s.prefix)
+            own = slice(s.start, s.start + s.length)
+            rows = layer(torch.cat([x_TD[before], x_TD[own]])[None])[0]
+            out.setdefault(s.prefix_start, rows[: s.prefix])
+            out[s.start] = rows[s.prefix :]
+    return torch.cat([out[s.start] for s in tree.segments])
+
+
+def gradients_of(loss, x_TD, layer):
+    """Of the inputs and of each weight, as one vector each."""
+    named = {"inputs": x_TD} | dict(layer.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("modeling", "name", "changes"),
+    [
+        (library(), "Qwen3_5GatedDeltaNet", {}),
+        (library(), "Qwen3_5GatedDeltaNet", {"linear_num_value_heads": 4}),
+        (library(), "Qwen3_5GatedDeltaNet", {"linear_conv_kernel_dim": 2}),
+        (modeling_qwen3_5, "Qwen3_5GatedDeltaNet", {}),
+        (modeling_qwen3_5_moe, "Qwen3_5MoeGatedDeltaNet", {}),
+    ],
+    ids=["float64", "heads share keys", "another kernel", "float32", "MoE float32"],
+)
+def test_a_tree_is_its_sequences_and_its_prompt_gets_all_their_gradients(
+    checkpoint, modeling, name, changes
+):
+    exact = modeling is library()
+    layer = a_layer(checkpoint, modeling, name, **changes).to(torch.float64 if exact else None)
+    tree = layout(TREES)
+    weight = next(layer.parameters())
+    x, w = (torch.randn(TOKENS, 32, dtype=weight.dtype) for _ in range(2))
+    x.requires_grad_()
+    want = alone(layer, x, tree)
+    of_want = gradients_of((want * w).sum(), x, layer)
+    branch_linear_attention(layer)
+    got = layer(x[None], tree=tree)[0]
+    of_got = gradients_of((got * w).sum(), x, layer)
+    errors = {n: ((of_got[n] - g).norm() / g.norm()).item() for n, g in of_want.items()}
+    errors["outputs"] = ((got - want).norm() / want.norm()).item()
+    print({n: f"{e:.1e}" for n, e in errors.items()})
+    assert max(errors.values()) < (1e-10 if exact else 1e-5), errors
+    # and it would show: what reaches prompts from their responses is no small part
+    own = [s.start + i for s in tree.segments if s.prefix for i in range(s.length)]
+    only = torch.zeros_like(w)
+    only[own] = w[own]
+    through = gradients_of((layer(x[None], tree=tree)[0] * only).sum(), x, layer)["inputs"]
+    for s in tree.segments:
+        if not s.prefix:
+            rows = slice(s.start, s.start + s.length)
+            assert through[rows].abs().amax() > 1e-2 * through.abs().amax()
+
+
+def test_what_stands_in_one_segment_reaches_no_other(checkpoint):
+    layer = a_layer(checkpoint, modeling_qwen3_5)
+    branch_linear_attention(layer)
+    tree = layout(TREES)
+    x = torch.randn(1, TOKENS, 32)
+    with torch.no_grad():
+        before = layer(x, tree=tree)
+        for changed in tree.segments:
+            y = x.clone()
+            y[:, changed.start : changed.start + changed.length] = torch.nan
+            moved = (layer(y, tree=tree) != before).any(-1)[0]
+            for s in tree.segments:
+                sees = s == changed or (s.prefix and s.prefix_start == changed.start)
+                rows = moved[s.start : s.start + s.length]
+                assert rows.all() if sees else not rows.any(), (changed, s)
+
+
+def test_without_a_tree_a_layer_is_what_it_was_and_others_are_left_alone(checkpoint):
+    x = torch.randn(2, 9, 32)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :4] = False
+    layer, other = (a_layer(checkpoint, modeling_qwen3_5) for _ in range(2))
+    for _ in range(2):
+        branch_linear_attention(layer)
+    assert type(other) is modeling_qwen3_5.Qwen3_5GatedDeltaNet is type(layer).__mro__[2]
+    assert type(layer).__name__ == type(other).__name__
+    assert torch.equal(layer(x, None, mask), other(x, None, mask))
+
+
+def hidden_alone(model, groups):
+    """Hidden states that predict responses, of each stream, one sequence at a time."""
+    streams = []
+    for stream in ("pixel_values", "aug_pixels"):
+        rows = []
+        for group in groups:
+            prompt = group.prompt.encoded
+            pixels = prompt.pixel_values if stream == "pixel_values" else group.aug_pixels
+            for response in token_ids(group):
+                ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
+                inputs = {"input_ids": ids}
+                if pixels is not None:
+                    types = torch.zeros_like(ids)
+                    types[0, : len(prompt)] = prompt.mm_token_type_ids
+                    inputs |= {"pixel_values": pixels, "image_grid_thw": prompt.image_grid_thw}
+                    inputs["mm_token_type_ids"] = types
+                model.model.rope_deltas = None
+                hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
+                rows.append(hidden[len(prompt) - 1 : -1])
+        streams.append(torch.cat(rows))
+    return streams
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_packed_model_is_one_sequence_at_a_time_in_float64(checkpoint, monkeypatch, remat):
+    encoder, model = PromptEncoder(checkpoint, DATA), hybrid_in_float64(checkpoint)
+    groups = []
+    for text, sizes in (("one", [(90, 60)]), ("none", []), ("a " * 40, [(64, 64), (100, 60)])):
+        prompt = encoder.encode(text, [picture(w, h, w) for w, h in sizes])
+        aug = None if prompt.pixel_values is None else torch.randn_like(prompt.pixel_values)
+        responses = [[65], [66, 67], list(range(60, 130)), [68, 69, 70, 71, 72]]
+        groups.append(group_of(prompt, responses, aug))
+    for length in (1, 2, 3):
+        ids = torch.arange(70, 70 + length)
+        prompt = EncodedPrompt(ids, torch.zeros_like(ids), None, None)
+        groups.append(group_of(prompt, [[65, 66, 67], [68]]))
+    want = hidden_alone(model, groups)
+    weights = [torch.randn_like(x) for x in want]
+    loss = sum((x * w).sum() for x, w in zip(want, weights, strict=True))
+    named = dict(model.model.named_parameters())
+    of_want = torch.autograd.grad(loss, list(named.values()))
+
+    policy = Policy(model, encoder.banned_token_ids, dtype=torch.float64)
+    monkeypatch.setattr(Policy, "autocast", lambda self: nullcontext())
+    policy.train(remat)
+    if remat:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = policy._hidden(pack(groups, policy.prompt_positions, aug=True))
+    loss = sum((x * w).sum() for x, w in zip(got, weights, strict=True))
+    of_got = torch.autograd.grad(loss, list(named.values()))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    assert not torch.allclose(*got)  # pictures matter
+    size = torch.stack([g.norm() for g in of_want]).norm()
+    for name, ours, theirs in zip(named, of_got, of_want, strict=True):
+        error = (ours - theirs).norm() / torch.maximum(theirs.norm(), 1e-3 * size)
+        assert error < 1e-10, (name, error)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_that_runs_once_is_cheaper(checkpoint):
+    """A group of 8 on one thread, in seconds of the processor: others may use the machine too."""
+    assert torch.get_num_threads() == 1
+    response = [list(range(60 + i, 108 + i)) for i in range(8)]
+    spent = {}
+    for forward, kind in (("fast", Policy), ("plain", PlainPolicy)):
+        config = ModelConfig(path=str(checkpoint), dtype="float32", forward=forward)
+        encoder = load_encoder(config, DATA)
+        policy = kind.load(config, encoder.banned_token_ids, torch.device("cpu")).train()
+        group = group_of(encoder.encode("word " * 200, []), response)
+        times = []
+        for _ in range(4):
+            start = time.process_time()
+            policy.stats(policy.pack([group]))[0].logprobs.sum().backward()
+            times.append(time.process_time() - start)
+        spent[forward] = min(times)
+    ratio = spent["plain"] / spent["fast"]
+    print(f"prompt {len(group.prompt.encoded)}, 8 x 48: plain {spent['plain']:.2f} s, "
+          f"fast {spent['fast']:.2f} s, {ratio:.1f} times faster")  # fmt: skip
+    assert ratio > 2
