@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,17 +11,14 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from papo_fast.config import ModelConfig
-from papo_fast.data.encoder import EncodedPrompt, PromptEncoder
 from papo_fast.model.attention import Segment, TreeLayout
 from papo_fast.model.choice import load_encoder
 from papo_fast.model.linear_attention import branch_linear_attention
-from papo_fast.model.packing import pack
 from papo_fast.model.plain import PlainPolicy
 from papo_fast.model.policy import Policy
-from support.groups import DATA, group_of, token_ids
-from support.hybrid_float64 import hybrid_in_float64, library
+from support.groups import DATA, group_of
+from support.hybrid_float64 import library
 from support.plain_checkpoints import write_plain_checkpoint
-from support.whole_logits import picture
 
 # Tokens of prompts and of their responses: shorter than the convolution reads (4), about a chunk
 # of the delta rule (64), and longer.
@@ -147,65 +143,6 @@ def test_without_a_tree_a_layer_is_what_it_was_and_others_are_left_alone(checkpo
     assert type(other) is modeling_qwen3_5.Qwen3_5GatedDeltaNet is type(layer).__mro__[2]
     assert type(layer).__name__ == type(other).__name__
     assert torch.equal(layer(x, None, mask), other(x, None, mask))
-
-
-def hidden_alone(model, groups):
-    """Hidden states that predict responses, of each stream, one sequence at a time."""
-    streams = []
-    for stream in ("pixel_values", "aug_pixels"):
-        rows = []
-        for group in groups:
-            prompt = group.prompt.encoded
-            pixels = prompt.pixel_values if stream == "pixel_values" else group.aug_pixels
-            for response in token_ids(group):
-                ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
-                inputs = {"input_ids": ids}
-                if pixels is not None:
-                    types = torch.zeros_like(ids)
-                    types[0, : len(prompt)] = prompt.mm_token_type_ids
-                    inputs |= {"pixel_values": pixels, "image_grid_thw": prompt.image_grid_thw}
-                    inputs["mm_token_type_ids"] = types
-                model.model.rope_deltas = None
-                hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
-                rows.append(hidden[len(prompt) - 1 : -1])
-        streams.append(torch.cat(rows))
-    return streams
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_packed_model_is_one_sequence_at_a_time_in_float64(checkpoint, monkeypatch, remat):
-    encoder, model = PromptEncoder(checkpoint, DATA), hybrid_in_float64(checkpoint)
-    groups = []
-    for text, sizes in (("one", [(90, 60)]), ("none", []), ("a " * 40, [(64, 64), (100, 60)])):
-        prompt = encoder.encode(text, [picture(w, h, w) for w, h in sizes])
-        aug = None if prompt.pixel_values is None else torch.randn_like(prompt.pixel_values)
-        responses = [[65], [66, 67], list(range(60, 130)), [68, 69, 70, 71, 72]]
-        groups.append(group_of(prompt, responses, aug))
-    for length in (1, 2, 3):
-        ids = torch.arange(70, 70 + length)
-        prompt = EncodedPrompt(ids, torch.zeros_like(ids), None, None)
-        groups.append(group_of(prompt, [[65, 66, 67], [68]]))
-    want = hidden_alone(model, groups)
-    weights = [torch.randn_like(x) for x in want]
-    loss = sum((x * w).sum() for x, w in zip(want, weights, strict=True))
-    named = dict(model.model.named_parameters())
-    of_want = torch.autograd.grad(loss, list(named.values()))
-
-    policy = Policy(model, encoder.banned_token_ids, dtype=torch.float64)
-    monkeypatch.setattr(Policy, "autocast", lambda self: nullcontext())
-    policy.train(remat)
-    if remat:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    got = policy._hidden(pack(groups, policy.prompt_positions, aug=True))
-    loss = sum((x * w).sum() for x, w in zip(got, weights, strict=True))
-    of_got = torch.autograd.grad(loss, list(named.values()))
-    for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
-    assert not torch.allclose(*got)  # pictures matter
-    size = torch.stack([g.norm() for g in of_want]).norm()
-    for name, ours, theirs in zip(named, of_got, of_want, strict=True):
-        error = (ours - theirs).norm() / torch.maximum(theirs.norm(), 1e-3 * size)
-        assert error < 1e-10, (name, error)
 
 
 @pytest.mark.slow

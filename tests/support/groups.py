@@ -9,8 +9,7 @@ from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import Prompt
 from papo_fast.model.policy import Policy
 from papo_fast.samples import Completion, Group, Sample
-from support.family_checkpoints import FAMILIES, write_checkpoint
-from support.plain_checkpoints import write_plain_checkpoint
+from support.family_checkpoints import write_checkpoint
 
 # Pictures of 4 to 16 tokens, and a prompt that is the question alone.
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
@@ -18,7 +17,7 @@ DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
 
 def load_policy(folder, family):
     """A float32 policy of random weights, written into `folder`, and its encoder."""
-    path = (write_checkpoint if family in FAMILIES else write_plain_checkpoint)(folder, family)
+    path = write_checkpoint(folder, family)
     encoder = PromptEncoder(path, DATA)
     config = ModelConfig(path=str(path), dtype="float32", gradient_checkpointing=False)
     return Policy.load(config, encoder.banned_token_ids, torch.device("cpu")), encoder
