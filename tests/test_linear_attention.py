@@ -11,14 +11,16 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 
 from papo_fast.config import ModelConfig
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.model.attention import Segment, TreeLayout
 from papo_fast.model.choice import load_encoder
 from papo_fast.model.linear_attention import branch_linear_attention
 from papo_fast.model.plain import PlainPolicy
 from papo_fast.model.policy import Policy
 from support.groups import DATA, group_of
-from support.hybrid_float64 import library
+from support.hybrid_float64 import hybrid_in_float64, library
 from support.plain_checkpoints import write_plain_checkpoint
+from support.whole_logits import picture
 
 # Tokens of prompts and of their responses: shorter than the convolution reads (4), about a chunk
 # of the delta rule (64), and longer.
@@ -143,6 +145,27 @@ def test_without_a_tree_a_layer_is_what_it_was_and_others_are_left_alone(checkpo
     assert type(other) is modeling_qwen3_5.Qwen3_5GatedDeltaNet is type(layer).__mro__[2]
     assert type(layer).__name__ == type(other).__name__
     assert torch.equal(layer(x, None, mask), other(x, None, mask))
+
+
+def test_a_stream_whose_text_sees_no_picture_has_a_state_without_it(checkpoint):
+    """The corruption `attention`: the text's own tokens, each in its place."""
+    policy = Policy(hybrid_in_float64(checkpoint), [], torch.float64)
+    encoder = PromptEncoder(checkpoint, DATA)
+    prompt = encoder.encode("a<image>bc", [picture(60, 110, 1)])
+    responses = [[70, 71, 72], [90]]
+    batch = policy.pack([group_of(prompt, responses)], aug=True)
+    kept = prompt.mm_token_type_ids == 0
+    axes = policy.prompt_positions(prompt)
+    with torch.no_grad():
+        got = policy._hidden(batch)[1].split([3, 1])
+        for response, rows in zip(responses, got, strict=True):
+            after = int(axes.max()) + 1 + torch.arange(len(response))
+            want = policy.model.model(
+                input_ids=torch.cat([prompt.input_ids[kept], torch.tensor(response)])[None],
+                position_ids=torch.cat([axes[:, kept], after.expand(3, -1)], 1)[:, None],
+                use_cache=False,
+            ).last_hidden_state[0]
+            torch.testing.assert_close(rows, want[int(kept.sum()) - 1 : -1], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.slow
