@@ -18,7 +18,7 @@ from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoder import FAMILIES
 from papo_fast.data.prompts import PromptDataset
 from papo_fast.errors import InputError
-from papo_fast.model.choice import load_encoder
+from papo_fast.model.choice import is_plain, load_encoder
 from papo_fast.model.plain import BANNED_UNDER_CAP, PlainPolicy, check_head
 from papo_fast.model.policy import Policy, SharedReference, inference
 from papo_fast.parallel import _weights_to_meta
@@ -235,6 +235,7 @@ def test_both_paths_agree(name, tiny, checkpoints, questions):
 def test_hybrids_agree_with_adapters_a_reference_and_a_frozen_stream(name, tiny, questions):
     """All that a step asks of a policy, with layers that run again in the backward."""
     pytest.importorskip("peft", reason="pip install -e '.[lora]'")
+    assert not is_plain(ModelConfig(path=str(tiny(name))))
     found = []
     for forward, kind in (("fast", Policy), ("plain", PlainPolicy)):
         model = ModelConfig(path=str(tiny(name)), dtype="float32", forward=forward, lora_rank=2)

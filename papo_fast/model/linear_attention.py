@@ -78,7 +78,7 @@ class _State:
 
 
 class _InTrees(nn.Module):
-    """In front of a layer's class: its forward, which takes `tree` too."""
+    """Goes in front of a layer's class: its forward, which takes `tree` too."""
 
     def forward(
         self,
@@ -99,15 +99,15 @@ class _InTrees(nn.Module):
         parts = gathered.split([r.numel() for r in rows])
         padded = [part.view(*r.shape, -1) for part, r in zip(parts, rows, strict=True)]
         # no layer has a bias here, so zeros in front of a prompt leave a state of zero as it is
-        ends = [_State() for _ in prompts]
+        n, ends = len(prompts), [_State() for _ in prompts]
         outputs = [
             run(x_BLD, end, p.real_BL, **kwargs)
-            for x_BLD, end, p in zip(padded, ends, prompts, strict=False)
+            for x_BLD, end, p in zip(padded[:n], ends, prompts, strict=True)
         ]
         end = _State.joined(ends)
         outputs += [
             run(x_BLD, end.of(p.parents_B), **kwargs)
-            for x_BLD, p in zip(padded[len(prompts) :], responses, strict=True)
+            for x_BLD, p in zip(padded[n:], responses, strict=True)
         ]
         return torch.cat([out.flatten(0, 1) for out in outputs]).index_select(0, row)[None]
 
