@@ -18,9 +18,9 @@ from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoder import FAMILIES
 from papo_fast.data.prompts import PromptDataset
 from papo_fast.errors import InputError
-from papo_fast.model.choice import load_encoder
+from papo_fast.model.choice import is_plain, load_encoder
 from papo_fast.model.plain import BANNED_UNDER_CAP, PlainPolicy, check_head
-from papo_fast.model.policy import Policy, inference
+from papo_fast.model.policy import Policy, SharedReference, inference
 from papo_fast.parallel import _weights_to_meta
 from papo_fast.presets import get_preset
 from papo_fast.rewards.scorer import Score
@@ -122,14 +122,14 @@ def gradients(policy, *batches):
     return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(ours, theirs):
-    """To 1e-5 of each weight's largest; some are 0, as of a bias that a softmax undoes."""
+def assert_same_gradients(ours, theirs, most=1e-5):
+    """To `most` of each weight's largest; some are 0, as of a bias that a softmax undoes."""
     assert ours.keys() == theirs.keys() and len(ours) > 20
     least = 1e-2 * max(grad.abs().max() for grad in theirs.values())
     for name, grad in ours.items():
         scale = theirs[name].abs().max().clamp(min=least)
         worst = (grad - theirs[name]).abs().max() / scale
-        assert worst < 1e-5, (name, worst)
+        assert worst < most, (name, worst)
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -227,7 +227,40 @@ def test_both_paths_agree(name, tiny, checkpoints, questions):
             assert a is b is None or torch.equal(a, b)
     for ours, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(of_plain, of_fast)
+    # of 9e-6 on one machine; chunks of linear attention round, and test_packing.py has float64
+    assert_same_gradients(of_plain, of_fast, most=3e-5 if "qwen3_5" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_hybrids_agree_with_adapters_a_reference_and_a_frozen_stream(name, tiny, questions):
+    """All that a step asks of a policy, with layers that run again in the backward."""
+    pytest.importorskip("peft", reason="pip install -e '.[lora]'")
+    assert not is_plain(ModelConfig(path=str(tiny(name))))
+    found = []
+    for forward, kind in (("fast", Policy), ("plain", PlainPolicy)):
+        model = ModelConfig(path=str(tiny(name)), dtype="float32", forward=forward, lora_rank=2)
+        encoder = load_encoder(model, DATA)
+        policy = kind.load(model, encoder.banned_token_ids, torch.device("cpu")).train()
+        adapters = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
+        torch.manual_seed(3)
+        for weight in adapters.values():
+            torch.nn.init.normal_(weight, std=0.1)
+        groups = groups_of(encoder, questions)
+        stats, kl = policy.stats(
+            policy.pack(groups),
+            frozen_aug=policy.pack(groups, full=False, aug=True),
+            kl_to=SharedReference(policy),
+        )
+        assert policy.model.model.language_model.layers[0].gradient_checkpointing
+        assert kl.min() > 1e-3 and stats.kl_prcp.max() > 1e-3
+        loss = stats.logprobs.sum() - 0.1 * stats.kl_prcp.sum() + 0.2 * kl.sum()
+        of_loss = torch.autograd.grad(loss, list(adapters.values()))
+        found.append(([*stats, kl], dict(zip(adapters, of_loss, strict=True))))
+    (fast, of_fast), (plain, of_plain) = found
+    for ours, theirs in zip(fast, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert any("linear_attn" in n for n in of_fast)
+    assert_same_gradients(of_plain, of_fast, most=1e-4)  # float32 rounds here more than there
 
 
 @pytest.mark.parametrize(
@@ -307,7 +340,7 @@ def test_weights_that_two_layers_share_stay_one_without_values(tiny):
 @pytest.mark.parametrize("name", ["gemma3", "smolvlm", "qwen3_5_moe"])
 def test_adapters_and_a_frozen_tower(name, tiny, questions):
     pytest.importorskip("peft", reason="pip install -e '.[lora]'")
-    model = ModelConfig(path=str(tiny(name)), dtype="float32")
+    model = ModelConfig(path=str(tiny(name)), dtype="float32", forward="plain")
     encoder = load_encoder(model, DATA)
     bans = encoder.banned_token_ids
     for vision in (True, False):
@@ -323,9 +356,10 @@ def test_adapters_and_a_frozen_tower(name, tiny, questions):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(tiny, with_pictures, tmp_path):
-    """Sharded, each rank runs its share of the padded sequences."""
-    path = tiny("internvl")
+@pytest.mark.parametrize(("name", "kind"), [("internvl", PlainPolicy), ("qwen3_5", Policy)])
+def test_two_ranks_train_as_one(name, kind, tiny, with_pictures, tmp_path):
+    """Sharded, each rank runs its share of the padded sequences, or of the trees."""
+    path = tiny(name)
     config = small(both_streams(get_preset("papo-g-7b")), path, with_pictures, tmp_path)
     encoder = load_encoder(config.model, config.data)
     groups = groups_of(encoder, with_pictures, count=6)
@@ -336,7 +370,7 @@ def test_two_ranks_train_as_one(tiny, with_pictures, tmp_path):
         "config": config,
         "groups": groups,
         "bans": encoder.banned_token_ids,
-        "kind": PlainPolicy,
+        "kind": kind,
     }
     torch.save(job, tmp_path / "job.pt")
     found = []

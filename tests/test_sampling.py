@@ -63,7 +63,7 @@ def test_a_cache_with_room_holds_what_a_growing_one_does():
         grown.update(keys, values, layer)
         reserved.update(keys, values, layer)
     grown.batch_repeat_interleave(4)
-    branch(reserved, 4, room=3)
+    branch(reserved, 3, 4, room=3)
     for layer in reserved.layers:
         assert type(layer) is ReservedLayer
         for whole in layer._all:
@@ -71,8 +71,8 @@ def test_a_cache_with_room_holds_what_a_growing_one_does():
     rows = torch.tensor([0, 3, 4, 9, 11])
     for step in range(3):
         if step == 2:
-            grown.batch_select_indices(rows)
-            reserved.batch_select_indices(rows)
+            grown.reorder_cache(rows)
+            reserved.reorder_cache(rows)
         for layer in range(2):
             keys, values = states(5 if step == 2 else 12, 2, 1, 4)
             expected = grown.update(keys, values, layer)

@@ -36,7 +36,8 @@ from papo_fast.data.tiles import Tiles
 from papo_fast.errors import InputError
 from papo_fast.rewards.reading import end_of_prompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe",
+            "glm4v", "glm4v_moe")  # fmt: skip
 """Those that the fast path takes, whose processors cut pictures into the same rows."""
 PLACEHOLDER = "<image>"
 _VISION_TOKENS = (

@@ -81,6 +81,25 @@ class Block:
     mask_BQK: Tensor | None
 
 
+@dataclass(frozen=True)
+class Padded:
+    """B prompts, or B responses, padded to one length L for layers that carry a state along.
+
+    `rows_BL` int64 are rows of the packed sequence to gather; `real_BL` bool says which of them are
+    tokens. `parents_B` int64 says which prompt, in the order of the lists of prompts, a response
+    continues; None for prompts. Prompts are padded in front, where a state is still zero, and
+    responses behind, where nobody reads their state.
+    """
+
+    rows_BL: Tensor
+    real_BL: Tensor
+    parents_B: Tensor | None
+
+    def to(self, device: torch.device) -> Padded:
+        moved = (None if x is None else x.to(device) for x in vars(self).values())
+        return Padded(*moved)
+
+
 class TreeLayout:
     """Which token attends to which in one packed sequence.
 
@@ -126,6 +145,22 @@ class TreeLayout:
                 position[s.start : s.start + s.length] = torch.arange(first, first + s.length)
             offset += len(members) * width
         return blocks, position.to(self.device)
+
+    @cached_property
+    def padded(self) -> tuple[list[Padded], list[Padded], Tensor]:
+        """Prompts and responses, each in lists of similar length, and for each token its row in all
+        of these lists laid end to end."""
+        prompts = _alike([s for s in self.segments if not s.prefix])
+        place = {s.start: i for i, s in enumerate(s for members in prompts for s in members)}
+        prompt_of = {s.start: place[s.prefix_start] for s in self.segments if s.prefix}
+        responses = _alike([Segment(s.start, s.length) for s in self.segments if s.prefix])
+        padded = [_padded(members, None) for members in prompts]
+        padded += [_padded(members, [prompt_of[s.start] for s in members]) for members in responses]
+        real = torch.cat([p.real_BL.flatten() for p in padded])
+        tokens = torch.cat([p.rows_BL.flatten() for p in padded])[real]
+        row = real.nonzero()[:, 0][tokens.argsort()]
+        padded = [p.to(self.device) for p in padded]
+        return padded[: len(prompts)], padded[len(prompts) :], row.to(self.device)
 
 
 def _key_ranges(s: Segment) -> list[Tensor]:
@@ -183,6 +218,17 @@ def _block(members: list[Segment], width: int, device: torch.device) -> Block:
         kv_index.flatten().to(device),
         mask.to(device),
     )
+
+
+def _padded(members: list[Segment], parents: list[int] | None) -> Padded:
+    # a layer takes a single token behind a state for a step of decoding
+    width = max(1 if parents is None else 2, *(s.length for s in members))
+    starts = torch.tensor([s.start for s in members])[:, None]
+    lengths = torch.tensor([s.length for s in members])[:, None]
+    at = torch.arange(width) - (width - lengths if parents is None else 0)
+    rows = starts + torch.minimum(at.clamp(min=0), lengths - 1)  # padding repeats a token
+    real = (at >= 0) & (at < lengths)
+    return Padded(rows, real, None if parents is None else torch.tensor(parents))
 
 
 def tree_attention(

@@ -23,15 +23,22 @@ class Decoder:
     vocab: int
     normed_queries: bool
     """Queries and keys are normed, head by head."""
+    linear_layers: int = 0
+    """Layers of the gated delta rule in the place of attention (Qwen3.5)."""
+    linear: int = 0
+    """Multiplications per token of one of them, its weights' and its state's."""
 
     @classmethod
     def of(cls, text: Any) -> Decoder:
-        """From the `text_config` of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+        """From the `text_config` of a model of `encoder.FAMILIES`."""
         heads = text.num_attention_heads
         head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
         # of a mixture of experts, those that a token goes through
         experts = getattr(text, "num_experts_per_tok", 0)
         inner = experts * text.moe_intermediate_size if experts else text.intermediate_size
+        if experts:
+            inner += getattr(text, "shared_expert_intermediate_size", 0)
+        linear_layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -41,12 +48,34 @@ class Decoder:
             heads=heads,
             vocab=text.vocab_size,
             normed_queries=text.model_type.startswith("qwen3_vl"),
+            linear_layers=linear_layers,
+            linear=_delta_rule(text) if linear_layers else 0,
         )
 
     @property
     def cached(self) -> int:
         """Numbers that a token leaves in the cache of keys and values."""
         return 2 * self.layers * self.keys
+
+    @property
+    def attention(self) -> int:
+        """Weights of a layer's attention. That of hybrids is gated: a gate beside each query."""
+        queries = (3 if self.linear_layers else 2) * self.queries
+        return (queries + 2 * self.keys) * self.hidden
+
+
+def _delta_rule(text: Any) -> int:
+    d_k, d_v, heads = (
+        text.linear_key_head_dim,
+        text.linear_value_head_dim,
+        text.linear_num_value_heads,
+    )
+    keys, values = text.linear_num_key_heads * d_k, heads * d_v
+    # in: queries, keys, values, gate, two numbers a head; out: values
+    weights = text.hidden_size * (2 * keys + 3 * values + 2 * heads)
+    convolution = text.linear_conv_kernel_dim * (2 * keys + values)
+    # a chunk of 64 tokens looks at itself, and three times at a head's matrix
+    return weights + convolution + heads * (64 * (2 * d_k + d_v) + 3 * d_k * d_v)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from papo_fast.model.family import Decoder, Vision
 class ModelShape:
     """What the cost of a forward pass depends on; a multiply and an add count as two.
 
-    `block_weights` are the weights of all decoder layers that a token is multiplied with,
-    `attention_width` heads x head size summed over the layers, `head_weights` those of the output
-    embedding; `patch_weights` are the vision tower's, per patch before merging.
+    `block_weights` are the weights of all decoder layers that a token is multiplied with, and with
+    linear attention its state too; `attention_width` heads x head size summed over the layers that
+    attend, `head_weights` those of the output embedding; `patch_weights` are the vision tower's,
+    per patch before merging.
     """
 
     block_weights: int
@@ -27,16 +28,18 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """From the HuggingFace configuration of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model."""
+        """From the HuggingFace configuration of a model of `encoder.FAMILIES`."""
         text, vision = Decoder.of(config.text_config), Vision.of(config)
-        attention = (2 * text.queries + 2 * text.keys) * text.hidden
+        attending = text.layers - text.linear_layers
         mlp = 3 * text.hidden * text.inner
         merged = vision.hidden * vision.merge
         merger = vision.mergers * (merged * merged + merged * text.hidden) / vision.merge
         block = 4 * vision.hidden**2 + vision.mlp_matrices * vision.hidden * vision.inner
         return cls(
-            block_weights=text.layers * (attention + mlp),
-            attention_width=text.layers * text.queries,
+            block_weights=(
+                text.layers * mlp + attending * text.attention + text.linear_layers * text.linear
+            ),
+            attention_width=attending * text.queries,
             head_weights=text.hidden * text.vocab,
             patch_weights=int(vision.pixels * vision.hidden + vision.blocks * block + merger),
             merge=vision.merge,

@@ -20,6 +20,7 @@ from papo_fast.config import ModelConfig
 from papo_fast.data.model_folder import first_line, read_object
 from papo_fast.errors import InputError
 from papo_fast.model.attention import NAME as TREE_ATTENTION
+from papo_fast.model.linear_attention import branch_linear_attention
 from papo_fast.model.picture_attention import attend_inside_pictures
 
 TRANSFORMERS = SpecifierSet(">=5.19,<5.20")
@@ -64,6 +65,7 @@ def load_model(config: ModelConfig, *, empty: bool = False, plain: bool = False)
             )
         return model
     attend_inside_pictures(model)
+    branch_linear_attention(model)
     sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if sliding or text.attention_dropout:
         raise InputError(

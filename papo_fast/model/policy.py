@@ -176,8 +176,8 @@ class Policy(nn.Module):
         return any(isinstance(p, DTensor) for p in self.parameters())
 
     def autocast(self) -> torch.autocast:
-        """Context in which the model computes in `dtype`."""
-        mixed = self.dtype != torch.float32
+        """Context in which the model computes in `dtype`, where that is a half precision."""
+        mixed = self.dtype.itemsize < 4
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed)
 
     def pack(self, groups: Sequence[Group], **streams: bool) -> PackedBatch:

@@ -23,7 +23,8 @@ class HFRollout:
 
     `generate` of transformers runs a prompt, its pictures included, once for every response, and
     finished responses until the last of the batch ends. Here a prompt runs once and its keys and
-    values are copied for its responses, and finished responses leave the batch.
+    values, and states of linear attention, are copied for its responses, and finished responses
+    leave the batch.
 
     Args:
         policy: its weights are the ones that sample.
@@ -106,7 +107,7 @@ class HFRollout:
                 break
             if left <= COMPACT_AT * len(written_R):
                 keep = writing.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 written_R, drawn_R1, seen_RK = written_R[keep], drawn_R1[keep], seen_RK[keep]
                 places_R, writing = places_R[keep], writing[keep]
             seen_RK = torch.cat([seen_RK, seen_RK.new_ones(len(written_R), 1)], dim=1)
@@ -144,7 +145,7 @@ class HFRollout:
         hidden_BD = model(
             **inputs, position_ids=places_3BL.to(device), past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
-        branch(cache, n, room)
+        branch(cache, len(prompts), n, room)
         expanded = [x.repeat_interleave(n, dim=0) for x in (hidden_BD, inputs["attention_mask"])]
         return expanded[0], cache, expanded[1], first.repeat_interleave(n)
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-def branch(cache: DynamicCache, n: int, room: int) -> None:
-    """Make the cache of B prompts that of their B n responses, `n` in turn, in place.
+def branch(cache: DynamicCache, count: int, n: int, room: int) -> None:
+    """Make the cache of `count` prompts that of their responses, `n` of each in turn, in place.
 
     Args:
         room: tokens that a response may still have. `DynamicCache` copies all keys and values for
             each token; here they stay where they are. Layers of other kinds, such as those with a
-            sliding window, are repeated as they are.
+            sliding window or a state of linear attention, are repeated as they are.
     """
+    rows = torch.arange(count).repeat_interleave(n)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = ReservedLayer(layer, n, room)
         else:
-            layer.batch_repeat_interleave(n)
+            layer.reorder_cache(rows)
 
 
 class ReservedLayer(DynamicLayer):
@@ -41,8 +43,9 @@ class ReservedLayer(DynamicLayer):
         self._show(start + more)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._all = [whole[indices] for whole in self._all]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self._all = [whole.index_select(0, beam_idx) for whole in self._all]
         self._show(self.keys.shape[2])
 
     def _show(self, length: int) -> None:
