@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from papo_fast.model.token_attention import is_grouped_token, one_token
 
 _log = logging.getLogger(__name__)
 
@@ -256,8 +258,8 @@ def tree_attention(
     Raises:
         ValueError: a sliding window or dropout together with `tree`.
     """
-    if tree is None and _is_grouped_token(query, key, attention_mask, kwargs):
-        return _one_token(query, key, value, attention_mask, scaling, dropout), None
+    if tree is None and is_grouped_token(query, key, attention_mask, kwargs):
+        return one_token(query, key, value, attention_mask, scaling, dropout), None
     if tree is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -276,35 +278,6 @@ def tree_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     run = _implementation(query.device.type, query.dtype)
     return run(q, k, v, tree, scale)[None], None
-
-
-def _is_grouped_token(
-    query: Tensor, key: Tensor, mask: Tensor | None, others: Mapping[str, object]
-) -> bool:
-    """Whether each sequence asks with one token, and several of its heads ask the same keys."""
-    of_all_heads = mask is None or mask.shape[1] == 1
-    plain = others.get("position_bias") is None and others.get("cache") is None
-    return query.shape[2] == 1 and query.shape[1] > key.shape[1] and of_all_heads and plain
-
-
-def _one_token(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """(B, 1, H, D): heads of a group are as many queries of one head, and no key is copied.
-
-    `sdpa_attention_forward` repeats keys and values for every head where there is a mask, which is
-    a third of the time that sampling takes on a CPU.
-    """
-    grouped = query.view(len(query), key.shape[1], -1, query.shape[3])
-    out = F.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-    )
-    return out.reshape(len(query), 1, query.shape[1], query.shape[3])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, tree: TreeLayout, scale: float) -> Tensor:
