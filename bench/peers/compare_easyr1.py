@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from easyr1_pieces import Case, batch_of, config_of, model_of, use_cpu
+from easyr1_pieces import Case, batch_of, check_record, config_of, model_of, use_cpu
 from tiny_model import write_model
 from torch import Tensor
 
@@ -156,6 +156,7 @@ def run_case(rank: int, case: Case, folder: Path, out: Path) -> None:
         "gloo", init_method=f"file://{out}.init", rank=rank, world_size=case.ranks
     )
     use_cpu()
+    check_record()
     from transformers import AutoProcessor
     from verl.utils import ulysses
     from verl.workers.actor.dp_actor import DataParallelPPOActor

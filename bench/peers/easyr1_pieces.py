@@ -7,7 +7,9 @@ torch, and flash-attn's three functions that remove and restore padding. Nothing
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+ROOT = Path(__file__).parents[2]
 PROMPTS, RESPONSES, PROMPT, RESPONSE = 2, 2, 64, 32
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -66,6 +69,17 @@ def use_cpu() -> None:
     flash_attention_utils._flash_supports_window_size = True
     flash_attention_utils._flash_supports_deterministic = False
     flash_attention_utils._flash_use_top_left_mask = False
+
+
+def check_record() -> None:
+    """What the tests' stand-ins have for signatures is what this EasyR1 has."""
+    from verl.workers.actor import dp_actor
+
+    record = json.loads((ROOT / "tests/data/verl_interfaces.json").read_text())
+    for place, published in record["EasyR1"]["signatures"].items():
+        thing = functools.reduce(getattr, place.split("."), dp_actor)
+        found = list(inspect.signature(thing).parameters)
+        assert found == published, f"{place} has {found}, recorded is {published}"
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

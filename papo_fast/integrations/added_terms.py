@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from papo_fast.data.corruption import PatchCorruption, TileCorruption, prompt_seed
+from papo_fast.data.corruption import prompt_seed
 from papo_fast.errors import InputError
 
 
@@ -61,7 +61,7 @@ class PAPOSettings:
 
     def corrupted(
         self,
-        corrupt: PatchCorruption | TileCorruption,
+        corrupt: Callable[..., Tensor],
         prompts: Iterable[Tensor],
         pictures: Iterable[Mapping[str, Any] | None],
         step: int,
@@ -69,6 +69,7 @@ class PAPOSettings:
         """Each row's `pixel_values` with black patches, the same for all rows of a prompt.
 
         Args:
+            corrupt: a `PatchCorruption` or `TileCorruption`.
             prompts: (P,) token ids of each row.
             pictures: each row's `pixel_values` and `image_grid_thw`, if it has pictures.
             step: other patches in another step.
@@ -76,7 +77,7 @@ class PAPOSettings:
         Raises:
             InputError: no row has a picture.
         """
-        found = []
+        found: list[Tensor | None] = []
         for prompt, its in zip(prompts, pictures, strict=True):
             if its is None or its.get("pixel_values") is None:
                 found.append(None)

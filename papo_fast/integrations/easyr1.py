@@ -66,6 +66,11 @@ class _PAPOActor:
     """Stands before EasyR1's actor; what is not defined here is that actor's."""
 
     papo: PAPOSettings
+    config: Any
+    _easyr1: Any
+    """The module of EasyR1's actor."""
+    _corrupt: Any
+    """None where no term needs a corrupted picture."""
 
     def __init__(self, config: Any, actor_module: nn.Module, actor_optimizer: Any = None):
         super().__init__(config, actor_module, actor_optimizer)  # type: ignore[call-arg]
