@@ -24,11 +24,12 @@ from datasets.utils.logging import disable_progress_bar
 from tiny_model import write_model
 
 from papo_fast.digits.task import write_questions
-from support.trl_peer import KINDS, Case, farthest, steps_of
+from support.trl_peer import KINDS, Case, row_of
 
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
-# Nothing is clipped where numbers are rounded: a token on the edge would be clipped in one of them.
-ROUNDED = {"epsilon": 0.9, "epsilon_high": 9.0, "delta": None}
+# Where numbers are rounded nothing is clipped, as a token on the edge would be in one of two, and
+# the first step is small, so that the second starts from the same weights.
+ROUNDED = {"epsilon": 0.9, "epsilon_high": 9.0, "delta": None, "learning_rate": 1e-4}
 LORA = {
     "r": 4,
     "target_modules": ["q_proj", "v_proj", "down_proj"],
@@ -73,21 +74,6 @@ CASES = {
     "2 processes, LoRA, checkpointing": Case({**CHECKPOINTED}, papo=TRAINED, lora=LORA, ranks=2),
     "2 processes, bf16": Case({"bf16": True, **ROUNDED}, ranks=2),
 }
-
-
-def row_of(case: Case, folder: Path) -> dict[str, Any]:
-    """The differences of a case, the largest over ranks, and this rank's seconds."""
-    done = {kind: steps_of(kind, case, folder) for kind in KINDS}
-    row: dict[str, float] = {}
-    for name, ours, theirs in (("GRPO", "hook", "TRL"), ("PAPO", "PAPO", "PAPO by logits")):
-        for what, x in farthest(done[ours], done[theirs]).items():
-            row[f"{name}: {what}"] = x
-    row["what PAPO adds"] = abs(done["PAPO"].losses[0] - done["TRL"].losses[0])
-    if case.ranks > 1:
-        everywhere: list[Any] = [None] * case.ranks
-        torch.distributed.all_gather_object(everywhere, row)
-        row = {k: max(its[k] for its in everywhere) for k in row}
-    return row | {"seconds": {kind: steps.seconds for kind, steps in done.items()}}
 
 
 def run(labels: list[str], folder: Path, out: Path) -> None:

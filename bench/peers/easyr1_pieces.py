@@ -156,8 +156,13 @@ def batch_of(processor: Any, data_rank: int, pictures: bool) -> Any:
             text = "<|vision_start|><|image_pad|><|vision_end|>" + text
             its = dict(processor.image_processor(**images, return_tensors="pt"))
         prompt = processor(text=[text], return_tensors="pt", **images)["input_ids"][0]
-        places = get_rope_index(processor, prompt, image_grid_thw=its.get("image_grid_thw"))
-        places = torch.cat([torch.arange(len(prompt))[None], places.reshape(3, -1)])
+        places = get_rope_index(
+            processor,
+            prompt,
+            image_grid_thw=its.get("image_grid_thw"),
+            attention_mask=torch.ones_like(prompt),
+        )
+        places = torch.cat([torch.arange(len(prompt))[None], places])
         for _ in range(RESPONSES):
             ids, mask, positions = VF.postprocess_data(
                 prompt, torch.ones_like(prompt), places, PROMPT, 0, left_pad=True

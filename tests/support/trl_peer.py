@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
@@ -211,7 +210,6 @@ def varied_reward(completion_ids, **_):
 
 def trainer_of(kind: Kind, case: Case, folder: Path, grad_budget: float = 0.0) -> GRPOTrainer:
     """The trainer that `kind` names, from `folder/model` and `folder/train.parquet`."""
-    AcceleratorState._reset_state()  # it keeps the mixed precision of the trainer before
     processor = load_processor(folder / "model", min_pixels=28 * 28, max_pixels=28 * 28 * 64)
     ids = processor.tokenizer.convert_tokens_to_ids
     settings = {
@@ -284,3 +282,21 @@ def farthest(ours: Steps, theirs: Steps) -> dict[str, float]:
         apart = max(abs(mine[k] - x) / max(1, abs(x)) for k, x in its.items())
         found["metrics"] = max(found["metrics"], apart)
     return found
+
+
+def row_of(case: Case, folder: Path) -> dict[str, Any]:
+    """What `farthest` finds of the hook beside TRL and of PAPO beside its whole logits.
+
+    The largest over ranks; `seconds` are this rank's.
+    """
+    done = {kind: steps_of(kind, case, folder) for kind in KINDS}
+    row: dict[str, float] = {}
+    for name, ours, theirs in (("GRPO", "hook", "TRL"), ("PAPO", "PAPO", "PAPO by logits")):
+        for what, x in farthest(done[ours], done[theirs]).items():
+            row[f"{name}: {what}"] = x
+    row["what PAPO adds"] = abs(done["PAPO"].losses[0] - done["TRL"].losses[0])
+    if case.ranks > 1:
+        everywhere: list[Any] = [None] * case.ranks
+        torch.distributed.all_gather_object(everywhere, row)
+        row = {k: max(its[k] for its in everywhere) for k in row}
+    return row | {"seconds": {kind: steps.seconds for kind, steps in done.items()}}
