@@ -1,4 +1,4 @@
-"""PAPO in EasyR1's actor, on a stand-in for it with EasyR1's names, arguments and order of calls."""
+"""PAPO in EasyR1's actor, on a stand-in with EasyR1's names, arguments and order of calls."""
 
 import inspect
 import json

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+import support.trl_runs  # noqa: F401, first: it asks for TRL
 from support import SUPPORT
 from support.family_checkpoints import write_checkpoint
 from support.ranks import launch
-import support.trl_runs  # noqa: F401, first: it asks for TRL
 
 # isort: split
 from papo_fast.digits.task import write_questions
@@ -23,7 +23,9 @@ LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": 
 SMALL_STEPS = {"epsilon": 0.9, "epsilon_high": 9.0, "delta": None, "learning_rate": 1e-4}
 CASES = {
     "two updates of two micro-batches": Case({**UPDATES, "beta": 0.04}),
-    "the ratio of a sequence": Case({"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    "the ratio of a sequence": Case(
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"}
+    ),
     "LoRA and gradient checkpointing": Case(
         {"gradient_checkpointing": True}, papo={"aug": "trained"}, lora=LORA
     ),

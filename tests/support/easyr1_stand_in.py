@@ -21,9 +21,9 @@ def compute_policy_loss(old_log_probs, log_probs, advantages, response_mask, los
 class DataParallelPPOActor:
     def __init__(self, config, actor_module, actor_optimizer=None):
         self.config, self.actor_module = config, actor_module
-        self.log_probs_from_logits = lambda logits, labels: (
-            logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-        )
+        self.log_probs_from_logits = lambda logits, labels: logits.log_softmax(-1).gather(
+            -1, labels[..., None]
+        )[..., 0]
 
     def _forward_micro_batch(self, micro_batch, temperature):
         ids, mask = micro_batch["input_ids"], micro_batch["attention_mask"]

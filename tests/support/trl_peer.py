@@ -7,6 +7,7 @@ gradients and logged metrics. The tests and `bench/peers/compare_trl.py` share t
 from __future__ import annotations
 
 import copy
+import math
 import time
 import zlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoConfig, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from papo_fast.config import DataConfig
@@ -212,12 +213,13 @@ def trainer_of(kind: Kind, case: Case, folder: Path, grad_budget: float = 0.0) -
     """The trainer that `kind` names, from `folder/model` and `folder/train.parquet`."""
     processor = load_processor(folder / "model", min_pixels=28 * 28, max_pixels=28 * 28 * 64)
     ids = processor.tokenizer.convert_tokens_to_ids
+    words = AutoConfig.from_pretrained(folder / "model").get_text_config().vocab_size
     settings = {
         **SETTINGS,
         "output_dir": str(folder / "out"),
         "generation_kwargs": {
-            # responses of several lengths; a random model would also write pictures
-            "sequence_bias": [[[processor.tokenizer.eos_token_id], 7.5]],
+            # about one token in nine ends its response; a random model would also write pictures
+            "sequence_bias": [[[processor.tokenizer.eos_token_id], math.log(words / 9)]],
             "suppress_tokens": [ids(f"<|{x}_pad|>") for x in ("image", "video")],
         },
         **({"ddp_backend": "gloo"} if case.ranks > 1 else {}),
@@ -269,6 +271,7 @@ def farthest(ours: Steps, theirs: Steps) -> dict[str, float]:
     assert len(ours.losses) == len(theirs.losses) and ours.losses, "no micro-batch"
     assert len(ours.gradients) == len(theirs.gradients) and ours.gradients, "no step"
     largest = max(abs(x) for x in theirs.losses)
+    assert largest > 0, "no response has an advantage"
     pairs = zip(ours.losses, theirs.losses, strict=True)
     found = {"loss": max(abs(x - y) for x, y in pairs) / largest, "gradients": 0.0, "metrics": 0.0}
     for mine, its in zip(ours.gradients, theirs.gradients, strict=True):
