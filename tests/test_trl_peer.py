@@ -24,7 +24,8 @@ SMALL_STEPS = {"epsilon": 0.9, "epsilon_high": 9.0, "delta": None, "learning_rat
 CASES = {
     "two updates of two micro-batches": Case({**UPDATES, "beta": 0.04}),
     "the ratio of a sequence": Case(
-        {"loss_type": "luspo", "importance_sampling_level": "sequence"}
+        # its loss is a sum over tokens
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "learning_rate": 2e-4}
     ),
     "LoRA and gradient checkpointing": Case(
         {"gradient_checkpointing": True}, papo={"aug": "trained"}, lora=LORA

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 16_384
 """Words: enough that most of a tiny model's work is the vocabulary's."""
 
 
-def write_model(folder: Path) -> None:
-    """A checkpoint with its processor, the same weights each time."""
+def write_model(folder: Path, **text_settings: Any) -> None:
+    """A checkpoint with its processor, the same weights each time.
+
+    Args:
+        text_settings: of the language model's configuration, over those of a tiny one.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -19,6 +24,8 @@ def write_model(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     text = config.text_config
     text.vocab_size = VOCABULARY
+    for name, value in text_settings.items():
+        setattr(text, name, value)
     if getattr(text, "rope_scaling", None) is None:  # the name before transformers 5
         text.rope_theta = text.rope_parameters["rope_theta"]
         section = text.rope_parameters["mrope_section"]
