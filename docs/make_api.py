@@ -27,6 +27,8 @@ MODULES = (
     "papo_fast.rewards.scorer",
     "papo_fast.integrations.trl",
     "papo_fast.integrations.verl",
+    "papo_fast.integrations.easyr1",
+    "papo_fast.integrations.added_terms",
     "papo_fast.integrations.streams",
     "papo_fast.integrations.conversations",
     "papo_fast.integrations.processor",

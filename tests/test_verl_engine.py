@@ -223,12 +223,15 @@ def test_what_it_calls_has_the_published_signatures(engine_module):
 
 
 def test_what_cannot_work_is_refused_by_name(engine_module, folder):
-    settings = engine_module.PAPOSettings
     with pytest.raises(InputError, match=r"papo\.kl_coef is unknown: expected one of kl_prcp_coef"):
-        settings.of({"papo": {"kl_coef": 1}})
-    with pytest.raises(InputError, match="aug is 'stored': expected frozen or trained"):
-        settings.of({"papo": {"aug": "stored"}})
-    assert settings.of(None) == settings.of({"impl_backend": "torch"}) == settings()
+        engine_with(engine_module, folder, kl_coef=1)
+    with pytest.raises(InputError, match=r"papo\.aug is 'stored': expected frozen or trained"):
+        engine_with(engine_module, folder, aug="stored")
+    engine = engine_with(engine_module, folder)
+    for nothing in (None, {"impl_backend": "torch"}):
+        engine.model_config.fused_kernel_options = nothing
+        engine.initialize()
+        assert engine.papo == engine_module.PAPOSettings()
     engine = engine_with(engine_module, folder, **COEFFICIENTS)
     batch = micro_batch(engine.module.config)
     with pytest.raises(InputError, match="PAPO's terms are added to verl's ppo_loss"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_model import write_model
 from torch import Tensor
 from verl_pieces import (
     PROMPTS,
@@ -28,7 +29,6 @@ from verl_pieces import (
     check_record,
     parts_of,
     use_cpu,
-    write_model,
 )
 
 COEFFICIENTS = {"kl_prcp_coef": 0.02, "entropy_loss_coef": 0.03, "aug_entropy_loss_coef": 0.05}

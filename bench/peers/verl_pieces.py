@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-VOCABULARY, PROMPTS, RESPONSES, LONGEST = 16_384, 2, 2, 48
+PROMPTS, RESPONSES, LONGEST = 2, 2, 48
 STRATEGY = "fsdp2"  # verl asks FSDP1 to sync_module_states, which torch refuses on CPUs
 EXTERNAL_LIB = "papo_fast.integrations.verl_engine"
 
@@ -96,20 +96,6 @@ def check_record() -> None:
         thing = functools.reduce(getattr, dotted.split("."), importlib.import_module(module))
         found = list(inspect.signature(thing).parameters)
         assert found == published, f"{place} has {found}, recorded is {published}"
-
-
-def write_model(folder: Path) -> None:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from support.family_checkpoints import spread, write_processor_files
-
-    write_processor_files(folder, "qwen2_5_vl", head_dim=32)
-    config = AutoConfig.from_pretrained(folder)
-    config.text_config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config)
-    spread(model)
-    model.save_pretrained(folder)
 
 
 def batch_of(processor: Any, data_rank: int, ours: bool, case: Case) -> Any:

@@ -216,6 +216,15 @@ def use_token_stats(trainer: GRPOTrainer, *, grad_budget: float = 3e-3) -> Stats
     )
 
 
+def _check_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise InputError(
+                f"{name} drops out a share of {module.p}: the two streams would differ by more "
+                "than the picture; set disable_dropout=True, or lora_dropout=0"
+            )
+
+
 class PAPOTrainer(GRPOTrainer):
     """`GRPOTrainer` that adds PAPO's terms to TRL's loss; takes a `PAPOConfig` as `args`.
 
@@ -241,6 +250,7 @@ class PAPOTrainer(GRPOTrainer):
         self._head = use_token_stats(self, grad_budget=args.grad_budget)
         self._corruption: PatchCorruption | TileCorruption | None = None
         if self.goal.needs_aug:
+            _check_dropout(self.model)
             processor = getattr(self.processing_class, "image_processor", None)
             if processor is None:
                 raise InputError(

@@ -1,10 +1,11 @@
 """PAPO in verl and EasyR1: what their actors call, with their names, shapes and layout.
 
 Neither is imported. Under verl 0.9 `papo_fast.integrations.verl_engine` puts all of it in place by
-itself. `forward_with_token_stats` is a model's `forward` as verl's fused backends are;
+itself, and in EasyR1 `papo_fast.integrations.easyr1`; these are the parts for an actor of one's
+own. `forward_with_token_stats` is a model's `forward` as verl's fused backends are;
 `linear_cross_entropy` and `FusedLinearForPPO` are the two functions such a forward ends in;
 `papo_loss` takes what an actor holds at its update, (batch, response) tensors and a response mask.
-How to put them in place: docs/trainers.md. The interfaces as they were published:
+The interfaces as they were published:
 `tests/data/verl_interfaces.json`.
 """
 

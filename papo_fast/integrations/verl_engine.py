@@ -10,19 +10,17 @@ docs/trainers.md says what ran.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import types
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from papo_fast.data.corruption import PatchCorruption, TileCorruption, corruption_of, prompt_seed
+from papo_fast.data.corruption import PatchCorruption, TileCorruption, corruption_of
 from papo_fast.errors import InputError
+from papo_fast.integrations.added_terms import PAPOSettings
 from papo_fast.integrations.verl import forward_with_token_stats
 
 try:
@@ -37,55 +35,6 @@ except ImportError as error:
         "papo_fast.integrations.verl_engine is imported by verl and needs it, and its engine for "
         f"FSDP cannot be imported here ({error}): install verl 0.9.1"
     ) from error
-
-
-@dataclass(frozen=True)
-class PAPOSettings:
-    """What verl has no setting for. Without any of the coefficients this is verl's own loss."""
-
-    kl_prcp_coef: float = 0.0
-    """γ, weight of the exact perception KL, which is maximised."""
-    entropy_loss_coef: float = 0.0
-    """η₁, weight of the entropy, which is minimised; verl's `entropy_coeff` rewards entropy."""
-    aug_entropy_loss_coef: float = 0.0
-    """η₂, weight of the entropy given the corrupted picture, which is minimised."""
-    aug: Literal["frozen", "trained"] = "frozen"
-    """The corrupted stream is a constant in every gradient, or gradients flow into it too."""
-    corruption_ratio: float = 0.6
-    """Share of an image's patches that turns black."""
-    corruption_seed: int = 0
-    """With the trainer's step and the prompt it says which patches these are."""
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> PAPOSettings:
-        """From `model.fused_kernel_options`; raises `InputError`, naming what cannot be used."""
-        found = dict((options or {}).get("papo") or {})
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(found.keys() - set(known)):
-            raise InputError(
-                f"fused_kernel_options.papo.{unknown[0]} is unknown: expected one of "
-                f"{', '.join(known)}"
-            )
-        settings = cls(**found)
-        if settings.aug not in ("frozen", "trained"):
-            raise InputError(
-                f"fused_kernel_options.papo.aug is {settings.aug!r}: expected frozen or trained"
-            )
-        return settings
-
-    @property
-    def signed(self) -> dict[str, float]:
-        """Each statistic's coefficient in a loss that is minimised, where it is not 0."""
-        every = {
-            "kl_prcp": -self.kl_prcp_coef,
-            "entropy": self.entropy_loss_coef,
-            "aug_entropy": self.aug_entropy_loss_coef,
-        }
-        return {name: coef for name, coef in every.items() if coef != 0}
-
-    @property
-    def needs_aug(self) -> bool:
-        return bool(self.signed.keys() - {"entropy"})
 
 
 def papo_ppo_loss(
@@ -150,7 +99,8 @@ class PAPOEngine(FSDPEngineWithLMHead):
                 "model.use_fused_kernels is False: verl then reads logits, which token_stats "
                 "never makes; set it to True"
             )
-        self.papo = PAPOSettings.of(self.model_config.fused_kernel_options)
+        options = (self.model_config.fused_kernel_options or {}).get("papo") or {}
+        self.papo = PAPOSettings.of(dict(options), "fused_kernel_options.papo")
         self.corrupt = None
         if self.papo.needs_aug:
             processor = self.model_config.get_processor()
@@ -182,23 +132,11 @@ class PAPOEngine(FSDPEngineWithLMHead):
         A prompt's patches are the same for all its responses, mini-batches and epochs of a step:
         verl moves the learning rate's schedule on once per step, and saves where it is.
         """
-        step = self.lr_scheduler.last_epoch
-        pictures = []
-        for prompt, its in zip(
-            micro_batch["prompts"].unbind(), micro_batch["multi_modal_inputs"], strict=True
-        ):
-            its = getattr(its, "data", its)
-            if its is None or its.get("pixel_values") is None:
-                continue
-            index = zlib.crc32(prompt.cpu().numpy().tobytes())
-            seed = prompt_seed(self.papo.corruption_seed, step, index)
-            pictures.append(corrupt(its["pixel_values"], its.get("image_grid_thw"), seed))
-        if not pictures:
-            raise InputError(
-                "a micro-batch has no picture: its ranks would run one stream and others two, and "
-                "wait for each other; leave prompts without pictures out of the data"
-            )
-        return torch.cat(pictures)
+        pictures = (getattr(its, "data", its) for its in micro_batch["multi_modal_inputs"])
+        found = self.papo.corrupted(
+            corrupt, micro_batch["prompts"].unbind(), pictures, self.lr_scheduler.last_epoch
+        )
+        return torch.cat([x for x in found if x is not None])
 
     def prepare_model_outputs(
         self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any

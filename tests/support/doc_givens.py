@@ -81,25 +81,6 @@ def reward() -> Any:
     return lambda completions, **columns: [float(len(c[0]["content"])) for c in completions]
 
 
-# What an actor of verl or EasyR1 holds of the response in `inputs`, (1, 4) each.
-
-
-def old_log_prob() -> torch.Tensor:
-    return torch.full((1, 4), -2.0)
-
-
-def ref_log_prob() -> torch.Tensor:
-    return torch.full((1, 4), -2.1)
-
-
-def advantages() -> torch.Tensor:
-    return torch.full((1, 4), 0.5)
-
-
-def response_mask() -> torch.Tensor:
-    return torch.ones(1, 4, dtype=torch.bool)
-
-
 def run_blocks(blocks: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "__main__"}
