@@ -9,7 +9,7 @@ from papo_kernels.cpu import library
 @pytest.fixture(autouse=True)
 def as_in_large_calls(monkeypatch):
     monkeypatch.setattr(library, "LEAST_LOGITS", 0)
-    monkeypatch.setattr(op, "DENSE_WEIGHT", 0)
+    monkeypatch.setattr(op, "DENSE_WEIGHT", -1)  # even without features
 
 
 @pytest.fixture

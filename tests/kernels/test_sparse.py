@@ -17,7 +17,7 @@ from kernel_oracle import (
     random_upstream,
 )
 
-from papo_kernels import record_certificates, rows, token_stats
+from papo_kernels import op, record_certificates, rows, token_stats
 
 MIXES = [*((o,) for o in OUTPUTS), ("logprobs", "kl_prcp"), OUTPUTS[:5], OUTPUTS]
 SHARPNESS = [24.0, 30.0, 36.0]
@@ -177,3 +177,20 @@ def test_without_a_compiler_torch_operators_keep_the_contract(dtype, without_cpp
     rounded = oracle.gradients(upstream, rounded=dtype)
     bound = {g: 4e-3 + gradient_error(rounded[g], exact[g]) for g in got}
     check({g: gradient_error(got[g], exact[g]) for g in got}, bound)
+
+
+@torch_only
+def test_a_small_weight_is_exact_whatever_the_budget(monkeypatch):
+    case = policy_case(64, 5003, sharpness=36.0)
+    upstream = random_upstream(case)
+    exact = Oracle(case).gradients(upstream)
+    errors = {}
+    for least in (case.weight.numel() - 1, case.weight.numel()):
+        monkeypatch.setattr(op, "DENSE_WEIGHT", least)
+        with record_certificates() as certificate:
+            got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=0.1)
+        errors[certificate.kept == 1] = {g: gradient_error(got[g], exact[g]) for g in got}
+    print(errors)
+    assert errors.keys() == {True, False}
+    check(errors[True], 1e-5)
+    assert max(errors[False].values()) > 1e-4
