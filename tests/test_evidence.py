@@ -361,10 +361,12 @@ def test_the_report_of_nothing_says_so(tmp_path, page):
     report.write_report(tmp_path / "results", page, tmp_path / "images")
     text = page.read_text()
     assert "0 of 320 test runs" not in text and "0 of 160 test runs are there" in text
-    assert "No development run yet." in text and "No test run of the baseline yet." in text
+    assert "No development run yet." in text and "compared when all of them" in text
 
 
-def test_the_report_shows_differences_and_names_what_is_missing(tmp_path, page):
+def test_the_report_compares_when_all_is_there_and_names_what_is_missing(
+    tmp_path, page, monkeypatch
+):
     results = tmp_path / "results"
     chosen = {"grpo": "lr-5e-4", "official": "gamma-0.02"}
     results.mkdir()
@@ -376,11 +378,18 @@ def test_the_report_shows_differences_and_names_what_is_missing(tmp_path, page):
             write(results, cell("grpo", "lr-5e-4", seed, task), accuracy=0.70 + 0.01 * (seed - 100))
             write(results, cell("official", "gamma-0.02", seed, task), accuracy=0.75, honesty=0.05)
     write(results, cell("both", "gamma-0.04", 10, stage="development"), collapsed=True)
+    report.write_report(results, page, tmp_path / "images")
+    text = page.read_text()
+    assert "6 of 160 test runs are there; 0 of 16 arms have all 10 seeds." in text
+    assert "6 of 100 test runs are there; 0 of 10 arms have all 10 seeds." in text
+    assert "`dapo`: 0 of 10 seeds (it has no setting yet)" in text
+    assert "points more or fewer" not in text and "compared when all of them" in text
+    monkeypatch.setattr(report, "TEST_SEEDS", (100, 101, 102))
+    monkeypatch.setattr(report, "arms_of", lambda task: ("grpo", "official"))
     for _ in range(2):  # and again: what was written is replaced
         said = report.write_report(results, page, tmp_path / "images")
     text = page.read_text()
-    assert "6 of 160 test runs are there; 0 of 16 arms have all 10 seeds." in text
-    assert "`dapo`: 0 of 10 seeds (it has no setting yet)" in text
+    assert "6 of 6 test runs are there; 2 of 2 arms have all 3 seeds." in text
     assert text.count("+4.0 [+3.0, +5.0] p 0.02") >= 1
     assert "3 of 3" in text  # five points below GRPO's honesty check, on every seed
     assert "| `both` | gamma-0.04 | 1 | 70.0 | 10.0 | 2.50 | 1 of 1 |" in text

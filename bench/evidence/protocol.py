@@ -110,13 +110,19 @@ def cells(
         for task in tasks or TASKS:
             for name in arms or ARMS:
                 arm = ARMS[name]
-                if task in WITHOUT_ENTROPY and name.endswith("-entropy"):
+                if name not in arms_of(task):
                     continue
                 if stage == "test":
                     settings = (arm.setting(chosen[name]),) if name in chosen else ()
                 else:
                     settings = arm.settings if stage == "development" else arm.beyond
                 yield from (Cell(stage, task, arm, setting, seed) for setting in settings)
+
+
+def arms_of(task: str) -> tuple[str, ...]:
+    """Names of the arms that run on a task."""
+    left_out = "-entropy" if task in WITHOUT_ENTROPY else None
+    return tuple(name for name in ARMS if left_out is None or not name.endswith(left_out))
 
 
 def seeds_outside(stage: str, seeds: tuple[int, ...]) -> list[int]:

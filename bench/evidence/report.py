@@ -24,6 +24,7 @@ from bench.evidence.protocol import (
     TEST_SEEDS,
     TUNED_ON,
     Cell,
+    arms_of,
     mean,
 )
 from bench.evidence.runner import result_of
@@ -46,9 +47,11 @@ def write_report(results: Path, page: Path = PAGE, images: Path = IMAGES) -> str
     text = replaced(text, "development", content)
     for task in TASKS:
         found = results_of_test(results, task, chosen)
-        text = replaced(text, f"{task} seeds", seeds_said(found, chosen))
+        text = replaced(text, f"{task} seeds", seeds_said(task, found, chosen))
+        if not is_complete(task, found):
+            found = {}  # nobody looks before all is there
         content = outcome_table(task, found, chosen)
-        if BASELINE in found and len(found) > 1:
+        if found:
             drawn.append(draw_differences(task, found, images / f"evidence_{task}.png"))
             content += _picture(f"differences to GRPO on {task}", drawn[-1])
         text = replaced(text, f"{task} outcomes", content)
@@ -72,19 +75,25 @@ def replaced(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
 
 
-def seeds_said(found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str:
+def is_complete(task: str, found: dict[str, dict[int, dict]]) -> bool:
+    """Whether all arms have all seeds, save those of the addendum: then they are compared."""
+    main = [name for name in arms_of(task) if name not in ADDED]
+    return all(len(found.get(name, ())) == len(TEST_SEEDS) for name in main)
+
+
+def seeds_said(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str:
     """How much of the test is there."""
-    lines = []
-    complete = [name for name in ARMS if len(found.get(name, ())) == len(TEST_SEEDS)]
+    lines, arms = [], arms_of(task)
+    complete = [name for name in arms if len(found.get(name, ())) == len(TEST_SEEDS)]
     done = sum(map(len, found.values()))
     lines.append(
-        f"{done} of {len(ARMS) * len(TEST_SEEDS)} test runs are there; {len(complete)} of "
-        f"{len(ARMS)} arms have all {len(TEST_SEEDS)} seeds."
+        f"{done} of {len(arms) * len(TEST_SEEDS)} test runs are there; {len(complete)} of "
+        f"{len(arms)} arms have all {len(TEST_SEEDS)} seeds."
     )
-    for name, arm in ARMS.items():
+    for name in arms:
         if name in complete:
             continue
-        why = arm.missing() or ("" if name in chosen else "it has no setting yet")
+        why = ARMS[name].missing() or ("" if name in chosen else "it has no setting yet")
         n = len(found.get(name, ()))
         lines.append(f"- `{name}`: {n} of {len(TEST_SEEDS)} seeds" + (f" ({why})" if why else ""))
     commits = {run["git_commit"][:10] for runs in found.values() for run in runs.values()}
@@ -97,7 +106,7 @@ def seeds_said(found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str
 def outcome_table(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str:
     """All arms: GRPO's shares, and of the others the paired differences to it, in points."""
     if BASELINE not in found:
-        return "No test run of the baseline yet."
+        return "The arms are compared when all of them have all seeds."
     outcomes = OUTCOMES[task]
     against = {key: differences(outcome, found) for key, outcome in outcomes.items()}
     head = ["arm", "setting", "seeds", *(o.says for o in outcomes.values()), "collapsed", "min"]
@@ -145,7 +154,7 @@ def added_table(task: str, found: dict[str, dict[int, dict]]) -> str:
 def looking_table(found: dict[str, dict[int, dict]]) -> str:
     """Does a policy look, or does it detect black patches?"""
     if not found:
-        return "No test run yet."
+        return "The arms are compared when all of them have all seeds."
     grpo = {seed: honesty(run) for seed, run in found.get(BASELINE, {}).items()}
     rows = []
     for name, runs in found.items():
