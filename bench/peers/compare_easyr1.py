@@ -30,7 +30,6 @@ EVERY += [("default", "seq"), ("gspo", "seq")]
 CASES = {
     "padded": Case(),
     "packed": Case(packed=True),
-    "packed, dynamic batching": Case(packed=True, dynamic=True),
     "padded, LoRA": Case(lora=True),
     "packed, LoRA": Case(packed=True, lora=True),
     "padded, FSDP over 2 ranks": Case(ranks=2, fsdp=True),

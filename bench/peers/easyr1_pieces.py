@@ -33,8 +33,6 @@ class Case:
     ulysses: int = 1
     lora: bool = False
     pictures: bool = True
-    dynamic: bool = False
-    """Micro-batches by tokens, as EasyR1 calls it."""
 
 
 def use_cpu() -> None:
@@ -129,7 +127,7 @@ def config_of(case: Case, loss_type: str, average: str) -> Any:
         loss_avg_mode=average,
         loss_type=loss_type,
         padding_free=case.packed,
-        dynamic_batching=case.dynamic,
+        dynamic_batching=False,  # it puts a tensor on the GPU, whatever the device
         ulysses_size=case.ulysses,
         use_torch_compile=False,
     )
