@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from flash_attn_by_torch import use_torch
 from torch import Tensor
-from torch.nn import functional
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, RESPONSES, PROMPT, RESPONSE = 2, 2, 64, 32
@@ -50,23 +49,7 @@ def use_cpu() -> None:
     dp_actor.unpad_input, dp_actor.pad_input = unpad_input, pad_input
     dp_actor.index_first_axis = lambda x, indices: x[indices]
 
-    def varlen(q, k, v, cu_seqlens_q, softmax_scale=None, **_):
-        parts = [
-            _causal(q[a:b], k[a:b], v[a:b], softmax_scale)
-            for a, b in itertools.pairwise(cu_seqlens_q.tolist())
-        ]
-        return torch.cat(parts)
-
-    def one_sequence(q, k, v, attention_mask, query_length, softmax_scale=None, **_):
-        return torch.stack([_causal(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
-
-    flash_attention_utils.flash_attn_varlen_func = varlen
-    flash_attention_utils._flash_attention_forward = one_sequence
-    # flash-attn has no float32
-    flash_attention_utils.fa_peft_integration_check = lambda q, k, v, **_: (q, k, v)
-    flash_attention_utils._flash_supports_window_size = True
-    flash_attention_utils._flash_supports_deterministic = False
-    flash_attention_utils._flash_use_top_left_mask = False
+    use_torch(flash_attention_utils)
 
 
 def check_record() -> None:
@@ -78,15 +61,6 @@ def check_record() -> None:
         thing = functools.reduce(getattr, place.split("."), dp_actor)
         found = list(inspect.signature(thing).parameters)
         assert found == published, f"{place} has {found}, recorded is {published}"
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """(S, heads, head dim), thrice → the same."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attended = functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
-    )
-    return attended[0].transpose(0, 1)
 
 
 def model_of(folder: Path, case: Case) -> Any:

@@ -5,29 +5,10 @@
 # newest release with whatever it asks for. Once it is there it is used again. TRL picks another
 # version. Needs Python 3.11 or later.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../.." && pwd)
-if [ $# -ge 1 ] && [ "${1#-}" = "$1" ]; then
-  folder=$1
-  shift
-else
-  folder=$(mktemp -d)
-  trap 'rm -rf "$folder"' EXIT
-fi
-env=$folder/env
-pip=("$env/bin/python" -m pip install -qq --disable-pip-version-check)
+source "$(dirname "$0")/environment.sh"
 if [ ! -e "$env/.installed" ]; then
-  mkdir -p "$folder"
-  "${PYTHON:-python3}" -m venv "$env"
-  # torch first, alone, so that nothing else decides which build of it is installed
-  "${pip[@]}" $(grep -E '^(torch|torchvision)==' "$root/constraints/cpu.txt")
+  make_environment
   "${pip[@]}" "$root" "trl${TRL:+==$TRL}" peft
-  # On the CPU torchvision's wheel imports only with what this file declares; see there.
-  site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  cp "$root/papo_fast/rollout/vllm_on_cpu/sitecustomize.py" "$site/papo_fast_torchvision.py"
-  echo 'import papo_fast_torchvision' > "$site/papo_fast_torchvision.pth"
-  touch "$env/.installed"
+  finish_environment
 fi
-"${pip[@]}" --no-deps --force-reinstall "$root"  # as the tree is now
-export PYTHONPATH="$root/tests" OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-"$env/bin/python" "$root/bench/peers/compare_trl.py" "$@"
+compare trl "$@"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import itertools
 import json
 import types
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flash_attn_by_torch import use_torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -61,31 +61,7 @@ def use_cpu() -> None:
 
     from verl.models.transformers import qwen2_vl
 
-    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p=0.0, softmax_scale=None, **_):
-        parts = [
-            _causal(q[a:b], k[a:b], v[a:b], softmax_scale)
-            for a, b in itertools.pairwise(cu_seqlens_q.tolist())
-        ]
-        return torch.cat(parts)
-
-    def one_sequence(q, k, v, attention_mask, query_length, softmax_scale=None, **_):
-        return torch.stack([_causal(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
-
-    qwen2_vl.flash_attn_varlen_func = varlen
-    qwen2_vl._flash_attention_forward = one_sequence
-    qwen2_vl.fa_peft_integration_check = lambda q, k, v, **_: (q, k, v)  # flash-attn: no float32
-    qwen2_vl._flash_supports_window_size = True
-    qwen2_vl._flash_supports_deterministic = False
-    qwen2_vl._flash_use_top_left_mask = False
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """(S, heads, head dim), thrice → the same."""
-    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, is_causal=True, scale=scale
-    )
-    return attended[0].transpose(0, 1)
+    use_torch(qwen2_vl)
 
 
 def check_record() -> None:
