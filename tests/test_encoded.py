@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 import random
 import re
@@ -17,6 +18,7 @@ from papo_fast.data.corruption import PromptCorruption
 from papo_fast.data.encoded import EncodedPrompt, Later
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
+from papo_fast.samples import Group
 from support.family_checkpoints import write_processor_files
 from support.groups import as_prompt
 from support.plain_checkpoints import write_plain_checkpoint
@@ -85,6 +87,8 @@ def test_another_process_gets_the_pixels(encoder, processed):
     other = pickle.loads(pickle.dumps(prompt))
     assert processed == [1]
     assert torch.equal(other.pixel_values, prompt.pixel_values) and processed == [1]
+    group = Group(as_prompt(other), [], Later(functools.partial(torch.ones, 2)))
+    assert torch.equal(pickle.loads(pickle.dumps(group)).pixels("aug"), torch.ones(2))
 
 
 def test_a_processor_that_does_something_else_is_an_error_and_not_a_wrong_model(

@@ -33,6 +33,7 @@ from papo_fast.errors import InputError
 
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
+NOT_YET = "The arms are compared when all of them have all seeds."
 
 
 def write_report(results: Path, page: Path = PAGE, images: Path = IMAGES) -> str:
@@ -106,7 +107,7 @@ def seeds_said(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, s
 def outcome_table(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str:
     """All arms: GRPO's shares, and of the others the paired differences to it, in points."""
     if BASELINE not in found:
-        return "The arms are compared when all of them have all seeds."
+        return NOT_YET
     outcomes = OUTCOMES[task]
     against = {key: differences(outcome, found) for key, outcome in outcomes.items()}
     head = ["arm", "setting", "seeds", *(o.says for o in outcomes.values()), "collapsed", "min"]
@@ -154,7 +155,7 @@ def added_table(task: str, found: dict[str, dict[int, dict]]) -> str:
 def looking_table(found: dict[str, dict[int, dict]]) -> str:
     """Does a policy look, or does it detect black patches?"""
     if not found:
-        return "The arms are compared when all of them have all seeds."
+        return NOT_YET
     grpo = {seed: honesty(run) for seed, run in found.get(BASELINE, {}).items()}
     rows = []
     for name, runs in found.items():

@@ -299,8 +299,6 @@ class PromptCorruption:
             )
         if self.kind == "official":
             self.on_images = OfficialCorruption(config.ratio)
-        elif self.kind == "diffusion":
-            self.on_images = self._diffusion(0.0)
         elif self.kind == "patch":
             if tiles is None:
                 self.on_pixels = PatchCorruption.of(processor, config.ratio)
@@ -339,8 +337,8 @@ class PromptCorruption:
         encoded = prompt.encoded
         if not encoded.has_pictures or self.kind == "attention":
             return None
-        if self.on_images is not None:
-            on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
+        on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
+        if on_images is not None:
             corrupted, _ = self.encoder.process_images(on_images(prompt.images, seed))
             return corrupted
         pixels: Any = encoded.pixel_values

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -34,21 +35,21 @@ class Later:
     def __call__(self) -> Tensor | None:
         pixels = self._made()
         if pixels is None and (pixels := self._make()) is not None:
-            self._made = _Kept(pixels) if self._keep else weakref.ref(pixels)
+            self._made = partial(_same, pixels) if self._keep else weakref.ref(pixels)
             if self._keep:
                 self._make = self._made  # lets go of the pictures
         return pixels
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Kept, (self(),)  # another process gets the pixels
+        return _at_once, (self(),)  # another process gets the pixels
 
 
-class _Kept:
-    def __init__(self, pixels: Tensor | None):
-        self.pixels = pixels
+def _at_once(pixels: Tensor | None) -> Later:
+    return Later(partial(_same, pixels), keep=True)
 
-    def __call__(self) -> Tensor | None:
-        return self.pixels
+
+def _same(pixels: Tensor | None) -> Tensor | None:
+    return pixels
 
 
 def _nothing() -> None:
@@ -62,7 +63,7 @@ class _Pixels:
         if prompt is None:
             raise AttributeError("pixel_values has no default")
         held = vars(prompt)["pixel_values"]
-        return held() if isinstance(held, Later | _Kept) else held
+        return held() if isinstance(held, Later) else held
 
     def __set__(self, prompt: EncodedPrompt, held: Tensor | Later | None) -> None:
         vars(prompt)["pixel_values"] = held
