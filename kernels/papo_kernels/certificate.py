@@ -148,6 +148,17 @@ def choose_levels(counts, highest_entropy, tightness, known, budget, most):
     return level, Beyond(*found), level <= last
 
 
+def beyond_lists(counts, least_log_prob):
+    """Beyond, of (T,) tensors, for words that are less likely than exp(`least_log_prob`).
+
+    counts: (T, 256), words of each level. least_log_prob: below -1.
+    """
+    levels = torch.arange(LEVELS, dtype=torch.float64, device=counts.device)
+    log_p = (levels / -LEVELS_PER_NAT).clamp_max(least_log_prob)
+    mass = LEVEL_SLACK * counts * log_p.exp()
+    return Beyond(mass.sum(1), -(mass * log_p).sum(1))
+
+
 def _after(x):
     """(T, 256): what (T, 256) `x` adds up to from the next level on, without cancellation."""
     if x.device.type == "cuda":  # whose cumsum has no deterministic form for floats

@@ -25,6 +25,11 @@ def tile_rows(vocab):
     return min(TILE_ROWS, _most_rows(vocab))
 
 
+def lists_size(n, vocab, streams, keep_levels):
+    """Elements of `Saved.lists`: there are no lists here."""
+    return 0
+
+
 def levels_shape(n, vocab, keep_levels):
     """Shape of `Saved.levels` for n rows."""
     return (-(-n // tile_rows(vocab)) if keep_levels else 0), vocab
@@ -93,7 +98,7 @@ def forward(call, keep_levels, multiply, row_statistics, find_levels):
     if call.shard.group is not None:
         saved = combine_shards(saved, named, call.shard.group)
         saved[:, call.targets == call.options.ignore_index] = 0
-    return Saved(saved, levels, order)
+    return Saved(saved, levels, order, order.new_empty(0, dtype=torch.int32))
 
 
 def _logits(call, states, out, multiply):

@@ -18,7 +18,7 @@ from papo_kernels.reference import compute_dtype
 from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream, of_words
 
 # The last results of the forward operator are not outputs, but the fields of `rows.Saved`.
-SAVED = 3
+SAVED = 4
 
 # Elements of a weight up to which the CPU's backward is dense, whatever the budget. At V = 2048 and
 # D = 128 the dense one takes as long as the search at best; at V = 316 it is ten times faster.
@@ -76,9 +76,9 @@ def forward(
     budget_of: str,
     keep_levels: bool,
 ) -> list[torch.Tensor]:
-    """The (N,) outputs of `TokenStats` that exist, then the three tensors of `rows.Saved`.
+    """The (N,) outputs of `TokenStats` that exist, then the four tensors of `rows.Saved`.
 
-    keep_levels: whether the backward may be sparse; if not, the levels are empty.
+    keep_levels: whether the backward may be sparse; if not, levels and lists are empty.
     """
     options = Options(
         temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
@@ -90,7 +90,7 @@ def forward(
             check_targets(targets, call.shard.vocab, ignore_index)
         saved = forward_of(call, keep_levels)
     outputs = saved.outputs(_layout(backend).names(call.streams))
-    return [*outputs, saved.rows, saved.levels, saved.order]
+    return [*outputs, saved.rows, saved.levels, saved.order, saved.lists]
 
 
 @forward.register_fake
@@ -99,7 +99,8 @@ def _(
     backend, group, validate, aug_constant, budget_of, keep_levels,
 ):  # fmt: skip
     n, vocab, layout = targets.shape[0], weight.shape[0], _layout(backend)
-    names = layout.names(1 if aug_hidden is None else 2)
+    streams = 1 if aug_hidden is None else 2
+    names = layout.names(streams)
     dtype = compute_dtype(hidden, aug_hidden, weight, bias)
     levels = layout.levels_shape(n, vocab, keep_levels)
     return [
@@ -107,6 +108,7 @@ def _(
         hidden.new_empty(len(names), n, dtype=dtype),
         hidden.new_empty(levels, dtype=torch.uint8),
         targets.new_empty(n),
+        targets.new_empty(layout.lists_size(n, vocab, streams, keep_levels), dtype=torch.int32),
     ]
 
 
@@ -129,6 +131,7 @@ def backward(
     rows: torch.Tensor,
     levels: torch.Tensor,
     order: torch.Tensor,
+    lists: torch.Tensor,
     needs: list[bool],
     temperature: float,
     softcap: float | None,
@@ -152,15 +155,15 @@ def backward(
     with torch.autocast(hidden.device.type, enabled=False):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         upstream = of_words(upstream, targets, call.shard, ignore_index)
-        grads = backward_of(call, Saved(rows, levels, order), upstream, needs)
+        grads = backward_of(call, Saved(rows, levels, order, lists), upstream, needs)
     return [hidden.new_empty(0) if g is None else g.contiguous() for g in grads]
 
 
 @backward.register_fake
 def _(
     logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse, hidden, aug_hidden, weight,
-    bias, targets, rows, levels, order, needs, temperature, softcap, ignore_index, grad_budget,
-    backend, group, validate, aug_constant, budget_of,
+    bias, targets, rows, levels, order, lists, needs, temperature, softcap, ignore_index,
+    grad_budget, backend, group, validate, aug_constant, budget_of,
 ):  # fmt: skip
     operands = (hidden, aug_hidden, weight, bias)
     return [

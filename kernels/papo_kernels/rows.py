@@ -241,6 +241,7 @@ class Saved:
     rows: torch.Tensor  # (F, N) statistics, which `saved_names` lists
     levels: torch.Tensor  # (T, V) uint8, see `certificate`; (0, V): the backward is dense
     order: torch.Tensor  # (N,) rows: in the order in which tiles are cut, ignored ones last
+    lists: torch.Tensor  # int32, each row's own words, see `triton.lists`; of other ways empty
 
     def outputs(self, names):
         """The outputs that exist, (N,) each, in the order of OUTPUTS."""

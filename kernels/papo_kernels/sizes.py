@@ -22,7 +22,7 @@ class Wholes:
     """
 
     def __init__(self, run, count):
-        """run: a `chunked_backward.Backward` or its twin of Triton; count: rows that count."""
+        """run: a `chunked_backward.Backward`; count: rows that count."""
         call, wanted = run.call, run.wanted
         stats, upstream = (each(torch.Tensor.double, x) for x in (run.stats, run.upstream))
         self._least = least_sizes(stats, upstream, wanted, call.head)
@@ -34,7 +34,7 @@ class Wholes:
         states = call.hidden, call.aug_hidden, call.hidden
         # (N,) factors of sum |dz|: each gives a root mean square, and the smallest counts.
         self._scales = {
-            i: [ones] * (plain[i] or not wanted.weight) + [_norms(states[i])] * wanted.weight
+            i: [ones] * (plain[i] or not wanted.weight) + [norms(states[i])] * wanted.weight
             for i in certified(wanted)
         }
         self._squares = {
@@ -76,7 +76,7 @@ class Wholes:
             ]
 
 
-def _norms(states):
+def norms(states):
     """(N,) float64 norms of (N, D) states; 0 where one is not finite, whose tile goes dense."""
     return torch.linalg.vector_norm(states, dim=1, dtype=torch.float64).nan_to_num(0, 0, 0)
 

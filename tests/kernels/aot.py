@@ -33,13 +33,15 @@ def variants():
 
 
 def _kernels(tile):
-    from papo_kernels.triton import gradients, kernels
+    from papo_kernels.triton import account, gradients, kernels, list_kernels
 
     # The trainer always bans words, by a bias.
     plain = dict(HAS_BIAS=True, CAP=False)
     for two, streams in ((False, "one stream"), (True, "two streams")):
         yield f"stats {streams}", kernels.stats_kernel, dict(TWO=two, **plain), {}
         yield f"levels {streams}", kernels.levels_kernel, dict(TWO=two, TILE=tile, **plain), {}
+        places = dict(PART=80, BLOCKS=8)
+        yield f"list {streams}", list_kernels.list_kernel, dict(TWO=two) | places | plain, {}
     yield "stats capped", kernels.stats_kernel, dict(TWO=True, HAS_BIAS=True, CAP=True), {}
     on = dict.fromkeys(
         ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
@@ -47,7 +49,21 @@ def _kernels(tile):
     for gather, reverse in itertools.product((False, True), (False, True)):
         name = f"dz {'listed' if gather else 'span'}{' reverse' if reverse else ''}"
         constants = dict(GATHER=gather, NET=gather, SKIP=not gather, KL_REVERSE=reverse)
+        constants["OWN_WORDS"] = False
         yield name, gradients.dz_kernel, constants | on | plain, {"dz_ptr": "*bf16"}
+    constants = dict(GATHER=False, OWN_WORDS=True, NET=True, SKIP=False, KL_REVERSE=True)
+    yield "dz_listed", gradients.dz_kernel, constants | on | plain, {"done_ptr": "*i32"}
+    yield "prefix", list_kernels.prefix_kernel, dict(BLOCKS=2048), {}
+    yield "place", list_kernels.place_kernel, dict(ROWS=256), {}
+    both = dict(FULL=True, AUG=True)
+    yield "drop", list_kernels.drop_kernel, dict(NET=True) | both, {}
+    yield "flatten", list_kernels.flatten_kernel, dict(STREAMS=2), {}
+    states = dict.fromkeys(("weight_ptr", "hidden_ptr", "aug_ptr", "out_aug_ptr"), "*bf16")
+    yield "d_hidden", list_kernels.d_hidden_kernel, both, states | {"out_ptr": "*bf16"}
+    yield "d_weight", list_kernels.d_weight_kernel, both | dict(WEIGHT=True, BIAS=True), states
+    outside = on | dict(NET=True, KL_REVERSE=True)
+    doubles = dict.fromkeys(("mass_ptr", "information_ptr", "out_ptr"), "*fp64")
+    yield "outside", account.outside_kernel, outside, doubles
     yield "sort", kernels.sort_kernel, dict(TWO=True), {}
     yield "add_rows", gradients.add_rows_kernel, {}, {}
     yield "count_levels", gradients.count_levels_kernel, {}, {}
@@ -55,7 +71,11 @@ def _kernels(tile):
 
 FIXED = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "col_ptr": "*i32",
-    "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8",
+    "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8", "good_ptr": "*u8",
+    "kept_ptr": "*i32", "block_ptr": "*i32", "total_ptr": "*i32", "taken_ptr": "*i32",
+    "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32", "word_ptr": "*i32",
+    "out_start_ptr": "*i64", "out_word_ptr": "*i32", "out_row_ptr": "*i32", "row_ptr": "*i32",
+    "order_ptr": "*i64", "listed_from": "fp32",
     "sharpness": "fp32", "softcap": "fp32",
 }  # fmt: skip
 

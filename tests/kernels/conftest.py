@@ -1,6 +1,7 @@
-"""The torch backend's C++ and its search for words run in every test, however small the call."""
+"""Large calls' ways run in every test, however small its call."""
 
 import pytest
+from kernel_oracle import FAST
 
 from papo_kernels import op
 from papo_kernels.cpu import library
@@ -10,6 +11,15 @@ from papo_kernels.cpu import library
 def as_in_large_calls(monkeypatch):
     monkeypatch.setattr(library, "LEAST_LOGITS", 0)
     monkeypatch.setattr(op, "DENSE_WEIGHT", -1)  # even without features
+
+
+@pytest.fixture(autouse=True)
+def without_lists(monkeypatch, request):
+    """Triton's rows go in groups but in tests of lists, which take an interpreter long."""
+    if FAST == "triton" and request.module.__name__ != "test_lists":
+        from papo_kernels.triton import lists
+
+        monkeypatch.setattr(lists, "MOST_WORDS", 0)
 
 
 @pytest.fixture

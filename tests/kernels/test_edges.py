@@ -61,8 +61,10 @@ def test_compilers_are_told_the_strides_of_gradients(layout, dtype, keep_levels)
     case = make_case(20, 16, 303, bias=True, dtype=dtype)
     operands = [LAYOUTS[layout](getattr(case, g)) for g in GRADS]
     options = (1.0, None, -100, 3e-3, FAST, "", True, False, "call")
-    *outputs, rows, levels, order = op.forward(*operands, case.targets, *options, keep_levels)
-    tensors = (*map(torch.ones_like, outputs), *operands, case.targets, rows, levels, order)
+    *outputs, rows, levels, order, lists = op.forward(
+        *operands, case.targets, *options, keep_levels
+    )
+    tensors = (*map(torch.ones_like, outputs), *operands, case.targets, rows, levels, order, lists)
     got = op.backward(*tensors, [True] * 4, *options)
     with FakeTensorMode() as mode:
         told = op.backward(*map(mode.from_tensor, tensors), [True] * 4, *options)

@@ -17,18 +17,22 @@ from papo_kernels.certificate import (
     DENSE_SHARE,
     RESERVE,
     Beyond,
-    CandidateSums,
-    StreamSums,
     record,
 )
 from papo_kernels.precision import exact_float32
-from papo_kernels.rows import each, make_wanted, unpack
-from papo_kernels.sizes import Wholes
+from papo_kernels.rows import each, make_wanted
 from papo_kernels.triton import gradients as kernels
-from papo_kernels.triton import launch
+from papo_kernels.triton import launch, lists
+from papo_kernels.triton.account import Account
 from papo_kernels.triton.forward import names
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands
-from papo_kernels.triton.words import Backward, GradientSum, Words, add, gradients_of_states
+from papo_kernels.triton.words import (
+    Backward,
+    GradientSum,
+    Words,
+    add,
+    gradients_of_states,
+)
 
 # Rows of a group. More of them share more words that one of them alone wants; fewer of them read
 # the weight and add to its gradient more often.
@@ -40,7 +44,7 @@ DENSE_ROWS = 4096
 # Parts of a tile's levels that are counted at once.
 COUNT_PARTS = 16
 # What is assumed of all tiles at first: see `certificate.choose_levels`.
-ASSUMED_TIGHTNESS = 1 / 16
+ASSUMED_TIGHTNESS = 1 / 4
 
 
 def backward(call, saved, upstream, needs):
@@ -83,7 +87,7 @@ def _backward_of(call, saved, upstream, needs):
         kernel_operands(call),
         call.targets.contiguous(),
         saved,
-        unpack(saved.rows, names(call.streams)),
+        names(call.streams),
         upstream,
         torch.stack([zeros if g is None else g.to(torch.float32) for g in upstream.flat]),
         make_wanted(needs, upstream, call.options.aug_constant),
@@ -125,14 +129,35 @@ def _dense(run, left, total):
 
 
 def _sparse(run, budget, total):
-    """Adds the gradients of the rows that few words serve; returns the others, a `Left`.
+    """Adds the gradients of the rows that few words serve; returns the others, a `Left`."""
+    counts = _counts(run.saved.levels[: run.tiles])
+    at = run.saved.order[: run.count]
+    tile = torch.zeros_like(run.targets)  # (N,) of the rows that count
+    tile[at] = torch.arange(run.count, device=at.device) // launch.TILE
+    account = Account(run)
+    beyond = certificate.beyond_lists(counts, lists.least_log_prob(run.call.options.grad_budget))
+    good, left = lists.add(run, at, each(lambda x: x[tile], beyond), budget, account, total)
+    if not left:
+        return Left(at[:0])
+    # Its number is known, so this asks the device for nothing. It keeps the order of tiles.
+    at = at[good[at].to(torch.uint8).argsort(stable=True)[:left]]
+    return _in_groups(run, at, tile, counts, budget, account, total)
 
-    Tiles stand by how many words they want, and what is said of tiles and rows below is in that
-    order: those of GROUP_ROWS rows are a group.
+
+def _in_groups(run, at, tile, counts, budget, account, total):
+    """Adds the gradients of the rows `at` that their tiles' words serve.
+
+    Rows stand by how many words their tiles want, and GROUP_ROWS of them are a group.
+
+    Args:
+        at: (R,) rows. tile: (N,) the tile of each row. counts: (T, LEVELS), see `_counts`.
+
+    Returns:
+        Left, the rows that need more.
     """
     vocab, device = run.operands.v, run.targets.device
     levels = run.saved.levels[: run.tiles]
-    counts, highest = _counts(levels), _highest_entropies(run)
+    highest = _highest_entropies(run, at, tile[at])
     tightness = torch.full((run.tiles, 1), ASSUMED_TIGHTNESS, dtype=torch.float64, device=device)
 
     def choose(known):
@@ -141,21 +166,18 @@ def _sparse(run, budget, total):
         )
 
     level, beyond, few = choose(known=False)
-    order = _order_of_tiles(run, counts, level, few)
-    levels, counts, highest, level, few = (x[order] for x in (levels, counts, highest, level, few))
-    beyond = each(lambda x: x[order], beyond)
-    at = run.rows_of(order)
-    tile = torch.arange(run.count, device=device) // launch.TILE
-    wholes = Wholes(run, run.count)
-    done = torch.zeros(triton.cdiv(run.count, GROUP_ROWS), vocab, dtype=torch.bool, device=device)
+    at = at[_ranks_of_tiles(run, counts, level, few)[tile[at]].argsort(stable=True)]
+    groups = _tiles_of_groups(run, tile[at])
+    done = torch.zeros(len(groups), vocab, dtype=torch.bool, device=device)
     sums = torch.zeros(len(kernels.SUMS), run.operands.n, dtype=torch.float32, device=device)
     asked = few
     for attempt in range(ATTEMPTS):
-        more = _more_words(run, levels, level, asked, at, done)
+        more = _more_words(run, levels, level, asked, at, groups, done)
         _add_groups(run, at, more, sums, total)
         done |= more
-        share = _dropped_share(run, at, sums, each(lambda x: x[tile], beyond), wholes)
-        share = _largest(share, run.tiles)
+        bounds = account.shares(sums, each(lambda x: x[tile], beyond))
+        row_share = account.largest_share(*bounds)[at]
+        share = _largest(row_share, tile[at], run.tiles)
         bad = few & (share > budget)
         if attempt + 1 == ATTEMPTS or not bad.any():
             break
@@ -165,10 +187,10 @@ def _sparse(run, budget, total):
         level = torch.where(asked, better, level)
         pairs = zip(reached, beyond, strict=True)
         beyond = Beyond(*(torch.where(asked, torch.minimum(a, b), b) for a, b in pairs))
-    good = few & ~bad
+    good = (few & ~bad)[tile[at]]
     if certificate.recording():
-        _record(run, good, done, share)
-    left = (~good)[tile].nonzero().squeeze(1)
+        _record(run, good, done, row_share)
+    left = (~good).nonzero().squeeze(1)
     return Left(at[left], done, left // GROUP_ROWS)
 
 
@@ -183,49 +205,59 @@ def _counts(levels):
     return counts.sum(1)
 
 
-def _highest_entropies(run):
-    """(T,) the highest entropy of a tile's rows, in either stream that may get gradients."""
+def _highest_entropies(run, at, tile):
+    """(T,) the highest entropy of a tile's rows `at`, in either stream that may get gradients.
+
+    tile: (R,), that of each row.
+    """
     streams = (run.stats.full, None if run.call.options.aug_constant else run.stats.aug)
     entropies = [s.entropy for s in streams if s is not None]
-    return _largest(torch.stack(entropies).amax(0)[run.saved.order[: run.count]], run.tiles)
+    return _largest(torch.stack(entropies).amax(0)[at], tile, run.tiles)
 
 
-def _largest(x, tiles):
-    """(T,) the largest of each tile's rows, of (count,) `x`; NaN where one of them is."""
-    return torch.nn.functional.pad(x, (0, tiles * launch.TILE - len(x))).view(tiles, -1).amax(1)
+def _largest(x, tile, tiles):
+    """(T,) the largest of (R,) `x` >= 0 in each tile, 0 of none; NaN where one of them is."""
+    found = x.new_zeros(tiles)
+    return found.scatter_reduce(0, tile, x, "amax")
 
 
-def _order_of_tiles(run, counts, level, few):
-    """(T,) tiles by the words that they want; the last, which may have fewer rows, stays last."""
+def _ranks_of_tiles(run, counts, level, few):
+    """(T,) places of tiles in the order of the words that they want."""
     wanted = counts.cumsum(1).gather(1, level.clamp(max=certificate.LEVELS - 1)[:, None]).squeeze(1)
-    wanted = torch.where(few, wanted, run.operands.v)
-    wanted[-1] = run.operands.v + 1
-    return wanted.argsort(stable=True)
+    return torch.where(few, wanted, run.operands.v).argsort(stable=True).argsort(stable=True)
 
 
-def _more_words(run, levels, level, asked, at, done):
+def _tiles_of_groups(run, tile):
+    """(G, T) bool: the tiles of which a group has rows; tile: (R,), that of each row."""
+    group = torch.arange(len(tile), device=tile.device) // GROUP_ROWS
+    found = torch.zeros(
+        triton.cdiv(len(tile), GROUP_ROWS), run.tiles, dtype=torch.bool, device=tile.device
+    )
+    found[group, tile] = True
+    return found
+
+
+def _more_words(run, levels, level, asked, at, groups, done):
     """(G, V) bool: the words that tiles `asked` want up to their level, but for those `done`.
 
     The targets of their rows are among them.
     """
-    (groups, vocab), tiles = done.shape, GROUP_ROWS // launch.TILE
     wanted = levels <= torch.where(asked, level, -1)[:, None]
-    missing = groups * tiles - len(wanted)
-    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, missing)).view(groups, tiles, vocab)
-    wanted = wanted.any(1)
-    asks = torch.nn.functional.pad(asked, (0, missing)).view(groups, tiles).any(1)
+    wanted = torch.stack([(wanted & tiles[:, None]).any(0) for tiles in groups])
     targets = run.targets[at]
-    targets = torch.where((targets >= 0) & (targets < vocab), targets, 0)
+    targets = torch.where((targets >= 0) & (targets < run.operands.v), targets, 0)
     group = torch.arange(len(at), device=at.device) // GROUP_ROWS
     wanted[group, targets] = True
+    asks = (groups & asked).any(1)
     return wanted & asks[:, None] & ~done
 
 
 def _add_groups(run, at, more, sums, total):
     """Adds the gradients of every group's words in (G, V) `more`."""
-    listed = more.nonzero()[:, 1].to(torch.int32)
+    counts = more.sum(1).tolist()
+    listed = more.nonzero_static(size=sum(counts))[:, 1].to(torch.int32)
     size = launch.even_down(GATHERED_ELEMENTS // max(1, run.operands.d))
-    groups = zip(listed.split(more.sum(1).tolist()), at.split(GROUP_ROWS), strict=True)
+    groups = zip(listed.split(counts), at.split(GROUP_ROWS), strict=True)
     for words, some in groups:
         if not len(words):
             continue
@@ -236,30 +268,11 @@ def _add_groups(run, at, more, sums, total):
         total.add_states(run, some, found)
 
 
-def _dropped_share(run, at, sums, beyond, wholes):
-    """(R,) share of the sum |dz| of the rows `at` that lies outside their candidates, at most."""
-    found = dict(zip(kernels.SUMS, sums.double()[:, at], strict=True))
-    full, aug = (
-        StreamSums(*(found.pop(prefix + name) for name in StreamSums._fields))
-        for prefix in ("", "aug_")
-    )
-    sums = CandidateSums(full, aug, **found)
-    s, g = (each(lambda x: x.double()[at], x) for x in (run.stats, run.upstream))
-    bounds = certificate.outside(sums, s, g, run.wanted, beyond, run.call.head)
-    asked, sizes = certificate.certified(run.wanted), sums.sizes()
-    sizes = tuple(x if i in asked else None for i, x in enumerate(sizes))
-    wholes.learn(at, sizes)
-    whole = wholes.of_rows(at, sizes)
-    share = torch.zeros_like(sums.full.mass)
-    for i in asked:
-        share = torch.maximum(share, bounds[i] / whole[i].clamp_min(1e-300))
-    # NaN compares false with every budget; infinity says the same to a maximum.
-    return torch.where(share.isnan(), torch.inf, share)
-
-
 def _record(run, good, done, share):
+    """Tells of the rows that are good, a group's together."""
     kept = done.sum(1).tolist()
-    for i, (ok, dropped) in enumerate(zip(good.tolist(), share.tolist(), strict=True)):
-        if ok:
-            count = min(launch.TILE, run.count - i * launch.TILE)
-            record(count, kept[i * launch.TILE // GROUP_ROWS], run.operands.v, dropped)
+    for words, ok, dropped in zip(
+        kept, good.split(GROUP_ROWS), share.split(GROUP_ROWS), strict=True
+    ):
+        if ok.any():
+            record(int(ok.sum()), words, run.operands.v, dropped[ok].max().item())

@@ -6,7 +6,7 @@ import triton
 from papo_kernels import rows
 from papo_kernels.precision import exact_float32
 from papo_kernels.rows import Saved, kept_first, saved_names
-from papo_kernels.triton import kernels, launch
+from papo_kernels.triton import kernels, launch, lists
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
 
 # Below it, a KL's terms of second order are more exact than the difference of first-order sums.
@@ -23,6 +23,11 @@ def levels_shape(n, vocab, keep_levels):
     return (-(-n // launch.TILE) if keep_levels else 0), vocab
 
 
+def lists_size(n, vocab, streams, keep_levels):
+    """Elements of `Saved.lists` for n rows."""
+    return lists.size(n, vocab, streams) if keep_levels else 0
+
+
 def forward(call, keep_levels):
     """`Saved` of a `Call`; keep_levels: whether the backward may be sparse."""
     with torch.cuda.device_of(call.hidden), exact_float32(torch.backends.cuda.matmul):
@@ -34,28 +39,34 @@ def _forward(call, o, keep_levels):
     targets = call.targets.contiguous()
     levels = torch.zeros(levels_shape(o.n, o.v, keep_levels), dtype=torch.uint8, device=device)
     saved = torch.zeros(len(named), o.n, dtype=torch.float32, device=device)
+    listed = torch.empty(
+        lists_size(o.n, o.v, call.streams, keep_levels), dtype=torch.int32, device=device
+    )
+    listed[: 2 * o.n] = 0  # a row that does not count has no words
     order, count = kept_first(targets, call.options.ignore_index)
     # A graph that is being captured cannot be asked for a number: it takes all rows.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     count = o.n if capturing else int(count)
     if count == 0:
-        return Saved(saved, levels, order)
+        return Saved(saved, levels, order, listed)
     sums = kernels.PARTS if call.streams == 2 else kernels.PARTS[: kernels.ONE_STREAM_PARTS]
     part = torch.zeros(len(sums), o.n, dtype=torch.float32, device=device)
     size = min(_chunk_rows(o.v), triton.cdiv(count, launch.TILE) * launch.TILE)
     z = launch.padded(call.streams * size, o.v, torch.float32, device)
     cut = order.clone()
+    writer = lists.Writer(call, o, size, listed) if keep_levels else None
     for first in range(0, count, size):
         chunk = order[first : min(first + size, count)]
         products = _products(o, chunk, z)
         _take_sums(call, o, products, targets, order, first, part)
         if keep_levels:
-            _take_levels(call, o, products, order, first, part, cut, levels)
+            _take_levels(call, o, products, targets, order, first, part, cut, levels, writer)
+            writer.write(products, order, targets, first, part)
     found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v)
     live = (targets != call.options.ignore_index)[order]
     stats = torch.stack([found[name] for name in named])
     saved[:, order] = torch.where(live, stats, 0)
-    return Saved(saved, levels, cut)
+    return Saved(saved, levels, cut, listed)
 
 
 def _chunk_rows(vocab):
@@ -88,8 +99,11 @@ def _take_sums(call, o, z, targets, order, first, part):
     )  # fmt: skip
 
 
-def _take_levels(call, o, z, order, first, part, cut, levels):
-    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut."""
+def _take_levels(call, o, z, targets, order, first, part, cut, levels, writer):
+    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut.
+
+    It also counts for the `lists.Writer` what rows will list.
+    """
     sort, blocks, count = LAUNCHES["sort"], LAUNCHES["levels"], len(z) // call.streams
     two, within = call.streams == 2, torch.empty_like(order[:count])
     kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
@@ -98,7 +112,8 @@ def _take_levels(call, o, z, order, first, part, cut, levels):
     blocks = blocks | {"BLOCK_N": min(blocks["BLOCK_N"], launch.TILE)}
     grid = (triton.cdiv(o.v, blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
     kernels.levels_kernel[grid](
-        z, o.bias, within, part, levels, o.n, o.v, count, first, z.stride(0),
+        z, o.bias, within, part, levels, order, targets, writer.blocks, o.n, o.v, count,
+        first, z.stride(0), lists.least_log_prob(call.options.grad_budget),
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
         CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from papo_kernels.triton.kernels import (
     ENTROPY_ROW,
     KL_REVERSE_ROW,
     KL_ROW,
+    LOG_ZERO,
     log_prob,
     logits,
     slope,
@@ -47,11 +48,12 @@ LEVELS = tl.constexpr(certificate.LEVELS)
 
 @triton.jit(do_not_specialize=["N", "rows", "words", "start"])
 def dz_kernel(
-    z_ptr, b_ptr, targets_ptr, rows_ptr, stats_ptr, up_ptr, col_ptr, done_ptr, dz_ptr, sums_ptr,
-    N, words, width, rows, start, stride_z, stride_dz, stride_done, sharpness, softcap,
+    z_ptr, b_ptr, targets_ptr, rows_ptr, stats_ptr, up_ptr, col_ptr, done_ptr, start_ptr, dz_ptr,
+    sums_ptr, N, words, width, rows, start, stride_z, stride_dz, stride_done, sharpness, softcap,
     TWO: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, LOGPROB: tl.constexpr,
     ENTROPY: tl.constexpr, LOGPROB_AUG: tl.constexpr, ENTROPY_AUG: tl.constexpr, KL: tl.constexpr,
-    KL_REVERSE: tl.constexpr, GATHER: tl.constexpr, NET: tl.constexpr, SKIP: tl.constexpr,
+    KL_REVERSE: tl.constexpr, GATHER: tl.constexpr, OWN_WORDS: tl.constexpr, NET: tl.constexpr,
+    SKIP: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both streams' products for some words, of BLOCK_N rows a program.
@@ -61,6 +63,8 @@ def dz_kernel(
     Gradients go to dz[r], those of the aug stream to the next `rows` rows where FULL, else to
     dz[r]. GATHER adds to the call's `sums`: see SUMS. SKIP: words k whose done[r, k] is not 0 get a
     gradient of 0, because they have been added, and so do the places from `words` to `width`.
+    OWN_WORDS: row r has words of its own, done[r] of them, from place start[r] on of `col`, of dz
+    and of z, whose rows are the streams and which holds logits themselves. It adds to `sums` too.
     """
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = r < rows
@@ -73,6 +77,15 @@ def dz_kernel(
     out_aug = out
     if FULL:
         out_aug = dz_ptr + (r + rows) * stride_dz
+    if OWN_WORDS:
+        own_words = tl.load(done_ptr + row, mask=live, other=0)
+        width = tl.max(own_words, 0)
+        own_words = own_words[:, None]
+        start_own = tl.load(start_ptr + row, mask=live, other=0).to(tl.int64)[:, None]
+        z_row, out = z_ptr + start_own, dz_ptr + start_own
+        aug_row, out_aug = z_row + stride_z, out
+        if FULL:
+            out_aug = out + stride_dz
     entropy = tl.load(stat + ENTROPY_ROW * N, mask=live, other=0.0)[:, None]
     g, g_entropy, g_aug, g_entropy_aug = entropy, entropy, entropy, entropy
     g_kl, g_reverse, kl, kl_reverse, entropy_aug = entropy, entropy, entropy, entropy, entropy
@@ -103,18 +116,25 @@ def dz_kernel(
         if GATHER:
             col = tl.load(col_ptr + place, mask=in_col, other=0).to(tl.int64)
         keep = live[:, None] & in_col
+        if OWN_WORDS:
+            keep = live[:, None] & (place < own_words)
+            room = keep
+            col = tl.load(col_ptr + start_own + place, mask=keep, other=0).to(tl.int64)
         hit = (col == target) & keep
         new = keep
         if SKIP:
             new = keep & (tl.load(done_ptr + r * stride_done + place, mask=keep, other=1) == 0)
-        z = logits(z_row + place, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
+        z = some_logits(
+            z_row + place, keep, b_ptr, col, in_col, sharpness, softcap, OWN_WORDS, HAS_BIAS, CAP
+        )
         log_p, p = log_prob(z, stat, N, live, keep)
         mass += p
         log_q, q, distance, x, away = log_p, p, p, p, p
         if TWO:
-            z_aug = logits(
-                aug_row + place, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP
-            )
+            z_aug = some_logits(
+                aug_row + place, keep, b_ptr, col, in_col, sharpness, softcap, OWN_WORDS, HAS_BIAS,
+                CAP,
+            )  # fmt: skip
             log_q, q = log_prob(z_aug, stat + AUG_STREAM * N, N, live, keep)
             aug_mass += q
         if KL or KL_REVERSE:
@@ -160,7 +180,7 @@ def dz_kernel(
             if NET:
                 net_size += tl.abs(net + dz)
             tl.store(out_aug + place, dz.to(dz_ptr.dtype.element_ty), mask=room)
-    if GATHER:
+    if GATHER or OWN_WORDS:
         add_sum(sums + MASS * N, mass, live)
         if TWO:
             add_sum(sums + AUG_MASS * N, aug_mass, live)
@@ -179,6 +199,18 @@ def dz_kernel(
             add_sum(sums + KL_TERMS * N, kl_terms, live)
         if KL_REVERSE:
             add_sum(sums + KL_REVERSE_TERMS * N, reverse_terms, live)
+
+
+@triton.jit
+def some_logits(
+    z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, MADE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Logits that stand at `z_ptrs`, or whose products stand there where they are not MADE."""
+    if MADE:
+        return tl.load(z_ptrs, mask=keep, other=LOG_ZERO)
+    else:
+        return logits(z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
 
 
 @triton.jit

@@ -39,6 +39,8 @@ ENTROPY_ROW = tl.constexpr(_SAVED.index("entropy"))
 AUG_STREAM = tl.constexpr(_SAVED.index("aug_peak"))
 KL_ROW = tl.constexpr(_SAVED.index("kl_prcp"))
 KL_REVERSE_ROW = tl.constexpr(_SAVED.index("kl_reverse"))
+LOGIT_GAP_ROW = tl.constexpr(_SAVED.index("logit_gap"))
+AUG_LOGIT_GAP_ROW = tl.constexpr(_SAVED.index("aug_logit_gap"))
 
 
 @triton.jit
@@ -252,14 +254,16 @@ def logits(
 
 @triton.jit(do_not_specialize=["N", "rows", "first"])
 def levels_kernel(
-    z_ptr, b_ptr, at_ptr, part_ptr, level_ptr, N, V, rows, first, stride_z, sharpness, softcap,
+    z_ptr, b_ptr, at_ptr, part_ptr, level_ptr, rows_ptr, targets_ptr, block_ptr, N, V, rows,
+    first, stride_z, listed_from, sharpness, softcap,
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Levels of the words of a chunk's tiles; grid (word blocks, tiles).
+    """Levels of the words of a chunk's tiles, and how many are listed; grid (word blocks, tiles).
 
     `at` lists the chunk's rows in the order in which tiles are cut: tile t of the call has those of
-    the positions [t * TILE, (t + 1) * TILE).
+    the positions [t * TILE, (t + 1) * TILE). block[r, b] becomes the number of words of block b
+    that row r lists: see `listed`.
     """
     tile = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
@@ -269,20 +273,33 @@ def levels_kernel(
         position = tile * TILE + n + tl.arange(0, BLOCK_N)
         live = position < rows
         r = tl.load(at_ptr + position, mask=live, other=0)
-        u = below_sum(
+        _, u = below_sum(
             z_ptr, b_ptr, part_ptr + first, r, live, r, N, col, in_col, stride_z, sharpness,
             softcap, HAS_BIAS, CAP,
         )  # fmt: skip
         if TWO:
-            u_aug = below_sum(
+            _, u_aug = below_sum(
                 z_ptr, b_ptr, part_ptr + AUG_PART * N + first, r, live, rows + r, N, col, in_col,
                 stride_z, sharpness, softcap, HAS_BIAS, CAP,
             )  # fmt: skip
             u = tl.maximum(u, u_aug)
         highest = tl.maximum(highest, tl.max(tl.where(live[:, None], u, LOG_ZERO), 0))
+        row = tl.load(rows_ptr + first + r, mask=live, other=0)
+        target = tl.load(targets_ptr + row, mask=live, other=-1)
+        keep = live[:, None] & in_col[None, :]
+        found = listed(u, col[None, :], target[:, None], keep, listed_from)
+        count = tl.sum(found.to(tl.int32), 1)
+        r = r.to(tl.int32)
+        tl.store(block_ptr + r * tl.num_programs(0) + tl.program_id(0), count, mask=live)
     level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
     level = tl.where(level == level, level, 0.0)
     tl.store(level_ptr + (first // TILE + tile).to(tl.int64) * V + col, level.to(tl.uint8), in_col)
+
+
+@triton.jit
+def listed(u, col, target, keep, listed_from):
+    """Whether a row lists a word: its target, and those whose log-prob `u` is high enough."""
+    return ((u >= listed_from) | (col == target)) & keep
 
 
 @triton.jit
@@ -290,14 +307,14 @@ def below_sum(
     z_ptr, b_ptr, part_ptr, r, live, z_row, N, col, in_col, stride_z, sharpness, softcap,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_V) log-probs of a stream; part: where its max stands in PARTS."""
+    """(BLOCK_N, BLOCK_V) logits and log-probs of a stream; part: where its max stands in PARTS."""
     keep = live[:, None] & in_col[None, :]
     z_ptrs = z_ptr + z_row.to(tl.int64)[:, None] * stride_z + col[None, :]
     col, in_col = col[None, :], in_col[None, :]
     z = logits(z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
     peak = tl.load(part_ptr + r, mask=live, other=0.0)
     others = tl.load(part_ptr + N + r, mask=live, other=0.0)
-    return (z - peak[:, None]) - tl.log(others + 1.0)[:, None]
+    return z, (z - peak[:, None]) - tl.log(others + 1.0)[:, None]
 
 
 @triton.jit

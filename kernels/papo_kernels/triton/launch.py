@@ -22,13 +22,23 @@ EVEN = 64
 LAUNCHES = {
     "stats": dict(BLOCK_N=1, STEPS=4, LANES=1024, num_warps=8),
     "sort": dict(BLOCK_N=32, num_warps=4),
-    "levels": dict(BLOCK_N=16, BLOCK_V=128, num_warps=4),
+    "levels": dict(BLOCK_N=8, BLOCK_V=128, num_warps=2),
     "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
+    "dz_listed": dict(BLOCK_N=1, BLOCK_V=512, num_warps=4),
+    "prefix": dict(num_warps=4),
+    "place": dict(num_warps=4),
+    "list": dict(BLOCK_V=1024, num_warps=4),
+    "drop": dict(BLOCK_N=1, BLOCK=512, num_warps=4),
+    "flatten": dict(BLOCK=512, num_warps=4),
+    # Blocks of features that a warp loads in whole vectors, so that no sum crosses threads.
+    "d_hidden": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
+    "d_weight": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
+    "outside": dict(BLOCK=256, num_warps=4),
     "add_rows": dict(BLOCK_N=2, BLOCK_D=1024, num_warps=4),
     "count_levels": dict(BLOCK_V=2048, num_warps=4),
 }
 if INTERPRETED:  # a small block takes it as long as a large one
-    sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=2048, STEPS=2, LANES=1024)
+    sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=256, STEPS=2, LANES=1024, BLOCK_K=16)
     LAUNCHES = {name: {k: sizes.get(k, v) for k, v in x.items()} for name, x in LAUNCHES.items()}
 
 

@@ -1,12 +1,13 @@
 """One backward pass of Triton: what it is about, its sums, and the gradients of some words."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from papo_kernels.rows import Call, RowStats, Saved, Upstream, Wanted
+from papo_kernels.rows import Call, Saved, Upstream, Wanted, unpack
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch
 from papo_kernels.triton.launch import LAUNCHES, KernelOperands, multiply, multiply_add
@@ -20,7 +21,7 @@ class Backward:
     operands: KernelOperands
     targets: torch.Tensor  # (N,) contiguous
     saved: Saved
-    stats: RowStats  # (N,) each
+    names: tuple  # of the statistics
     upstream: Upstream  # (N,) each
     up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
     wanted: Wanted
@@ -30,11 +31,28 @@ class Backward:
     def tiles(self):
         return triton.cdiv(self.count, launch.TILE)
 
-    def rows_of(self, tiles):
-        """(count,) rows of all tiles in some order, whose last is the call's last."""
-        within = torch.arange(launch.TILE, device=tiles.device)
-        positions = (tiles[:, None] * launch.TILE + within).flatten()
-        return self.saved.order[positions[: self.count]]
+    @functools.cached_property
+    def stats(self):
+        """RowStats of (N,) each."""
+        return unpack(self.saved.rows, self.names)
+
+    @functools.cached_property
+    def switches(self):
+        """What `dz_kernel` is compiled for in every launch of this pass."""
+        g, w, head = self.upstream, self.wanted, self.call.head
+        return dict(
+            TWO=w.aug_logits,
+            FULL=w.full,
+            AUG=w.aug,
+            LOGPROB=w.full and g.full.logprobs is not None,
+            ENTROPY=w.full and g.full.entropy is not None,
+            LOGPROB_AUG=w.aug and g.aug.logprobs is not None,
+            ENTROPY_AUG=w.aug and g.aug.entropy is not None,
+            KL=w.kl,
+            KL_REVERSE=w.kl_reverse,
+            HAS_BIAS=self.operands.has_bias,
+            CAP=head.softcap is not None,
+        )
 
     def states(self, at):
         """States of the (R,) rows `at`, those of the aug stream below those of the full one.
@@ -153,19 +171,14 @@ def add(run, at, states, words, done, sums, found, total):
 
 
 def _launch_dz(run, at, words, listed, done, z, dz, sums):
-    o, g, w, head, blocks = run.operands, run.upstream, run.wanted, run.call.head, LAUNCHES["dz"]
+    o, head, blocks = run.operands, run.call.head, LAUNCHES["dz"]
     gather = listed is not None
     kernels.dz_kernel[(triton.cdiv(len(at), blocks["BLOCK_N"]),)](
         z, o.bias, run.targets, at, run.saved.rows, run.up, listed if gather else at,
-        at if done is None else done, dz, sums, o.n, words.count, dz.shape[1], len(at),
+        at if done is None else done, at, dz, sums, o.n, words.count, dz.shape[1], len(at),
         words.start, z.stride(0), dz.stride(0), 0 if done is None else done.stride(0),
-        1 / head.temperature, head.softcap or 1.0, TWO=w.aug_logits, FULL=w.full, AUG=w.aug,
-        LOGPROB=w.full and g.full.logprobs is not None,
-        ENTROPY=w.full and g.full.entropy is not None,
-        LOGPROB_AUG=w.aug and g.aug.logprobs is not None,
-        ENTROPY_AUG=w.aug and g.aug.entropy is not None,
-        KL=w.kl, KL_REVERSE=w.kl_reverse, GATHER=gather, NET=w.net and gather,
-        SKIP=done is not None, HAS_BIAS=o.has_bias, CAP=head.softcap is not None, **blocks,
+        1 / head.temperature, head.softcap or 1.0, GATHER=gather, OWN_WORDS=False,
+        NET=run.wanted.net and gather, SKIP=done is not None, **run.switches, **blocks,
     )  # fmt: skip
 
 

@@ -1,0 +1,302 @@
+"""Triton kernels for rows that have a list of their own words, and for products with its entries.
+
+Shapes: N rows of a call, V words, D features, S streams that get gradients, P places of all lists,
+E entries that are left of them. The list of row r has count[r] places, from start[r] on.
+"""
+
+import triton
+import triton.language as tl
+
+from papo_kernels.triton.kernels import AUG_PART, below_sum, listed
+
+# Halvings of the search for the size below which a row's entries are dropped, from 2^-DEPTH to 1.
+HALVINGS, DEPTH = tl.constexpr(12), tl.constexpr(40.0)
+
+
+@triton.jit
+def prefix_kernel(block_ptr, total_ptr, blocks, BLOCKS: tl.constexpr):
+    """Replaces (rows, blocks) `block` by its sums up to and with each block; one row a program.
+
+    total: (rows,), those of whole rows. BLOCKS is at least `blocks`.
+    """
+    r = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    here = tl.load(block_ptr + r * blocks + b, mask=b < blocks, other=0)
+    tl.store(block_ptr + r * blocks + b, tl.cumsum(here, 0), mask=b < blocks)
+    tl.store(total_ptr + r, tl.sum(here, 0))
+
+
+@triton.jit(do_not_specialize=["rows", "first", "P", "most"])
+def place_kernel(
+    total_ptr, taken_ptr, rows_ptr, starts_ptr, counts_ptr, rows, first, P, most, ROWS: tl.constexpr
+):
+    """Gives the rows of a chunk their places, one after the other; one program.
+
+    total: (rows,), words that each row would list. taken: (1,), places that are taken already. A
+    row with more than `most` words, or for which no places are left, gets none: counts[row] is 0.
+    """
+    r = tl.arange(0, ROWS)
+    live = r < rows
+    total = tl.load(total_ptr + r, mask=live, other=0)
+    total = tl.where(total <= most, total, 0)
+    end = tl.load(taken_ptr) + tl.cumsum(total, 0)
+    row = tl.load(rows_ptr + first + r, mask=live, other=0)
+    tl.store(starts_ptr + row, end - total, mask=live)
+    tl.store(counts_ptr + row, tl.where(end <= P, total, 0), mask=live)
+    tl.debug_barrier()  # all threads have read what is taken
+    tl.store(taken_ptr, tl.minimum(tl.max(end, 0), P))
+
+
+@triton.jit(do_not_specialize=["N", "rows", "first", "P"])
+def list_kernel(
+    z_ptr, b_ptr, part_ptr, rows_ptr, targets_ptr, block_ptr, start_ptr, count_ptr, word_ptr,
+    logit_ptr, N, V, rows, first, P, blocks, stride_z, listed_from, sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, PART: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Lists the words of a chunk's rows and their logits, by word; grid (rows, parts of all words).
+
+    block: (rows, blocks), how many words a row lists up to and with a block of BLOCK_V / BLOCKS
+    words. word: (P,); logit: (S, P). A part has PART blocks, of which BLOCKS are taken at a time.
+    """
+    r = tl.program_id(0)
+    row = tl.load(rows_ptr + first + r)
+    up_to = block_ptr + r * blocks
+    begin = tl.program_id(1) * PART
+    end = tl.minimum(begin + PART, blocks)
+    before = tl.load(up_to + begin - 1, mask=begin > 0, other=0)
+    if (tl.load(up_to + end - 1) > before) & (tl.load(count_ptr + row) > 0):
+        start = tl.load(start_ptr + row)
+        target = tl.load(targets_ptr + row)
+        at = tl.arange(0, BLOCK_V)
+        # one row and one block of words, as `below_sum` wants them
+        alone = tl.zeros((1,), tl.int64) + r
+        live = tl.zeros((1,), tl.int32) == 0
+        for n in range(begin, end, BLOCKS):
+            found = tl.load(up_to + tl.minimum(n + BLOCKS, blocks) - 1)
+            if found > before:
+                col = n * (BLOCK_V // BLOCKS) + at.to(tl.int64)
+                in_col = col < V
+                z, u = below_sum(
+                    z_ptr, b_ptr, part_ptr + first, alone, live, alone, N, col, in_col, stride_z,
+                    sharpness, softcap, HAS_BIAS, CAP,
+                )  # fmt: skip
+                z_aug = z
+                if TWO:
+                    z_aug, u_aug = below_sum(
+                        z_ptr, b_ptr, part_ptr + AUG_PART * N + first, alone, live, rows + alone,
+                        N, col, in_col, stride_z, sharpness, softcap, HAS_BIAS, CAP,
+                    )  # fmt: skip
+                    u = tl.maximum(u, u_aug)
+                hit = listed(u, col[None, :], target, in_col[None, :], listed_from)
+                place = start + before + tl.cumsum(hit.to(tl.int32), 1) - 1
+                tl.store(word_ptr + place, col[None, :].to(tl.int32), mask=hit)
+                tl.store(logit_ptr + place, z, mask=hit)
+                if TWO:
+                    tl.store(logit_ptr + (P + place), z_aug, mask=hit)
+            before = found
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def drop_kernel(
+    start_ptr, count_ptr, word_ptr, dz_ptr, allowed_ptr, good_ptr, kept_ptr, dropped_ptr, N, P,
+    FULL: tl.constexpr, AUG: tl.constexpr, NET: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Drops the smallest entries of a row's list that it may drop; BLOCK_N rows a program.
+
+    The others move to the list's beginning, in their order. A row that is not good keeps none.
+
+    word: (P,); dz: (S, P); allowed: (3, N) of sum |dz| in both streams and in their sum; good: (N,)
+    uint8; kept: (N,), how many stay; dropped: (3, N), what was dropped.
+    """
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    good = row < N
+    start = tl.load(start_ptr + row, mask=good, other=0)[:, None]
+    good &= tl.load(good_ptr + row, mask=good, other=0) != 0
+    count = tl.load(count_ptr + row, mask=good, other=0)
+    longest = tl.max(count, 0)
+    count = count[:, None]
+    allowed = tl.load(allowed_ptr + row, mask=good, other=1.0)[:, None]
+    allowed_aug = tl.load(allowed_ptr + N + row, mask=good, other=1.0)[:, None]
+    allowed_net = tl.load(allowed_ptr + 2 * N + row, mask=good, other=1.0)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    high = tl.zeros((BLOCK_N,), tl.float32)
+    low = high - DEPTH
+    # The largest limit below which all entries may go together.
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        limit = tl.exp2(middle)[:, None]
+        taken = tl.zeros((BLOCK_N, BLOCK), tl.float32)
+        taken_aug, taken_net = taken, taken
+        for n in range(0, longest, BLOCK):
+            a, b = entry(dz_ptr, start + n + at, P, n + at < count, FULL, AUG)
+            share, share_aug, share_net = shares(
+                a, b, allowed, allowed_aug, allowed_net, FULL, AUG, NET
+            )
+            goes = tl.maximum(tl.maximum(share, share_aug), share_net) < limit
+            taken += tl.where(goes, share, 0.0)
+            taken_aug += tl.where(goes, share_aug, 0.0)
+            taken_net += tl.where(goes, share_net, 0.0)
+        most = tl.maximum(tl.sum(taken, 1), tl.maximum(tl.sum(taken_aug, 1), tl.sum(taken_net, 1)))
+        low = tl.where(most <= 1.0, middle, low)
+        high = tl.where(most <= 1.0, high, middle)
+    limit = tl.exp2(low)[:, None]
+    kept = tl.zeros((BLOCK_N,), tl.int32)
+    lost = tl.zeros((BLOCK_N, BLOCK), tl.float32)
+    lost_aug, lost_net = lost, lost
+    for n in range(0, longest, BLOCK):
+        live = n + at < count
+        a, b = entry(dz_ptr, start + n + at, P, live, FULL, AUG)
+        word = tl.load(word_ptr + start + n + at, mask=live, other=0)
+        share, share_aug, share_net = shares(
+            a, b, allowed, allowed_aug, allowed_net, FULL, AUG, NET
+        )
+        goes = tl.maximum(tl.maximum(share, share_aug), share_net) < limit
+        lost += tl.where(goes, tl.abs(a), 0.0)
+        lost_aug += tl.where(goes, tl.abs(b), 0.0)
+        lost_net += tl.where(goes, tl.abs(a + b), 0.0)
+        stays = live & (goes == 0)
+        place = start + kept[:, None] + tl.cumsum(stays.to(tl.int32), 1) - 1
+        tl.debug_barrier()  # entries have been read before others take their places
+        tl.store(word_ptr + place, word, mask=stays)
+        tl.store(dz_ptr + place, a, mask=stays)
+        if FULL and AUG:
+            tl.store(dz_ptr + (P + place), b, mask=stays)
+        kept += tl.sum(stays.to(tl.int32), 1)
+    inside = row < N
+    tl.store(kept_ptr + row, kept, mask=inside)
+    tl.store(dropped_ptr + row, tl.sum(lost, 1), mask=inside)
+    tl.store(dropped_ptr + N + row, tl.sum(lost_aug, 1), mask=inside)
+    tl.store(dropped_ptr + 2 * N + row, tl.sum(lost_net, 1), mask=inside)
+
+
+@triton.jit
+def entry(dz_ptr, place, P, live, FULL: tl.constexpr, AUG: tl.constexpr):
+    """Gradients of both streams' logits; those of the one that has some, twice."""
+    a = tl.load(dz_ptr + place, mask=live, other=0.0)
+    b = a
+    if FULL and AUG:
+        b = tl.load(dz_ptr + (P + place), mask=live, other=0.0)
+    return a, b
+
+
+@triton.jit
+def shares(
+    a, b, allowed, allowed_aug, allowed_net, FULL: tl.constexpr, AUG: tl.constexpr,
+    NET: tl.constexpr,
+):  # fmt: skip
+    """|dz| of both streams and of their sum over what a row may drop; 0 of nothing."""
+    share = tl.zeros(a.shape, tl.float32)
+    share_aug, share_net = share, share
+    if FULL:
+        share = tl.where(a != 0, tl.abs(a) / allowed, 0.0)
+    if AUG:
+        share_aug = tl.where(b != 0, tl.abs(b) / allowed_aug, 0.0)
+    if NET:
+        share_net = tl.where(a + b != 0, tl.abs(a + b) / allowed_net, 0.0)
+    return share, share_aug, share_net
+
+
+@triton.jit(do_not_specialize=["P", "E"])
+def flatten_kernel(
+    start_ptr, kept_ptr, word_ptr, dz_ptr, out_start_ptr, out_word_ptr, out_row_ptr, out_dz_ptr,
+    P, E, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies the first kept[r] entries of every row r to out_start[r]; one row a program.
+
+    out_word, out_row: (E,); out_dz: (S, E).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kept, start, out_start = (
+        tl.load(kept_ptr + row), tl.load(start_ptr + row), tl.load(out_start_ptr + row)
+    )  # fmt: skip
+    for n in range(0, kept, BLOCK):
+        k = n + tl.arange(0, BLOCK)
+        live = k < kept
+        out = out_start + k
+        tl.store(out_word_ptr + out, tl.load(word_ptr + start + k, mask=live, other=0), mask=live)
+        tl.store(out_row_ptr + out, tl.zeros((BLOCK,), tl.int32) + row.to(tl.int32), mask=live)
+        for s in tl.static_range(STREAMS):
+            dz = tl.load(dz_ptr + (s * P + start + k), mask=live, other=0.0)
+            tl.store(out_dz_ptr + (s * E + out), dz, mask=live)
+
+
+@triton.jit(do_not_specialize=["P"])
+def d_hidden_kernel(
+    start_ptr, kept_ptr, word_ptr, dz_ptr, weight_ptr, out_ptr, out_aug_ptr, P, D, stride_w,
+    FULL: tl.constexpr, AUG: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of states, dz @ weight, of rows with entries; grid (rows, blocks of features).
+
+    FULL writes `out`, AUG `out_aug`, (N, D) each; dz: (S, P) of the streams that these name.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kept, start = tl.load(kept_ptr + row), tl.load(start_ptr + row)
+    if kept > 0:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_d = d < D
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        total_aug = total
+        for n in range(0, kept, BLOCK_K):
+            k = n + tl.arange(0, BLOCK_K)
+            live = k < kept
+            word = tl.load(word_ptr + start + k, mask=live, other=0).to(tl.int64)
+            w_ptrs = weight_ptr + word[:, None] * stride_w + d[None, :]
+            w = tl.load(w_ptrs, mask=live[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+            a, b = entry(dz_ptr, start + k, P, live, FULL, AUG)
+            if FULL:
+                total += tl.sum(w * a[:, None], 0)
+            if AUG:
+                total_aug += tl.sum(w * b[:, None], 0)
+        if FULL:
+            tl.store(out_ptr + row * D + d, total.to(out_ptr.dtype.element_ty), mask=in_d)
+        if AUG:
+            total_aug = total_aug.to(out_aug_ptr.dtype.element_ty)
+            tl.store(out_aug_ptr + row * D + d, total_aug, mask=in_d)
+
+
+@triton.jit(do_not_specialize=["E"])
+def d_weight_kernel(
+    order_ptr, start_ptr, row_ptr, dz_ptr, hidden_ptr, aug_ptr, out_ptr, out_bias_ptr, E, D,
+    stride_h, stride_aug,
+    FULL: tl.constexpr, AUG: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds entries to the gradients of weight and bias, dz.T @ states; grid (words, features).
+
+    The entries of word v are those from start[v] to start[v + 1]; order: (V,) words, as programs
+    take them. row: (E,); dz: (S, E); out: (V, D) and out_bias: (V,), float32.
+    """
+    word = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
+    start, end = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)
+    if start < end:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_d = d < D
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        bias = tl.zeros((BLOCK_K,), tl.float32)
+        for n in range(start, end, BLOCK_K):
+            k = n + tl.arange(0, BLOCK_K)
+            live = k < end
+            row = tl.load(row_ptr + k, mask=live, other=0).to(tl.int64)
+            a, b = entry(dz_ptr, k.to(tl.int64), E, live, FULL, AUG)
+            keep = live[:, None] & in_d[None, :]
+            if FULL:
+                bias += a
+                if WEIGHT:
+                    h_ptrs = hidden_ptr + row[:, None] * stride_h + d[None, :]
+                    h = tl.load(h_ptrs, mask=keep, other=0.0).to(tl.float32)
+                    total += tl.sum(h * a[:, None], 0)
+            if AUG:
+                bias += b
+                if WEIGHT:
+                    h_ptrs = aug_ptr + row[:, None] * stride_aug + d[None, :]
+                    h = tl.load(h_ptrs, mask=keep, other=0.0).to(tl.float32)
+                    total += tl.sum(h * b[:, None], 0)
+        if WEIGHT:
+            out = out_ptr + word * D + d
+            tl.store(out, tl.load(out, mask=in_d, other=0.0) + total, mask=in_d)
+        if BIAS:
+            if tl.program_id(1) == 0:
+                before = tl.load(out_bias_ptr + word)
+                tl.store(out_bias_ptr + word, before + tl.sum(bias, 0))

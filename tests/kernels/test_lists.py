@@ -1,0 +1,155 @@
+"""Rows with lists of their own words: what is listed, what is dropped, and sparse products."""
+
+import pytest
+import torch
+from kernel_oracle import (
+    FAST,
+    GRADS,
+    OUTPUTS,
+    Case,
+    Oracle,
+    check,
+    gradient_error,
+    make_case,
+    policy_case,
+    random_upstream,
+)
+
+from papo_kernels import record_certificates, rows, token_stats
+from papo_kernels.rows import Saved
+
+pytestmark = pytest.mark.skipif(FAST != "triton", reason="only the Triton backend makes lists")
+WORDS = 2048
+if FAST == "triton":
+    from papo_kernels.triton import lists
+
+
+@pytest.fixture(autouse=True)
+def long_lists(monkeypatch):
+    """Of a quarter of the vocabulary: few words are no policy's vocabulary."""
+    if FAST == "triton":
+        monkeypatch.setattr(lists, "SPARSITY", 4)
+        monkeypatch.setattr(lists, "ROW_SPARSITY", 2)
+
+
+def saved_lists(case, budget=3e-3):
+    options = (1.0, None, -100, budget, FAST, "", True, False, "call", True)
+    operands = (case.hidden, case.aug_hidden, case.weight, case.bias, case.targets)
+    saved = Saved(*torch.ops.papo.token_stats(*operands, *options)[-4:])
+    streams = 1 if case.aug_hidden is None else 2
+    return lists.parts(saved.lists, len(case.targets), streams)
+
+
+@pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
+def test_lists_hold_the_target_and_every_likely_word_in_order(aug, monkeypatch):
+    """But for rows with more words than any may list, and for those that come too late for room."""
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", WORDS * 32)  # several chunks
+    monkeypatch.setattr(lists, "SPARSITY", 32)
+    monkeypatch.setattr(lists, "ROW_SPARSITY", 4)
+    case = make_case(141, 32, WORDS, scale=12, aug=aug, ignored=0.2, bias=True, seed=5)
+    for states in (case.hidden, case.aug_hidden)[: 1 + aug]:
+        states *= torch.linspace(0.3, 1, 141)[:, None]  # the first rows are flat
+    oracle, found = Oracle(case), saved_lists(case)
+    log_p, z = oracle.log_p, [oracle.z]
+    if aug:
+        log_p, z = torch.maximum(log_p, oracle.log_q), [oracle.z, oracle.z_aug]
+    likely = log_p >= lists.least_log_prob(3e-3)
+    likely.scatter_(1, oracle.kept_targets[:, None], True)
+    assert not found.counts[~oracle.kept].any()
+    starts, counts = found.starts[oracle.kept].tolist(), found.counts[oracle.kept].tolist()
+    long, late, taken = 0, 0, []
+    for r, (want, start, count) in enumerate(zip(likely, starts, counts, strict=True)):
+        if count == 0:
+            too_long = int(want.sum()) > lists.most_words(WORDS)
+            long, late = long + too_long, late + (not too_long)
+            continue
+        place = slice(start, start + count)
+        assert found.words[place].tolist() == want.nonzero()[:, 0].tolist()
+        taken += range(start, start + count)
+        for stream, logits in zip(z, found.logits, strict=True):
+            torch.testing.assert_close(logits[place].double(), stream[r, want], rtol=0, atol=1e-4)
+    print(f"  of {len(counts)} rows {long} have too many words and {late} no room")
+    assert len(taken) == len(set(taken)) and max(taken) < lists.places(141, WORDS)
+    assert 0 < long < 40 and 0 < late < 80
+
+
+@pytest.mark.parametrize("outputs", [("logprobs",), ("aug_entropy",), OUTPUTS], ids="+".join)
+@pytest.mark.parametrize("budget", [3e-3, 3e-2])
+def test_each_row_drops_what_it_may_and_keeps_the_rest_exactly(budget, outputs):
+    """With the identity as weight, the gradient of the states is that of the logits."""
+    n, v = 32, 256
+    g = torch.Generator().manual_seed(0)
+    logits = -80 * torch.rand(n, v, generator=g)  # every sixth word is likelier than 1e-6
+    logits[torch.arange(n), torch.arange(n) * 7] = torch.linspace(0, 6, n)
+    near = logits + 0.3 * torch.randn(n, v, generator=g)
+    case = Case(logits, torch.eye(v), logits.argmax(1), near)
+    upstream = random_upstream(case, outputs)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=budget)
+    print(f"  kept {certificate.kept:.3f}, share {certificate.largest_share:.1e}")
+    assert certificate.dense_rows == 0 and certificate.kept < 0.6
+    worst, both = 0.0, torch.zeros(n, v, dtype=torch.bool)
+    for name, dz in zip(("hidden", "aug_hidden"), Oracle(case).dz(upstream), strict=True):
+        kept, whole = got[name] != 0, dz.abs().sum(1)
+        both |= kept
+        error = (got[name] - dz)[kept].abs().max() if kept.any() else torch.zeros(())
+        assert error < 2e-5 * max(1.0, dz.abs().max())
+        typical = whole.square().mean().sqrt().clamp_min(1e-30)
+        held = (dz.abs() * ~kept).sum(1) / torch.maximum(whole, typical)
+        worst = max(worst, held.max().item())
+    print(f"  largest share in float64 {worst:.2e}")
+    assert worst <= certificate.largest_share * 1.05 + 1e-5 and certificate.largest_share <= budget
+    # It is used, too: rows keep few words more than the budget asks.
+    assert certificate.largest_share > 0.5 * budget
+    assert both.double().mean().item() == pytest.approx(certificate.kept, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "wanted", [("hidden",), ("aug_hidden",), ("weight",), ("bias",), ("hidden", "weight"), GRADS],
+    ids="+".join,
+)  # fmt: skip
+@pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
+def test_whatever_is_asked_for(wanted, aug):
+    case = policy_case(96, WORDS, sharpness=36.0)
+    case = Case(
+        case.hidden, case.weight, case.targets, case.aug_hidden if aug else None,
+        torch.linspace(-1, 1, WORDS),
+    )  # fmt: skip
+    if not aug and wanted == ("aug_hidden",):
+        return
+    upstream = random_upstream(case)
+    exact = Oracle(case).gradients(upstream)
+    with record_certificates() as certificate:
+        got = case.gradients(token_stats, upstream, wanted, backend=FAST)
+    print(f"  kept {certificate.kept:.3f}, {certificate.dense_rows} rows dense")
+    assert certificate.dense_rows < 10
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+def test_two_backward_passes_of_one_forward_agree_to_the_last_bit():
+    case = policy_case(64, WORDS, sharpness=36.0)
+    leaves = [x.clone().requires_grad_() for x in (case.hidden, case.aug_hidden, case.weight)]
+    stats = token_stats(
+        leaves[0], leaves[2], case.targets, aug_hidden=leaves[1], backend=FAST
+    )  # fmt: skip
+    upstream = random_upstream(case)
+    outputs = [getattr(stats, o) for o in upstream]
+    given = [u.float() for u in upstream.values()]
+    first = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, given)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_words_that_most_rows_keep_are_summed_whole():
+    """One word has an entry of every row: more than a block of them."""
+    n, d = 150, 24
+    case = make_case(n, d, WORDS, scale=0.3, seed=2)
+    case.weight[7] = 0
+    case.weight[7, 0] = 12
+    case.hidden[:, 0], case.aug_hidden[:, 0] = 1.5, 1.4
+    case.targets[:] = 7
+    upstream = random_upstream(case, ("logprobs", "aug_entropy"))
+    exact = Oracle(case).gradients(upstream)
+    got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=0.1)
+    word = {"weight[7]": gradient_error(got["weight"][7], exact["weight"][7])}
+    check(word | {"hidden": gradient_error(got["hidden"], exact["hidden"])}, 0.1)
