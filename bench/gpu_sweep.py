@@ -11,7 +11,7 @@ from states import synthetic
 from ways import OURS, Case
 
 from papo_kernels import rows
-from papo_kernels.triton import backward, launch
+from papo_kernels.triton import backward, launch, lists
 
 
 def _sizes(*names):
@@ -21,14 +21,17 @@ def _sizes(*names):
 _stats = _sizes("STEPS", "LANES", "num_warps")
 _block = _sizes("BLOCK_N", "BLOCK_V", "num_warps")
 _add = _sizes("BLOCK_N", "BLOCK_D", "num_warps")
+_entries = _sizes("BLOCK_K", "BLOCK_D", "num_warps")
 # Of each kernel: which time it is judged by, and what is tried beside what it has.
 CANDIDATES = {
     "stats": ("forward", [_stats(2, 1024, 8), _stats(4, 512, 4), _stats(8, 512, 4),
                           _stats(4, 2048, 16), _stats(1, 1024, 8)]),
-    "levels": ("forward", [_block(8, 256, 4), _block(16, 64, 2), _block(4, 1024, 8),
+    "levels": ("forward", [_block(16, 128, 4), _block(8, 256, 4), _block(16, 64, 2),
                            _block(32, 128, 8)]),
     "dz": ("sparse", [_block(1, 1024, 4), _block(1, 512, 4), _block(1, 2048, 8),
                       _block(1, 512, 2)]),
+    "d_hidden": ("sparse", [_entries(8, 1024, 4), _entries(4, 512, 2)]),
+    "d_weight": ("sparse", [_entries(8, 1024, 4), _entries(4, 512, 2)]),
     "add_rows": ("sparse", [_add(1, 1024, 4), _add(1, 4096, 8), _add(4, 1024, 8)]),
 }  # fmt: skip
 
@@ -48,7 +51,10 @@ CONSTANTS = [
     Constant(rows, "CHUNK_ELEMENTS", "forward", (1 << 26,)),
     Constant(backward, "GROUP_ROWS", "sparse", (512, 1024, 4096)),
     Constant(backward, "GATHERED_ELEMENTS", "sparse", (1 << 24, 1 << 26)),
-    Constant(backward, "ASSUMED_TIGHTNESS", "sparse", (1.0, 1 / 4, 1 / 64)),
+    Constant(lists, "NATS", "both", (9.2, 8.2)),
+    Constant(lists, "MOST_KEPT", "sparse", (1500, 2000)),
+    Constant(lists, "PARTS", "forward", (8, 32)),
+    Constant(backward, "ASSUMED_TIGHTNESS", "sparse", (1.0, 1 / 16, 1 / 64)),
 ]
 
 

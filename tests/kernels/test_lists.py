@@ -110,7 +110,7 @@ def test_each_row_drops_what_it_may_and_keeps_the_rest_exactly(budget, outputs):
 )  # fmt: skip
 @pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
 def test_whatever_is_asked_for(wanted, aug):
-    case = policy_case(96, WORDS, sharpness=36.0)
+    case = policy_case(40, WORDS, sharpness=36.0)
     case = Case(
         case.hidden, case.weight, case.targets, case.aug_hidden if aug else None,
         torch.linspace(-1, 1, WORDS),
@@ -127,7 +127,7 @@ def test_whatever_is_asked_for(wanted, aug):
 
 
 def test_two_backward_passes_of_one_forward_agree_to_the_last_bit():
-    case = policy_case(64, WORDS, sharpness=36.0)
+    case = policy_case(24, WORDS, sharpness=36.0)
     leaves = [x.clone().requires_grad_() for x in (case.hidden, case.aug_hidden, case.weight)]
     stats = token_stats(
         leaves[0], leaves[2], case.targets, aug_hidden=leaves[1], backend=FAST

@@ -14,8 +14,8 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SUITES = (
-    "test_contract.py", "test_edges.py", "test_groups.py", "test_properties.py",
-    "test_reverse.py", "test_saved.py", "test_sparse.py",
+    "test_account.py", "test_contract.py", "test_edges.py", "test_groups.py", "test_lists.py",
+    "test_properties.py", "test_reverse.py", "test_saved.py", "test_sparse.py",
 )  # fmt: skip
 
 
