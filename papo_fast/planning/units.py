@@ -22,9 +22,11 @@ FULL = 4  # bytes of master weights, gradients and moments
 
 Bytes = dict[str, float]
 
-# Rows of a tile, which have a byte for each word, and of a group of tiles, as
-# `papo_kernels.triton` has them; it cannot be imported where triton is not installed.
+# Rows of a tile, which have a byte for each word, and of a group of tiles; words for which a row
+# has room in its list, which are at most one in LIST_SPARSITY. `papo_kernels.triton` has these
+# numbers, and cannot be imported where triton is not installed.
 TILE_ROWS, GROUP_ROWS = 32, 2048
+LIST_WORDS, LIST_SPARSITY = 768, 64
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ class ModelBytes:
             group = b.streams * min(b.response_tokens, GROUP_ROWS) * words
             each = FULL + self.compute
             most = each * max(b.streams * CHUNK_ELEMENTS, group + words * s.decoder.hidden)
-            return columns + most + b.response_tokens / TILE_ROWS * s.vocab
+            lists = FULL * (1 + b.streams) * min(s.vocab // LIST_SPARSITY, LIST_WORDS)
+            return columns + most + b.response_tokens * (s.vocab / TILE_ROWS + lists)
         chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
         return columns + 4 * FULL * chunk
 

@@ -22,9 +22,12 @@ from papo_kernels.rows import (
     unpack,
 )
 
-pytestmark = pytest.mark.skipif(
-    FAST != "triton", reason="about the Triton backend's own form of it"
-)
+if FAST != "triton":
+    pytest.skip("about Triton's own form of it", allow_module_level=True)
+
+from papo_kernels.triton import gradients
+from papo_kernels.triton.account import Account
+
 N = 60
 
 
@@ -60,9 +63,6 @@ def a_pass(given, aug_constant=False, budget_of="call"):
 @pytest.mark.parametrize("aug_constant", [False, True])
 @pytest.mark.parametrize("given", ["111111", "100000", "110010", "000100", "000001", "101101"])
 def test_it_is_the_certificate_of_the_other_backends(given, aug_constant, budget_of):
-    from papo_kernels.triton import gradients
-    from papo_kernels.triton.account import Account
-
     run = a_pass([x == "1" for x in given], aug_constant, budget_of)
     if not (run.wanted.full or run.wanted.aug):
         pytest.skip("nothing is wanted of such a pass")
