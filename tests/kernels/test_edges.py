@@ -98,6 +98,18 @@ def test_inductor_gives_the_gradients_of_a_transposed_weight():
     check({g: gradient_error(b, a) for g, a, b in zip(GRADS, *results, strict=True)}, 4e-3)
 
 
+@budgets
+def test_a_large_upstream_gradient_leaves_banned_words_at_0(grad_budget):
+    """10^10 times a banned word's log would be infinite, and is in the reference's autograd."""
+    case = make_case(5, 8, 70, bias=True)
+    case.bias[3:9] = -torch.inf
+    case.targets[:] = 20
+    upstream = {o: u * 1e10 for o, u in random_upstream(case).items()}
+    exact = Oracle(case).gradients(upstream)
+    got = case.gradients(token_stats, upstream, backend=FAST, grad_budget=grad_budget)
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
 # ---- No features
 
 

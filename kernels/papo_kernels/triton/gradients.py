@@ -149,12 +149,12 @@ def dz_kernel(
             reverse_terms += tl.where(keep, q * x - away, 0.0)
         net = p
         if FULL:
-            factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            # p first: the log of a banned word times a large upstream gradient overflows
+            dz = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             if ENTROPY:
-                factor -= g_entropy * (log_p + entropy)
+                dz -= g_entropy * (p * (log_p + entropy))
             if KL:
-                factor -= g_kl * (x + kl)
-            dz = p * factor
+                dz -= g_kl * (p * (x + kl))
             if LOGPROB:
                 dz -= g * d_log_prob(hit, p, log_p)
             if KL_REVERSE:
