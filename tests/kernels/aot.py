@@ -59,8 +59,11 @@ def _kernels(tile):
     yield "drop", list_kernels.drop_kernel, dict(NET=True) | both, {}
     yield "flatten", list_kernels.flatten_kernel, dict(STREAMS=2), {}
     states = dict.fromkeys(("weight_ptr", "hidden_ptr", "aug_ptr", "out_aug_ptr"), "*bf16")
-    yield "d_hidden", list_kernels.d_hidden_kernel, both, states | {"out_ptr": "*bf16"}
-    yield "d_weight", list_kernels.d_weight_kernel, both | dict(WEIGHT=True, BIAS=True), states
+    # A launch finds out that features are contiguous.
+    found = both | dict(stride_w_d=1)
+    yield "d_hidden", list_kernels.d_hidden_kernel, found, states | {"out_ptr": "*bf16"}
+    found = both | dict(WEIGHT=True, BIAS=True, stride_h_d=1, stride_aug_d=1)
+    yield "d_weight", list_kernels.d_weight_kernel, found, states
     outside = on | dict(NET=True, KL_REVERSE=True)
     doubles = dict.fromkeys(("mass_ptr", "information_ptr", "out_ptr"), "*fp64")
     yield "outside", account.outside_kernel, outside, doubles

@@ -1,5 +1,7 @@
 """Rows with lists of their own words: what is listed, what is dropped, and sparse products."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_oracle import (
@@ -125,6 +127,23 @@ def test_whatever_is_asked_for(wanted, aug):
     print(f"  kept {certificate.kept:.3f}, {certificate.dense_rows} rows dense")
     assert certificate.dense_rows < 10
     check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+@pytest.mark.parametrize("transposed", ["weight", "hidden", "aug_hidden"])
+def test_operands_may_have_any_strides(transposed):
+    """`Case.gradients` would copy the operand into the usual ones."""
+    case = policy_case(24, WORDS, sharpness=36.0)
+    setattr(case, transposed, getattr(case, transposed).T.contiguous().T)
+    leaves = {g: getattr(case, g).detach().requires_grad_() for g in GRADS}
+    assert leaves[transposed].stride(0) == 1
+    stats = replace(case, **leaves).call(token_stats, backend=FAST)
+    upstream = random_upstream(case)
+    outputs, given = [getattr(stats, o) for o in upstream], [u.float() for u in upstream.values()]
+    with record_certificates() as certificate:
+        found = torch.autograd.grad(outputs, list(leaves.values()), given)
+    assert certificate.kept < 0.01, "lists did it"
+    exact = Oracle(case).gradients(upstream)
+    check({g: gradient_error(x, exact[g]) for g, x in zip(GRADS, found, strict=True)}, 4e-3)
 
 
 def test_fewer_words_are_kept_than_by_tiles_on_the_cpu():

@@ -225,6 +225,7 @@ def flatten_kernel(
 @triton.jit(do_not_specialize=["P"])
 def d_hidden_kernel(
     start_ptr, kept_ptr, word_ptr, dz_ptr, weight_ptr, out_ptr, out_aug_ptr, P, D, stride_w,
+    stride_w_d,
     FULL: tl.constexpr, AUG: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of states, dz @ weight, of rows with entries; grid (rows, blocks of features).
@@ -235,14 +236,14 @@ def d_hidden_kernel(
     kept, start = tl.load(kept_ptr + row), tl.load(start_ptr + row)
     if kept > 0:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        in_d = d < D
+        in_d, far = d < D, d.to(tl.int64)
         total = tl.zeros((BLOCK_D,), tl.float32)
         total_aug = total
         for n in range(0, kept, BLOCK_K):
             k = n + tl.arange(0, BLOCK_K)
             live = k < kept
             word = tl.load(word_ptr + start + k, mask=live, other=0).to(tl.int64)
-            w_ptrs = weight_ptr + word[:, None] * stride_w + d[None, :]
+            w_ptrs = weight_ptr + word[:, None] * stride_w + far[None, :] * stride_w_d
             w = tl.load(w_ptrs, mask=live[:, None] & in_d[None, :], other=0.0).to(tl.float32)
             a, b = entry(dz_ptr, start + k, P, live, FULL, AUG)
             if FULL:
@@ -259,7 +260,7 @@ def d_hidden_kernel(
 @triton.jit(do_not_specialize=["E"])
 def d_weight_kernel(
     order_ptr, start_ptr, row_ptr, dz_ptr, hidden_ptr, aug_ptr, out_ptr, out_bias_ptr, E, D,
-    stride_h, stride_aug,
+    stride_h, stride_h_d, stride_aug, stride_aug_d,
     FULL: tl.constexpr, AUG: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -272,7 +273,7 @@ def d_weight_kernel(
     start, end = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)
     if start < end:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        in_d = d < D
+        in_d, far = d < D, d.to(tl.int64)
         total = tl.zeros((BLOCK_D,), tl.float32)
         bias = tl.zeros((BLOCK_K,), tl.float32)
         for n in range(start, end, BLOCK_K):
@@ -284,13 +285,13 @@ def d_weight_kernel(
             if FULL:
                 bias += a
                 if WEIGHT:
-                    h_ptrs = hidden_ptr + row[:, None] * stride_h + d[None, :]
+                    h_ptrs = hidden_ptr + row[:, None] * stride_h + far[None, :] * stride_h_d
                     h = tl.load(h_ptrs, mask=keep, other=0.0).to(tl.float32)
                     total += tl.sum(h * a[:, None], 0)
             if AUG:
                 bias += b
                 if WEIGHT:
-                    h_ptrs = aug_ptr + row[:, None] * stride_aug + d[None, :]
+                    h_ptrs = aug_ptr + row[:, None] * stride_aug + far[None, :] * stride_aug_d
                     h = tl.load(h_ptrs, mask=keep, other=0.0).to(tl.float32)
                     total += tl.sum(h * b[:, None], 0)
         if WEIGHT:

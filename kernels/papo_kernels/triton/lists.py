@@ -26,8 +26,8 @@ MEAN_WORDS, LEAST_MEAN = 768, 16
 # A mean row lists one word in so many of the vocabulary at most, and any row one in so many.
 SPARSITY, ROW_SPARSITY = 64, 16
 MOST_WORDS, MOST_KEPT = 4096, 3000
-# Places are 32-bit numbers, to which a chunk's words are added before they are compared.
-MOST_PLACES = 2**31 - 2**24
+# Places are 32-bit numbers: so are those of the second stream, and of a chunk that has no room.
+MOST_PLACES = 2**30 - 2**24
 # Programs that list the words of one row.
 PARTS = 16
 # exp(-NATS) of the budget is the least probability that is listed: 1e-7 at the default budget.
@@ -192,7 +192,7 @@ class _Entries:
         out, out_aug = (x if x is not None else self.dz for x in (total.hidden, total.aug_hidden))
         kernels.d_hidden_kernel[(o.n, triton.cdiv(o.d, blocks["BLOCK_D"]))](
             self.lists.starts, self.kept, self.words, dz, o.weight, out, out_aug, len(self.words),
-            o.d, o.weight.stride(0), FULL=full, AUG=aug, **blocks,
+            o.d, *o.weight.stride(), FULL=full, AUG=aug, **blocks,
         )  # fmt: skip
 
     def _add_weight(self, run, count, total):
@@ -215,6 +215,6 @@ class _Entries:
         out, out_bias = (x if x is not None else dz for x in (total.weight, total.bias))
         kernels.d_weight_kernel[(min(count, o.v), max(1, features))](
             longest_first, starts, rows, dz, o.full, aug, out, out_bias, count, o.d,
-            o.full.stride(0), aug.stride(0), FULL=w.full, AUG=w.aug,
+            *o.full.stride(), *aug.stride(), FULL=w.full, AUG=w.aug,
             WEIGHT=total.weight is not None, BIAS=total.bias is not None, **blocks,
         )  # fmt: skip
