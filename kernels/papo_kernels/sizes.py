@@ -28,15 +28,7 @@ class Wholes:
         self._least = least_sizes(stats, upstream, wanted, call.head)
         self._count = count
         self._of_token = call.options.budget_of == "token"
-        ones = torch.ones_like(stats.full.peak)
-        # The gradients of states and bias see dz itself.
-        plain = wanted.bias or wanted.hidden, wanted.bias or wanted.aug_hidden, wanted.bias
-        states = call.hidden, call.aug_hidden, call.hidden
-        # (N,) factors of sum |dz|: each gives a root mean square, and the smallest counts.
-        self._scales = {
-            i: [ones] * (plain[i] or not wanted.weight) + [norms(states[i])] * wanted.weight
-            for i in certified(wanted)
-        }
+        self._scales = scales_of_sizes(call, wanted, torch.ones_like(stats.full.peak))
         self._squares = {
             i: [(self._least[i] * scale).square().sum() for scale in scales]
             for i, scales in self._scales.items()
@@ -76,7 +68,21 @@ class Wholes:
             ]
 
 
-def norms(states):
+def scales_of_sizes(call, wanted, ones):
+    """{position in (0, 1, 2): one or two (N,) factors of sum |dz|} of what is certified.
+
+    Each gives a root mean square, and the smallest counts: see `Wholes`. ones: (N,).
+    """
+    # The gradients of states and bias see dz itself.
+    plain = wanted.bias or wanted.hidden, wanted.bias or wanted.aug_hidden, wanted.bias
+    states = call.hidden, call.aug_hidden, call.hidden
+    return {
+        i: [ones] * (plain[i] or not wanted.weight) + [_norms(states[i])] * wanted.weight
+        for i in certified(wanted)
+    }
+
+
+def _norms(states):
     """(N,) float64 norms of (N, D) states; 0 where one is not finite, whose tile goes dense."""
     return torch.linalg.vector_norm(states, dim=1, dtype=torch.float64).nan_to_num(0, 0, 0)
 

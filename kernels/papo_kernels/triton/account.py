@@ -54,18 +54,10 @@ class Account:
         self._run = run
         self._asked = certificate.certified(wanted)
         self._least = torch.stack(sizes.least_sizes(stats, upstream, wanted, call.head))
-        # (3, 2, N) factors of sum |dz|: each gives a root mean square, and the smaller counts.
         ones = torch.ones_like(stats.full.peak)
-        norms = [ones, ones, ones]
-        if wanted.weight:
-            full = sizes.norms(call.hidden)
-            norms = [full, ones if call.aug_hidden is None else sizes.norms(call.aug_hidden), full]
-        plain = wanted.bias or wanted.hidden, wanted.bias or wanted.aug_hidden, wanted.bias
-        scales = [
-            torch.stack([ones if use or not wanted.weight else norm, norm])
-            for use, norm in zip(plain, norms, strict=True)
-        ]
-        self._scales = torch.stack(scales)
+        scales = sizes.scales_of_sizes(call, wanted, ones)
+        found = [scales.get(i, [ones]) for i in range(len(SIZES))]
+        self._scales = torch.stack([torch.stack([x[0], x[-1]]) for x in found])  # (3, 2, N)
 
     def shares(self, sums, beyond):
         """(3, N) float64 bounds on sum |dz| outside the candidates, and what they are shares of.
