@@ -1,9 +1,10 @@
 """Host side of the Triton backward: the choice of words, the certificate and the order of work.
 
-Tiles that want about as many words go together in groups, whose rows get the gradients of all
-words that one of their tiles wants. What a row of them drops is known when all groups are done.
-A group of which a row drops too much gets more words then, and at last all the others. Nothing is
-ever taken back, and the host asks the device for numbers a few times a pass, not once a group.
+Rows whose lists are enough are done first: see `lists`. Of the others, those whose tiles want about
+as many words go together in groups, which get the gradients of all words that one of their tiles
+wants. What a row of them drops is known when all groups are done. A group of which a row drops too
+much gets more words then, and at last all the others. Nothing is ever taken back, and the host asks
+the device for numbers a few times a pass, not once a group.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from papo_kernels.certificate import (
     record,
 )
 from papo_kernels.precision import exact_float32
-from papo_kernels.rows import each, make_wanted
+from papo_kernels.rows import each, make_wanted, unpack
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch, lists
 from papo_kernels.triton.account import Account
@@ -87,7 +88,7 @@ def _backward_of(call, saved, upstream, needs):
         kernel_operands(call),
         call.targets.contiguous(),
         saved,
-        names(call.streams),
+        unpack(saved.rows, names(call.streams)),
         upstream,
         torch.stack([zeros if g is None else g.to(torch.float32) for g in upstream.flat]),
         make_wanted(needs, upstream, call.options.aug_constant),

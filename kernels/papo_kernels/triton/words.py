@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from papo_kernels.rows import Call, Saved, Upstream, Wanted, unpack
+from papo_kernels.rows import Call, RowStats, Saved, Upstream, Wanted
 from papo_kernels.triton import gradients as kernels
 from papo_kernels.triton import launch
 from papo_kernels.triton.launch import LAUNCHES, KernelOperands, multiply, multiply_add
@@ -21,7 +21,7 @@ class Backward:
     operands: KernelOperands
     targets: torch.Tensor  # (N,) contiguous
     saved: Saved
-    names: tuple  # of the statistics
+    stats: RowStats  # (N,) each
     upstream: Upstream  # (N,) each
     up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
     wanted: Wanted
@@ -30,11 +30,6 @@ class Backward:
     @property
     def tiles(self):
         return triton.cdiv(self.count, launch.TILE)
-
-    @functools.cached_property
-    def stats(self):
-        """RowStats of (N,) each."""
-        return unpack(self.saved.rows, self.names)
 
     @functools.cached_property
     def switches(self):
