@@ -33,16 +33,20 @@ def variants():
 
 
 def _kernels(tile):
-    from papo_kernels.triton import account, gradients, kernels, list_kernels
+    from papo_kernels.triton import account, columns, gradients, kernels, list_kernels
 
     # The trainer always bans words, by a bias.
     plain = dict(HAS_BIAS=True, CAP=False)
     for two, streams in ((False, "one stream"), (True, "two streams")):
-        yield f"stats {streams}", kernels.stats_kernel, dict(TWO=two, **plain), {}
-        yield f"levels {streams}", kernels.levels_kernel, dict(TWO=two, TILE=tile, **plain), {}
-        places = dict(PART=80, BLOCKS=8)
-        yield f"list {streams}", list_kernels.list_kernel, dict(TWO=two) | places | plain, {}
-    yield "stats capped", kernels.stats_kernel, dict(TWO=True, HAS_BIAS=True, CAP=True), {}
+        each = dict(TWO=two, **plain)
+        for lists, what in ((False, ""), (True, " with lists")):
+            constants = dict(LIST=lists) | each
+            yield f"stats {streams}{what}", kernels.stats_kernel, constants, {}
+        yield f"levels {streams}", kernels.levels_kernel, dict(TILE=tile) | each, {}
+        yield f"sift {streams}", list_kernels.sift_kernel, dict(LANES=1024) | each, {}
+        yield f"list {streams}", list_kernels.list_kernel, dict(ROWS=256) | each, {}
+    constants = dict(LIST=True, TWO=True, HAS_BIAS=True, CAP=True)
+    yield "stats capped", kernels.stats_kernel, constants, {}
     on = dict.fromkeys(
         ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
     )
@@ -53,15 +57,17 @@ def _kernels(tile):
         yield name, gradients.dz_kernel, constants | on | plain, {"dz_ptr": "*bf16"}
     constants = dict(GATHER=False, OWN_WORDS=True, NET=True, SKIP=False, KL_REVERSE=True)
     yield "dz_listed", gradients.dz_kernel, constants | on | plain, {"done_ptr": "*i32"}
-    yield "prefix", list_kernels.prefix_kernel, dict(BLOCKS=2048), {}
-    yield "place", list_kernels.place_kernel, dict(ROWS=256), {}
     both = dict(FULL=True, AUG=True)
     yield "drop", list_kernels.drop_kernel, dict(NET=True) | both, {}
     yield "flatten", list_kernels.flatten_kernel, dict(STREAMS=2), {}
     states = dict.fromkeys(("weight_ptr", "hidden_ptr", "aug_ptr", "out_aug_ptr"), "*bf16")
     # A launch finds out that features are contiguous.
     found = both | dict(stride_w_d=1)
-    yield "d_hidden", list_kernels.d_hidden_kernel, found, states | {"out_ptr": "*bf16"}
+    for some, what in ((False, ""), (True, " of some")):
+        types = states | {"out_ptr": "*bf16"}
+        yield f"d_hidden{what}", list_kernels.d_hidden_kernel, dict(SOME=some) | found, types
+    yield "tally", columns.tally_kernel, {}, {}
+    yield "spread", columns.spread_kernel, dict(STREAMS=2), {"out_ptr": "*bf16"}
     found = both | dict(WEIGHT=True, BIAS=True, stride_h_d=1, stride_aug_d=1)
     yield "d_weight", list_kernels.d_weight_kernel, found, states
     outside = on | dict(NET=True, KL_REVERSE=True)
@@ -75,10 +81,10 @@ def _kernels(tile):
 FIXED = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "col_ptr": "*i32",
     "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8", "good_ptr": "*u8",
-    "kept_ptr": "*i32", "block_ptr": "*i32", "total_ptr": "*i32", "taken_ptr": "*i32",
+    "kept_ptr": "*i32", "mark_ptr": "*i32", "total_ptr": "*i32", "taken_ptr": "*i32",
     "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32", "word_ptr": "*i32",
     "out_start_ptr": "*i64", "out_word_ptr": "*i32", "out_row_ptr": "*i32", "row_ptr": "*i32",
-    "order_ptr": "*i64", "listed_from": "fp32",
+    "order_ptr": "*i64", "often_ptr": "*i32", "column_ptr": "*i32", "listed_from": "fp32",
     "sharpness": "fp32", "softcap": "fp32",
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from papo_kernels.rows import Saved
 if FAST != "triton":
     pytest.skip("only the Triton backend makes lists", allow_module_level=True)
 
-from papo_kernels.triton import lists
+from papo_kernels.triton import columns, launch, lists
 
 WORDS = 2048
 
@@ -44,7 +44,7 @@ def saved_lists(case, budget=3e-3):
 
 
 @pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
-def test_lists_hold_the_target_and_every_likely_word_in_order(aug, monkeypatch):
+def test_lists_hold_the_target_and_every_likely_word(aug, monkeypatch):
     """But for rows with more words than any may list, and for those that come too late for room."""
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", WORDS * 32)  # several chunks
     monkeypatch.setattr(lists, "SPARSITY", 32)
@@ -67,13 +67,33 @@ def test_lists_hold_the_target_and_every_likely_word_in_order(aug, monkeypatch):
             long, late = long + too_long, late + (not too_long)
             continue
         place = slice(start, start + count)
-        assert found.words[place].tolist() == want.nonzero()[:, 0].tolist()
+        words = found.words[place].long()
+        assert words.sort()[0].tolist() == want.nonzero()[:, 0].tolist()
         taken += range(start, start + count)
         for stream, logits in zip(z, found.logits, strict=True):
-            torch.testing.assert_close(logits[place].double(), stream[r, want], rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits[place].double(), stream[r, words], rtol=0, atol=1e-4)
     print(f"  of {len(counts)} rows {long} have too many words and {late} no room")
     assert len(taken) == len(set(taken)) and max(taken) < lists.places(141, WORDS)
     assert 0 < long < 40 and 0 < late < 80
+
+
+def test_a_row_with_more_marks_than_room_has_no_list(monkeypatch):
+    """Marks are made while the highest logit is not known yet. Such rows go in groups."""
+    monkeypatch.setattr(lists, "MARKED", 1)
+    monkeypatch.setattr(lists, "ROW_SPARSITY", 64)  # 32 words
+    monkeypatch.setitem(launch.LAUNCHES["stats"], "LANES", 256)  # several blocks of words
+    case = policy_case(40, WORDS, sharpness=36.0)
+    case.weight.copy_(case.weight.flip(0))  # the likeliest words come last
+    case.targets = WORDS - 1 - case.targets
+    oracle, counts = Oracle(case), saved_lists(case).counts
+    likely = torch.maximum(oracle.log_p, oracle.log_q) >= lists.least_log_prob(3e-3)
+    over = (counts == 0) & (likely.sum(1) <= 32)
+    print(f"  {int(over.sum())} of 40 rows have no list for their marks alone")
+    assert over.any() and (counts > 0).any()
+    upstream = random_upstream(case)
+    exact = oracle.gradients(upstream)
+    got = case.gradients(token_stats, upstream, backend=FAST)
+    check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
 
 
 @pytest.mark.parametrize("outputs", [("logprobs",), ("aug_entropy",), OUTPUTS], ids="+".join)
@@ -167,6 +187,46 @@ def test_rows_that_keep_many_words_go_in_groups(monkeypatch):
         got = case.gradients(token_stats, upstream, backend=FAST)
     assert certificate.rows == 40 and certificate.kept > 0.02
     check({g: gradient_error(got[g], exact[g]) for g in got}, 4e-3)
+
+
+@pytest.mark.parametrize(
+    "wanted", [("aug_hidden",), ("weight", "bias"), GRADS], ids="+".join
+)  # fmt: skip
+@pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
+def test_long_lists_share_columns_and_keep_their_other_words(wanted, aug, monkeypatch):
+    """The gradients are those of the same entries without columns."""
+    if not aug and "aug_hidden" in wanted:
+        wanted = ("hidden",)
+    monkeypatch.setattr(columns, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(columns, "WORDS", 64)
+    monkeypatch.setattr(columns, "ROWS", 8)
+    case = policy_case(40, WORDS, sharpness=28.0)
+    case.aug_hidden = case.aug_hidden if aug else None
+    case.bias = torch.linspace(-1, 1, WORDS)
+    case.targets[5] = -100
+    upstream = random_upstream(case)
+    spread, found = [], {}
+    kept = columns.spread_kernel
+
+    class Noted:
+        def __getitem__(self, grid):
+            def launch(at, starts, kept_of, *rest, **options):
+                before = int(kept_of.sum())
+                kept[grid](at, starts, kept_of, *rest, **options)
+                spread.append((len(at), before - int(kept_of.sum())))
+
+            return launch
+
+    monkeypatch.setattr(columns, "spread_kernel", Noted())
+    for name, long in (("columns", 4), ("lists", 10**6)):
+        monkeypatch.setattr(columns, "LONG", long)
+        with record_certificates() as certificate:
+            found[name] = case.gradients(token_stats, upstream, wanted, backend=FAST)
+    print(f"  kept {certificate.kept:.4f}; rows and entries that moved: {spread}")
+    assert len(spread) >= 2 and all(moved > 0 for _, moved in spread)
+    check({g: gradient_error(found["columns"][g], found["lists"][g]) for g in wanted}, 1e-6)
+    exact = Oracle(case).gradients(upstream)
+    check({g: gradient_error(found["columns"][g], exact[g]) for g in wanted}, 4e-3)
 
 
 def test_two_backward_passes_of_one_forward_agree_to_the_last_bit():

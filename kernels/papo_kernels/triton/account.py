@@ -75,24 +75,27 @@ class Account:
             LOGPROB_AUG=g.aug.logprobs is not None, ENTROPY_AUG=g.aug.entropy is not None,
             KL=w.kl, KL_REVERSE=w.kl_reverse, **blocks,
         )  # fmt: skip
-        held = sums[SIZES].double()
+        held = torch.stack([sums[i] for i in SIZES]).double()
         self._least = torch.maximum(self._least, held.nan_to_num(0, 0, 0))
         if run.call.options.budget_of == "token":
             return bounds, held
         squares = (self._least[:, None] * self._scales).square().sum(2, keepdim=True)
-        typical = (squares / run.count).sqrt() / self._scales.clamp_min(1e-300)
+        typical = (squares / run.counts.sum()).sqrt() / self._scales.clamp_min(1e-300)
         return bounds, torch.maximum(held, typical.amin(1))
 
     def largest_share(self, bounds, whole):
         """(N,) the largest share of a stream or their sum; infinite where one is NaN."""
-        share = (bounds[self._asked] / whole[self._asked].clamp_min(1e-300)).amax(0)
+        shares = [bounds[i] / whole[i].clamp_min(1e-300) for i in self._asked]
+        share = torch.stack(shares).amax(0)
         # NaN compares false with every budget; infinity says the same to a maximum.
         return torch.where(share.isnan(), torch.inf, share)
 
     def spare(self, bounds, whole, budget):
         """(3, N) float32: what rows may drop of their candidates; infinite where not certified."""
-        spare = torch.full_like(bounds, torch.inf, dtype=torch.float32)
-        spare[self._asked] = (budget * whole - bounds)[self._asked].float()
+        spare = (budget * whole - bounds).float()
+        for i in range(len(spare)):
+            if i not in self._asked:
+                spare[i] = torch.inf
         return spare
 
 

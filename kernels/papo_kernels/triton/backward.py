@@ -58,10 +58,11 @@ def backward(call, saved, upstream, needs):
         upstream = each(lambda x: x * scale, upstream)
         run = _backward_of(call, saved, upstream, needs)
         total = GradientSum(run)
-        if run.count and (run.wanted.full or run.wanted.aug):
-            left = Left(saved.order[: run.count])
+        if len(run.targets) and (run.wanted.full or run.wanted.aug):
             if len(saved.levels):
                 left = _sparse(run, RESERVE * call.options.grad_budget, total)
+            else:
+                left = Left(saved.order[: int(run.counts.sum())])
             _dense(run, left, total)
         return total.gradients(scale)
 
@@ -92,7 +93,7 @@ def _backward_of(call, saved, upstream, needs):
         upstream,
         torch.stack([zeros if g is None else g.to(torch.float32) for g in upstream.flat]),
         make_wanted(needs, upstream, call.options.aug_constant),
-        int((call.targets != call.options.ignore_index).sum()),
+        call.targets != call.options.ignore_index,
     )
 
 
@@ -130,69 +131,121 @@ def _dense(run, left, total):
 
 
 def _sparse(run, budget, total):
-    """Adds the gradients of the rows that few words serve; returns the others, a `Left`."""
-    counts = _counts(run.saved.levels[: run.tiles])
-    at = run.saved.order[: run.count]
-    tile = torch.zeros_like(run.targets)  # (N,) of the rows that count
-    tile[at] = torch.arange(run.count, device=at.device) // launch.TILE
+    """Adds the gradients of the rows that few words serve; returns the others, a `Left`.
+
+    Where the host has to know a number, the device still has work of before it is told.
+    """
+    counts = _counts(run.saved.levels)
+    at = run.saved.order
+    tile = torch.empty_like(run.targets)  # (N,)
+    tile[at] = torch.arange(len(at), device=at.device) // launch.TILE
     account = Account(run)
     beyond = certificate.beyond_lists(counts, lists.least_log_prob(run.call.options.grad_budget))
-    good, left = lists.add(run, at, each(lambda x: x[tile], beyond), budget, account, total)
+    served = lists.Served(run, each(lambda x: x[tile], beyond), budget, account)
+    served.add_short(total)
+    entries, long, left = served.asked.tolist()
+    served.add_long(long, total)
     if not left:
+        served.add_weight(entries, total)
         return Left(at[:0])
-    # Its number is known, so this asks the device for nothing. It keeps the order of tiles.
-    at = at[good[at].to(torch.uint8).argsort(stable=True)[:left]]
-    return _in_groups(run, at, tile, counts, budget, account, total)
+    # Rows that are left come first, in the order of tiles.
+    at = at[(served.good | ~run.counts)[at].to(torch.uint8).argsort(stable=True)[:left]]
+    groups = _Groups(run, at, tile, counts, budget, account)
+    served.add_weight(entries, total)
+    return groups.add(total)
 
 
-def _in_groups(run, at, tile, counts, budget, account, total):
-    """Adds the gradients of the rows `at` that their tiles' words serve.
+class _Groups:
+    """Rows that their tiles' words serve, GROUP_ROWS together.
 
-    Rows stand by how many words their tiles want, and GROUP_ROWS of them are a group.
-
-    Args:
-        at: (R,) rows. tile: (N,) the tile of each row. counts: (T, LEVELS), see `_counts`.
-
-    Returns:
-        Left, the rows that need more.
+    They stand by how many words their tiles want.
     """
-    vocab, device = run.operands.v, run.targets.device
-    levels = run.saved.levels[: run.tiles]
-    highest = _highest_entropies(run, at, tile[at])
-    tightness = torch.full((run.tiles, 1), ASSUMED_TIGHTNESS, dtype=torch.float64, device=device)
 
-    def choose(known):
+    def __init__(self, run, at, tile, counts, budget, account):
+        """at: (R,) rows. tile: (N,) the tile of each row. counts: (T, LEVELS), see `_counts`."""
+        self._run, self._counts, self._tile = run, counts, tile
+        self._budget, self._account = budget, account
+        vocab, device = run.operands.v, run.targets.device
+        self._highest = _highest_entropies(run, at, tile[at])
+        self._level, self._beyond, self._few = self._choose(
+            torch.full((run.tiles, 1), ASSUMED_TIGHTNESS, dtype=torch.float64, device=device), False
+        )
+        order = _ranks_of_tiles(run, counts, self._level, self._few)[tile[at]].argsort(stable=True)
+        self._at = at = at[order]
+        self._group = torch.arange(len(at), device=device) // GROUP_ROWS
+        count = triton.cdiv(len(at), GROUP_ROWS)
+        self._tiles = torch.zeros(count, run.tiles, dtype=torch.bool, device=device)
+        # A Python number would be copied to the device, which waits for it.
+        self._true = torch.ones((), dtype=torch.bool, device=device)
+        self._tiles.index_put_((self._group, tile[at]), self._true)
+        self._done = torch.zeros(count, vocab, dtype=torch.bool, device=device)
+        shape = len(kernels.SUMS), run.operands.n
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._share = self._sums.new_zeros(len(at))  # (R,) what each row drops
+        self._ask(self._few, torch.zeros_like(self._few))
+
+    def _choose(self, tightness, known):
+        most = DENSE_SHARE * self._run.operands.v
         return certificate.choose_levels(
-            counts, highest, tightness, known, budget, DENSE_SHARE * vocab
+            self._counts, self._highest, tightness, known, self._budget, most
         )
 
-    level, beyond, few = choose(known=False)
-    at = at[_ranks_of_tiles(run, counts, level, few)[tile[at]].argsort(stable=True)]
-    groups = _tiles_of_groups(run, tile[at])
-    done = torch.zeros(len(groups), vocab, dtype=torch.bool, device=device)
-    sums = torch.zeros(len(kernels.SUMS), run.operands.n, dtype=torch.float32, device=device)
-    asked = few
-    for attempt in range(ATTEMPTS):
-        more = _more_words(run, levels, level, asked, at, groups, done)
-        _add_groups(run, at, more, sums, total)
-        done |= more
-        bounds = account.shares(sums, each(lambda x: x[tile], beyond))
-        row_share = account.largest_share(*bounds)[at]
-        share = _largest(row_share, tile[at], run.tiles)
-        bad = few & (share > budget)
-        if attempt + 1 == ATTEMPTS or not bad.any():
-            break
-        tightness = (share / beyond.mass.clamp_min(1e-30))[:, None]
-        better, reached, worth = choose(known=True)
-        few, asked = few & (worth | ~bad), bad & worth
-        level = torch.where(asked, better, level)
-        pairs = zip(reached, beyond, strict=True)
-        beyond = Beyond(*(torch.where(asked, torch.minimum(a, b), b) for a, b in pairs))
-    good = (few & ~bad)[tile[at]]
-    if certificate.recording():
-        _record(run, good, done, row_share)
-    left = (~good).nonzero().squeeze(1)
-    return Left(at[left], done, left // GROUP_ROWS)
+    def _ask(self, tiles, bad):
+        """Asks how many words the groups get for (T,) `tiles`, and how many rows would be left.
+
+        bad: (T,), tiles of which a row drops too much so far.
+        """
+        self._more = self._more_words(tiles)
+        left = (~(self._few & ~bad))[self._tile[self._at]]
+        self._good = ~left
+        self._asked = launch.Asked(torch.cat([self._more.sum(1), left.sum()[None]]))
+
+    def add(self, total):
+        """Adds gradients to a `words.GradientSum`; returns `Left`, the rows that need more."""
+        for attempt in range(ATTEMPTS):
+            *words, left = self._asked.tolist()
+            if not any(words):
+                break
+            _add_groups(self._run, self._at, self._more, words, self._sums, total)
+            self._done |= self._more
+            self._learn(attempt + 1 == ATTEMPTS)
+        else:
+            *_, left = self._asked.tolist()
+        if certificate.recording():
+            _record(self._run, self._good, self._done, self._share)
+        at = self._good.to(torch.uint8).argsort(stable=True)[:left]
+        return Left(self._at[at], self._done, self._group[at])
+
+    def _learn(self, last):
+        """Finds tiles that drop too much, and unless it is last asks for more of their words."""
+        tile, at, beyond = self._tile, self._at, self._beyond
+        bounds = self._account.shares(self._sums, each(lambda x: x[tile], beyond))
+        self._share = self._account.largest_share(*bounds)[at]
+        share = _largest(self._share, tile[at], self._run.tiles)
+        bad = self._few & (share > self._budget)
+        asked = torch.zeros_like(bad)
+        if not last:
+            tightness = (share / beyond.mass.clamp_min(1e-30))[:, None]
+            better, reached, worth = self._choose(tightness, True)
+            self._few, asked = self._few & (worth | ~bad), bad & worth
+            self._level = torch.where(asked, better, self._level)
+            pairs = zip(reached, beyond, strict=True)
+            self._beyond = Beyond(*(torch.where(asked, torch.minimum(a, b), b) for a, b in pairs))
+        self._ask(asked, bad)
+
+    def _more_words(self, asked):
+        """(G, V) bool: the words that tiles `asked` want up to their level, but for those done.
+
+        The targets of their rows are among them.
+        """
+        run = self._run
+        wanted = run.saved.levels <= torch.where(asked, self._level, -1)[:, None]
+        wanted = torch.stack([(wanted & tiles[:, None]).any(0) for tiles in self._tiles])
+        targets = run.targets[self._at]
+        targets = torch.where((targets >= 0) & (targets < run.operands.v), targets, 0)
+        wanted.index_put_((self._group, targets), self._true)
+        asks = (self._tiles & asked).any(1)
+        return wanted & asks[:, None] & ~self._done
 
 
 def _counts(levels):
@@ -228,34 +281,8 @@ def _ranks_of_tiles(run, counts, level, few):
     return torch.where(few, wanted, run.operands.v).argsort(stable=True).argsort(stable=True)
 
 
-def _tiles_of_groups(run, tile):
-    """(G, T) bool: the tiles of which a group has rows; tile: (R,), that of each row."""
-    group = torch.arange(len(tile), device=tile.device) // GROUP_ROWS
-    found = torch.zeros(
-        triton.cdiv(len(tile), GROUP_ROWS), run.tiles, dtype=torch.bool, device=tile.device
-    )
-    found[group, tile] = True
-    return found
-
-
-def _more_words(run, levels, level, asked, at, groups, done):
-    """(G, V) bool: the words that tiles `asked` want up to their level, but for those `done`.
-
-    The targets of their rows are among them.
-    """
-    wanted = levels <= torch.where(asked, level, -1)[:, None]
-    wanted = torch.stack([(wanted & tiles[:, None]).any(0) for tiles in groups])
-    targets = run.targets[at]
-    targets = torch.where((targets >= 0) & (targets < run.operands.v), targets, 0)
-    group = torch.arange(len(at), device=at.device) // GROUP_ROWS
-    wanted[group, targets] = True
-    asks = (groups & asked).any(1)
-    return wanted & asks[:, None] & ~done
-
-
-def _add_groups(run, at, more, sums, total):
-    """Adds the gradients of every group's words in (G, V) `more`."""
-    counts = more.sum(1).tolist()
+def _add_groups(run, at, more, counts, sums, total):
+    """Adds the gradients of every group's words in (G, V) `more`; counts: how many they are."""
     listed = more.nonzero_static(size=sum(counts))[:, 1].to(torch.int32)
     size = launch.even_down(GATHERED_ELEMENTS // max(1, run.operands.d))
     groups = zip(listed.split(counts), at.split(GROUP_ROWS), strict=True)

@@ -55,13 +55,16 @@ def _forward(call, o, keep_levels):
     z = launch.padded(call.streams * size, o.v, torch.float32, device)
     cut = order.clone()
     writer = lists.Writer(call, o, size, listed) if keep_levels else None
+    beside = launch.Beside(device)
     for first in range(0, count, size):
         chunk = order[first : min(first + size, count)]
         products = _products(o, chunk, z)
-        _take_sums(call, o, products, targets, order, first, part)
-        if keep_levels:
-            _take_levels(call, o, products, targets, order, first, part, cut, levels, writer)
-            writer.write(products, order, targets, first, part)
+        _take_sums(call, o, products, targets, order, first, part, writer)
+        if writer is not None:
+            with beside:
+                writer.write(products, order, targets, first, part)
+            _take_levels(call, o, products, order, first, part, cut, levels)
+            beside.join()
     found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v)
     live = (targets != call.options.ignore_index)[order]
     stats = torch.stack([found[name] for name in named])
@@ -89,21 +92,23 @@ def _products(o, chunk, z):
     return z
 
 
-def _take_sums(call, o, z, targets, order, first, part):
-    """Writes a chunk's part of `part`, whose rows are the `order` from `first` on."""
-    blocks, count = LAUNCHES["stats"], len(z) // call.streams
+def _take_sums(call, o, z, targets, order, first, part, writer):
+    """Writes a chunk's part of `part`, whose rows are the `order` from `first` on.
+
+    For the `lists.Writer`, if there is one, it also marks the words that rows may list.
+    """
+    blocks, count, lists_words = LAUNCHES["stats"], len(z) // call.streams, writer is not None
     kernels.stats_kernel[(triton.cdiv(count, blocks["BLOCK_N"]),)](
-        z, o.bias, targets, order, part, o.n, o.v, count, first, z.stride(0),
+        z, o.bias, targets, order, part, writer.marks if lists_words else order, o.n, o.v, count,
+        first, z.stride(0),
+        lists.least_log_prob(call.options.grad_budget) if lists_words else 0.0,
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=call.streams == 2,
-        HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None, **blocks,
+        LIST=lists_words, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None, **blocks,
     )  # fmt: skip
 
 
-def _take_levels(call, o, z, targets, order, first, part, cut, levels, writer):
-    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut.
-
-    It also counts for the `lists.Writer` what rows will list.
-    """
+def _take_levels(call, o, z, order, first, part, cut, levels):
+    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut."""
     sort, blocks, count = LAUNCHES["sort"], LAUNCHES["levels"], len(z) // call.streams
     two, within = call.streams == 2, torch.empty_like(order[:count])
     kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
@@ -112,8 +117,7 @@ def _take_levels(call, o, z, targets, order, first, part, cut, levels, writer):
     blocks = blocks | {"BLOCK_N": min(blocks["BLOCK_N"], launch.TILE)}
     grid = (triton.cdiv(o.v, blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
     kernels.levels_kernel[grid](
-        z, o.bias, within, part, levels, order, targets, writer.blocks, o.n, o.v, count,
-        first, z.stride(0), lists.least_log_prob(call.options.grad_budget),
+        z, o.bias, within, part, levels, o.n, o.v, count, first, z.stride(0),
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
         CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,
     )  # fmt: skip

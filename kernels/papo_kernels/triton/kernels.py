@@ -20,6 +20,8 @@ FAR = tl.constexpr(40.0)
 # log 2, whose first part has few enough bits that its multiples are exact.
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440054690583e-4)
 LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
+# Nats by which two ways to round a log-prob may differ, and far more than that.
+SLACK = tl.constexpr(1e-3)
 
 # The forward's sums over the vocabulary, as they stand in (F, N); one stream has the first four.
 # With e = exp(z - max), `others` is sum e - 1 and `weighted` is sum e (z - max). With x = z - z_aug
@@ -105,6 +107,13 @@ def online(z, m, s, a):
 
 
 @triton.jit
+def log_sum_of(m, s):
+    """(BLOCK_N,) the log of a row's sum of exponentials so far, from those of its lanes."""
+    peak = tl.max(m, 1)
+    return peak + tl.log(tl.sum(tl.exp(m - peak[:, None]) * (s + 1.0), 1))
+
+
+@triton.jit
 def over_lanes(m, s, a, LANES: tl.constexpr):
     """A row's m, s and a from those of its lanes, and (BLOCK_N, LANES) scales of other sums."""
     peak = tl.max(m, 1)
@@ -118,16 +127,21 @@ def over_lanes(m, s, a, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "rows", "first"])
 def stats_kernel(
-    z_ptr, b_ptr, targets_ptr, rows_ptr, part_ptr, N, V, rows, first, stride_z,
-    sharpness, softcap,
-    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr, LANES: tl.constexpr,
+    z_ptr, b_ptr, targets_ptr, rows_ptr, part_ptr, mark_ptr, N, V, rows, first, stride_z,
+    listed_from, sharpness, softcap,
+    TWO: tl.constexpr, LIST: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The sums that PARTS lists, of BLOCK_N rows of a chunk a program, into part[:, first + row].
 
     The products of row r stand in z[r], and those of the aug stream in z[rows + r]. A lane, which
     is a column of registers, keeps sums of its own: nothing is exchanged between threads until all
     words are done.
+
+    With LIST it also marks the words that may turn out to be likely in (rows, G, LANES) int32
+    `mark`: bit k of mark[r, g, l] stands for word (32 g + k) * LANES + l. Logits are compared with
+    the log of the sum that is known by then, and the whole sum is larger. So words are marked that
+    have no log-prob of `listed_from`, but none that has one is left out.
     """
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = r < rows
@@ -148,7 +162,15 @@ def stats_kernel(
         # z - z_aug of a word that was drawn from p: near to the mean over p
         both = (logit > LOG_ZERO) & (logit_aug > LOG_ZERO)
         centre = tl.where(both, logit - logit_aug, 0.0)
-    within = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lane = tl.arange(0, LANES)
+    within = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
+    # A target's logit is known before all others, and is most often among the highest.
+    known_sum, known_sum_aug = logit, logit_aug
+    own_word = tl.where(known, target, -1).to(tl.int32)
+    marks = tl.zeros((BLOCK_N, LANES), tl.int32)
+    step = tl.arange(0, STEPS)[None, :, None]
+    blocks = tl.cdiv(V, STEPS * LANES)
+    mark_row = mark_ptr + r[:, None] * (tl.cdiv(V, 32 * LANES) * LANES) + lane[None, :]
     for v in range(0, V, STEPS * LANES):
         col = (v + within)[None, :, :]
         in_col = col < V
@@ -160,6 +182,25 @@ def stats_kernel(
                 aug_row + col, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP
             )
             m_aug, s_aug, a_aug, e_aug, scale_aug = online(z_aug, m_aug, s_aug, a_aug)
+        if LIST:
+            # Threads exchange their sums after 1, 2, 4, 8 ... blocks: to do so after each costs as
+            # much as the sums, and the likeliest words are most often among the first.
+            block = v // (STEPS * LANES)
+            if (block & (block - 1)) == 0:
+                known_sum = tl.maximum(known_sum, log_sum_of(m, s))
+                if TWO:
+                    known_sum_aug = tl.maximum(known_sum_aug, log_sum_of(m_aug, s_aug))
+            likely = z >= (known_sum + listed_from - SLACK)[:, None, None]
+            if TWO:
+                near = z_aug >= (known_sum_aug + listed_from - SLACK)[:, None, None]
+                likely = likely | near
+            likely = ((likely | (col == own_word)) & in_col).to(tl.int32)
+            bit = block * STEPS % 32
+            marks |= tl.sum(likely << (bit + step), 1)
+            if (bit + STEPS == 32) | (block + 1 == blocks):
+                tl.store(mark_row + block * STEPS // 32 * LANES, marks, mask=live[:, None])
+                marks = tl.zeros((BLOCK_N, LANES), tl.int32)
+        if TWO:
             d = z - z_aug
             gap = scale * gap + tl.sum(e * tl.abs(d), 1)
             gap_aug = scale_aug * gap_aug + tl.sum(e_aug * tl.abs(d), 1)
@@ -254,16 +295,14 @@ def logits(
 
 @triton.jit(do_not_specialize=["N", "rows", "first"])
 def levels_kernel(
-    z_ptr, b_ptr, at_ptr, part_ptr, level_ptr, rows_ptr, targets_ptr, block_ptr, N, V, rows,
-    first, stride_z, listed_from, sharpness, softcap,
+    z_ptr, b_ptr, at_ptr, part_ptr, level_ptr, N, V, rows, first, stride_z, sharpness, softcap,
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Levels of the words of a chunk's tiles, and how many are listed; grid (word blocks, tiles).
+    """Levels of the words of a chunk's tiles; grid (blocks of words, tiles).
 
     `at` lists the chunk's rows in the order in which tiles are cut: tile t of the call has those of
-    the positions [t * TILE, (t + 1) * TILE). block[r, b] becomes the number of words of block b
-    that row r lists: see `listed`.
+    the positions [t * TILE, (t + 1) * TILE).
     """
     tile = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
@@ -284,22 +323,9 @@ def levels_kernel(
             )  # fmt: skip
             u = tl.maximum(u, u_aug)
         highest = tl.maximum(highest, tl.max(tl.where(live[:, None], u, LOG_ZERO), 0))
-        row = tl.load(rows_ptr + first + r, mask=live, other=0)
-        target = tl.load(targets_ptr + row, mask=live, other=-1)
-        keep = live[:, None] & in_col[None, :]
-        found = listed(u, col[None, :], target[:, None], keep, listed_from)
-        count = tl.sum(found.to(tl.int32), 1)
-        r = r.to(tl.int32)
-        tl.store(block_ptr + r * tl.num_programs(0) + tl.program_id(0), count, mask=live)
     level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
     level = tl.where(level == level, level, 0.0)
     tl.store(level_ptr + (first // TILE + tile).to(tl.int64) * V + col, level.to(tl.uint8), in_col)
-
-
-@triton.jit
-def listed(u, col, target, keep, listed_from):
-    """Whether a row lists a word: its target, and those whose log-prob `u` is high enough."""
-    return ((u >= listed_from) | (col == target)) & keep
 
 
 @triton.jit

@@ -20,16 +20,17 @@ EVEN = 64
 
 # What each kernel goes by; `bench/gpu.sh` tries others. `stats` has STEPS x LANES words at a time.
 LAUNCHES = {
-    "stats": dict(BLOCK_N=1, STEPS=4, LANES=1024, num_warps=8),
+    "stats": dict(BLOCK_N=1, STEPS=4, LANES=512, num_warps=4),
     "sort": dict(BLOCK_N=32, num_warps=4),
     "levels": dict(BLOCK_N=8, BLOCK_V=128, num_warps=2),
     "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
     "dz_listed": dict(BLOCK_N=1, BLOCK_V=512, num_warps=4),
-    "prefix": dict(num_warps=4),
-    "place": dict(num_warps=4),
-    "list": dict(BLOCK_V=1024, num_warps=4),
+    "sift": dict(BLOCK=2048, BLOCK_V=512, num_warps=4),
+    "list": dict(BLOCK_V=512, num_warps=4),
     "drop": dict(BLOCK_N=1, BLOCK=512, num_warps=4),
     "flatten": dict(BLOCK=512, num_warps=4),
+    "tally": dict(BLOCK=512, num_warps=4),
+    "spread": dict(BLOCK=512, num_warps=4),
     # Blocks of features that a warp loads in whole vectors, so that no sum crosses threads.
     "d_hidden": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
     "d_weight": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
@@ -122,6 +123,53 @@ def multiply_add(total, a, b):
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+class Beside:
+    """A second stream of a GPU, for kernels that leave most of it idle.
+
+    What runs inside `with beside:` comes after all that was launched before it, and at the same
+    time as what is launched next, until `join`. It must not allocate. On the CPU nothing changes.
+    """
+
+    def __init__(self, device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self):
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._inside = torch.cuda.stream(self._stream)
+            self._inside.__enter__()
+
+    def __exit__(self, *raised):
+        if self._stream is not None:
+            self._inside.__exit__(*raised)
+
+    def join(self):
+        """What is launched from now on comes after what ran beside."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class Asked:
+    """Numbers that the device is asked for now, and that the host waits for later.
+
+    What is launched in between hides the wait: the device is not idle while the host is told.
+    """
+
+    def __init__(self, numbers):
+        """numbers: tensor of any shape."""
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._told = None
+        if numbers.is_cuda:
+            self._told = torch.cuda.Event()
+            self._told.record()
+
+    def tolist(self):
+        """The numbers, once the device has got to them."""
+        if self._told is not None:
+            self._told.synchronize()
+        return self._numbers.tolist()
 
 
 def padded(rows, words, dtype, device):

@@ -7,94 +7,126 @@ E entries that are left of them. The list of row r has count[r] places, from sta
 import triton
 import triton.language as tl
 
-from papo_kernels.triton.kernels import AUG_PART, below_sum, listed
+from papo_kernels.triton.kernels import AUG_PART, below_sum, logits
 
+# More words than any row may list.
+MANY = tl.constexpr(2**30)
 # Halvings of the search for the size below which a row's entries are dropped, from 2^-DEPTH to 1.
 HALVINGS, DEPTH = tl.constexpr(12), tl.constexpr(40.0)
 
 
-@triton.jit
-def prefix_kernel(block_ptr, total_ptr, blocks, BLOCKS: tl.constexpr):
-    """Replaces (rows, blocks) `block` by its sums up to and with each block; one row a program.
-
-    total: (rows,), those of whole rows. BLOCKS is at least `blocks`.
-    """
-    r = tl.program_id(0)
-    b = tl.arange(0, BLOCKS)
-    here = tl.load(block_ptr + r * blocks + b, mask=b < blocks, other=0)
-    tl.store(block_ptr + r * blocks + b, tl.cumsum(here, 0), mask=b < blocks)
-    tl.store(total_ptr + r, tl.sum(here, 0))
-
-
-@triton.jit(do_not_specialize=["rows", "first", "P", "most"])
-def place_kernel(
-    total_ptr, taken_ptr, rows_ptr, starts_ptr, counts_ptr, rows, first, P, most, ROWS: tl.constexpr
-):
-    """Gives the rows of a chunk their places, one after the other; one program.
-
-    total: (rows,), words that each row would list. taken: (1,), places that are taken already. A
-    row with more than `most` words, or for which no places are left, gets none: counts[row] is 0.
-    """
-    r = tl.arange(0, ROWS)
-    live = r < rows
-    total = tl.load(total_ptr + r, mask=live, other=0)
-    total = tl.where(total <= most, total, 0)
-    end = tl.load(taken_ptr) + tl.cumsum(total, 0)
-    row = tl.load(rows_ptr + first + r, mask=live, other=0)
-    tl.store(starts_ptr + row, end - total, mask=live)
-    tl.store(counts_ptr + row, tl.where(end <= P, total, 0), mask=live)
-    tl.debug_barrier()  # all threads have read what is taken
-    tl.store(taken_ptr, tl.minimum(tl.max(end, 0), P))
-
-
-@triton.jit(do_not_specialize=["N", "rows", "first", "P"])
-def list_kernel(
-    z_ptr, b_ptr, part_ptr, rows_ptr, targets_ptr, block_ptr, start_ptr, count_ptr, word_ptr,
-    logit_ptr, N, V, rows, first, P, blocks, stride_z, listed_from, sharpness, softcap,
-    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, PART: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "rows", "first"])
+def sift_kernel(
+    z_ptr, b_ptr, part_ptr, rows_ptr, targets_ptr, mark_ptr, word_ptr, total_ptr, N, V, rows, first,
+    marks, room, stride_z, listed_from, sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Lists the words of a chunk's rows and their logits, by word; grid (rows, parts of all words).
+    """Writes down the words that a row lists, of those that `stats_kernel` marked; a row a program.
 
-    block: (rows, blocks), how many words a row lists up to and with a block of BLOCK_V / BLOCKS
-    words. word: (P,); logit: (S, P). A part has PART blocks, of which BLOCKS are taken at a time.
+    mark: (rows, marks), 32 words each. word: (rows, room), of which the row's words come first.
+    total: (rows,), how many they are; MANY where more are marked than there is room for.
     """
     r = tl.program_id(0)
-    row = tl.load(rows_ptr + first + r)
-    up_to = block_ptr + r * blocks
-    begin = tl.program_id(1) * PART
-    end = tl.minimum(begin + PART, blocks)
-    before = tl.load(up_to + begin - 1, mask=begin > 0, other=0)
-    if (tl.load(up_to + end - 1) > before) & (tl.load(count_ptr + row) > 0):
-        start = tl.load(start_ptr + row)
-        target = tl.load(targets_ptr + row)
-        at = tl.arange(0, BLOCK_V)
+    mine = word_ptr + r.to(tl.int64) * room
+    marked = r * 0
+    for n in range(0, marks, BLOCK):
+        at = n + tl.arange(0, BLOCK)
+        marked += tl.sum(ones(tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0)), 0)
+    total = r * 0 + MANY
+    if marked <= room:
+        before = r * 0
+        for n in range(0, marks, BLOCK):
+            at = n + tl.arange(0, BLOCK)
+            mark = tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0)
+            count = ones(mark)
+            place = before + tl.cumsum(count, 0) - count
+            before += tl.sum(count, 0)
+            word = at // LANES * (32 * LANES) + at % LANES
+            for _ in range(tl.max(count, 0)):
+                lowest = mark & -mark
+                # The place of the only bit is the exponent of the number.
+                bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                tl.store(mine + place, word + bit * LANES, mask=lowest != 0)
+                mark ^= lowest
+                place += 1
+        total = r * 0
+        target = tl.load(targets_ptr + tl.load(rows_ptr + first + r))
         # one row and one block of words, as `below_sum` wants them
         alone = tl.zeros((1,), tl.int64) + r
         live = tl.zeros((1,), tl.int32) == 0
-        for n in range(begin, end, BLOCKS):
-            found = tl.load(up_to + tl.minimum(n + BLOCKS, blocks) - 1)
-            if found > before:
-                col = n * (BLOCK_V // BLOCKS) + at.to(tl.int64)
-                in_col = col < V
-                z, u = below_sum(
-                    z_ptr, b_ptr, part_ptr + first, alone, live, alone, N, col, in_col, stride_z,
-                    sharpness, softcap, HAS_BIAS, CAP,
+        for n in range(0, marked, BLOCK_V):
+            at = n + tl.arange(0, BLOCK_V)
+            tl.debug_barrier()  # words that others wrote can be read
+            col = tl.load(mine + at, mask=at < marked, other=0).to(tl.int64)
+            _, u = below_sum(
+                z_ptr, b_ptr, part_ptr + first, alone, live, alone, N, col, at < marked, stride_z,
+                sharpness, softcap, HAS_BIAS, CAP,
+            )  # fmt: skip
+            if TWO:
+                _, u_aug = below_sum(
+                    z_ptr, b_ptr, part_ptr + AUG_PART * N + first, alone, live, rows + alone, N,
+                    col, at < marked, stride_z, sharpness, softcap, HAS_BIAS, CAP,
                 )  # fmt: skip
-                z_aug = z
-                if TWO:
-                    z_aug, u_aug = below_sum(
-                        z_ptr, b_ptr, part_ptr + AUG_PART * N + first, alone, live, rows + alone,
-                        N, col, in_col, stride_z, sharpness, softcap, HAS_BIAS, CAP,
-                    )  # fmt: skip
-                    u = tl.maximum(u, u_aug)
-                hit = listed(u, col[None, :], target, in_col[None, :], listed_from)
-                place = start + before + tl.cumsum(hit.to(tl.int32), 1) - 1
-                tl.store(word_ptr + place, col[None, :].to(tl.int32), mask=hit)
-                tl.store(logit_ptr + place, z, mask=hit)
-                if TWO:
-                    tl.store(logit_ptr + (P + place), z_aug, mask=hit)
-            before = found
+                u = tl.maximum(u, u_aug)
+            likely = tl.sum(((u >= listed_from) | (col[None, :] == target)).to(tl.int32), 0)
+            likely = tl.where(at < marked, likely, 0)
+            place = total + tl.cumsum(likely, 0) - 1
+            tl.debug_barrier()  # words have been read before others take their places
+            tl.store(mine + place, col.to(tl.int32), mask=likely != 0)
+            total += tl.sum(likely, 0)
+    tl.store(total_ptr + r, total)
+
+
+@triton.jit
+def ones(x):
+    """How many bits of an int32 are 1."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 63
+
+
+@triton.jit(do_not_specialize=["N", "rows", "first", "P", "most", "chunk"])
+def list_kernel(
+    z_ptr, b_ptr, rows_ptr, word_ptr, total_ptr, taken_ptr, starts_ptr, counts_ptr, out_word_ptr,
+    logit_ptr, rows, first, P, room, most, chunk, stride_z, sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Gives the rows of a chunk places one after the other, and lists their words and logits there.
+
+    One row a program. A row with more than `most` words, or for which no places are left, gets
+    none: counts[row] is 0. word and total: as `sift_kernel` left them. taken: (chunks + 1,), places
+    that are taken when a chunk begins. out_word: (P,); logit: (S, P). ROWS is at least `rows`.
+    """
+    r = tl.program_id(0)
+    other = tl.arange(0, ROWS)
+    total = tl.load(total_ptr + other, mask=other < rows, other=0)
+    total = tl.where(total <= most, total, 0)
+    taken = tl.load(taken_ptr + chunk)
+    start = taken + tl.sum(tl.where(other < r, total, 0), 0)
+    count = tl.sum(tl.where(other == r, total, 0), 0)
+    count = tl.where(start + count <= P, count, 0)
+    row = tl.load(rows_ptr + first + r)
+    tl.store(starts_ptr + row, start)
+    tl.store(counts_ptr + row, count)
+    if r == 0:
+        tl.store(taken_ptr + chunk + 1, tl.minimum(taken + tl.sum(total, 0), P))
+    mine = word_ptr + r.to(tl.int64) * room
+    z_row = z_ptr + r.to(tl.int64) * stride_z
+    aug_row = z_ptr + (r + rows).to(tl.int64) * stride_z
+    for n in range(0, count, BLOCK_V):
+        at = n + tl.arange(0, BLOCK_V)
+        live = at < count
+        col = tl.load(mine + at, mask=live, other=0)
+        tl.store(out_word_ptr + start + at, col, mask=live)
+        z = logits(z_row + col, live, b_ptr, col, live, sharpness, softcap, HAS_BIAS, CAP)
+        tl.store(logit_ptr + start + at, z, mask=live)
+        if TWO:
+            z = logits(aug_row + col, live, b_ptr, col, live, sharpness, softcap, HAS_BIAS, CAP)
+            tl.store(logit_ptr + (P + start + at), z, mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "P"])
@@ -224,21 +256,31 @@ def flatten_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def d_hidden_kernel(
-    start_ptr, kept_ptr, word_ptr, dz_ptr, weight_ptr, out_ptr, out_aug_ptr, P, D, stride_w,
-    stride_w_d,
-    FULL: tl.constexpr, AUG: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, start_ptr, kept_ptr, word_ptr, dz_ptr, weight_ptr, more_ptr, more_aug_ptr, out_ptr,
+    out_aug_ptr, P, D, stride_w, stride_w_d,
+    SOME: tl.constexpr, FULL: tl.constexpr, AUG: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of states, dz @ weight, of rows with entries; grid (rows, blocks of features).
 
-    FULL writes `out`, AUG `out_aug`, (N, D) each; dz: (S, P) of the streams that these name.
+    FULL writes `out`, AUG `out_aug`, (N, D) each; dz: (S, P) of the streams that these name. With
+    SOME, they are of the rows that `rows` lists, and `more`, float32 by their places, is added.
     """
-    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64)
+    row = i
+    if SOME:
+        row = tl.load(rows_ptr + i)
     kept, start = tl.load(kept_ptr + row), tl.load(start_ptr + row)
-    if kept > 0:
+    if SOME or kept > 0:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_d, far = d < D, d.to(tl.int64)
         total = tl.zeros((BLOCK_D,), tl.float32)
         total_aug = total
+        if SOME:
+            if FULL:
+                total = tl.load(more_ptr + i * D + d, mask=in_d, other=0.0)
+            if AUG:
+                total_aug = tl.load(more_aug_ptr + i * D + d, mask=in_d, other=0.0)
         for n in range(0, kept, BLOCK_K):
             k = n + tl.arange(0, BLOCK_K)
             live = k < kept

@@ -16,7 +16,7 @@ import torch
 import triton
 
 from papo_kernels import certificate
-from papo_kernels.triton import gradients
+from papo_kernels.triton import columns, gradients, launch
 from papo_kernels.triton import list_kernels as kernels
 from papo_kernels.triton.launch import LAUNCHES
 
@@ -28,8 +28,8 @@ SPARSITY, ROW_SPARSITY = 64, 16
 MOST_WORDS, MOST_KEPT = 4096, 3000
 # Places are 32-bit numbers: so are those of the second stream, and of a chunk that has no room.
 MOST_PLACES = 2**30 - 2**24
-# Programs that list the words of one row.
-PARTS = 16
+# Words that a row may mark, over those that it may list: marks are made before the sums are known.
+MARKED = 2
 # exp(-NATS) of the budget is the least probability that is listed: 1e-7 at the default budget.
 NATS = 10.2
 
@@ -73,71 +73,96 @@ def parts(saved, n, streams):
 class Writer:
     """Makes the lists of a forward, chunk by chunk.
 
-    blocks: (chunk_rows, blocks) int32, how many words each row lists of each block of words: the
-    levels' kernel fills it.
+    The statistics' kernel marks the words that may be likely in `marks`, (chunk_rows, M) int32;
+    `write` comes after it, while the chunk's products are still at hand.
     """
 
     def __init__(self, call, operands, chunk_rows, saved):
         device, o = saved.device, operands
         self._call, self._operands = call, o
         self._lists = parts(saved, o.n, call.streams)
-        blocks = triton.cdiv(o.v, LAUNCHES["levels"]["BLOCK_V"])
-        self.blocks = torch.empty(chunk_rows, blocks, dtype=torch.int32, device=device)
+        self._lanes = LAUNCHES["stats"]["LANES"]
+        marks = triton.cdiv(o.v, 32 * self._lanes) * self._lanes
+        self.marks = torch.empty(chunk_rows, marks, dtype=torch.int32, device=device)
+        self._words = torch.empty(
+            chunk_rows, MARKED * most_words(o.v), dtype=torch.int32, device=device
+        )
         self._totals = torch.empty(chunk_rows, dtype=torch.int32, device=device)
-        self._taken = torch.zeros(1, dtype=torch.int32, device=device)
+        chunks = triton.cdiv(o.n, chunk_rows)
+        self._taken = torch.zeros(chunks + 1, dtype=torch.int32, device=device)
 
     def write(self, z, order, targets, first, part):
         """Lists of the rows that `order` has from `first` on, whose products are `z`."""
-        call, o, sizes, found = self._call, self._operands, LAUNCHES["list"], self._lists
-        (chunk_rows, blocks), count = self.blocks.shape, len(z) // call.streams
-        room = len(found.words)
-        kernels.prefix_kernel[(count,)](
-            self.blocks, self._totals, blocks, triton.next_power_of_2(blocks), **LAUNCHES["prefix"]
+        call, o, found = self._call, self._operands, self._lists
+        (chunk_rows, room), count = self._words.shape, len(z) // call.streams
+        head = 1 / call.head.temperature, call.head.softcap or 1.0
+        switches = dict(
+            TWO=call.streams == 2, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None
         )
-        kernels.place_kernel[(1,)](
-            self._totals, self._taken, order, found.starts, found.counts, count, first, room,
-            most_words(o.v), triton.next_power_of_2(chunk_rows), **LAUNCHES["place"],
+        kernels.sift_kernel[(count,)](
+            z, o.bias, part, order, targets, self.marks, self._words, self._totals, o.n, o.v, count,
+            first, self.marks.shape[1], room, z.stride(0),
+            least_log_prob(call.options.grad_budget), *head, LANES=self._lanes, **switches,
+            **LAUNCHES["sift"],
         )  # fmt: skip
-        # A long list takes as long as its words come one after the other: many programs share it.
-        at_once = sizes["BLOCK_V"] // LAUNCHES["levels"]["BLOCK_V"]
-        each_has = triton.cdiv(triton.cdiv(blocks, PARTS), at_once) * at_once
-        kernels.list_kernel[(count, triton.cdiv(blocks, each_has))](
-            z, o.bias, part, order, targets, self.blocks, found.starts, found.counts, found.words,
-            found.logits, o.n, o.v, count, first, room, blocks, z.stride(0),
-            least_log_prob(call.options.grad_budget), 1 / call.head.temperature,
-            call.head.softcap or 1.0, TWO=call.streams == 2, HAS_BIAS=o.has_bias,
-            CAP=call.head.softcap is not None, PART=each_has, BLOCKS=at_once, **sizes,
+        kernels.list_kernel[(count,)](
+            z, o.bias, order, self._words, self._totals, self._taken, found.starts, found.counts,
+            found.words, found.logits, count, first, len(found.words), room, most_words(o.v),
+            first // chunk_rows, z.stride(0), *head, ROWS=triton.next_power_of_2(chunk_rows),
+            **switches, **LAUNCHES["list"],
         )  # fmt: skip
 
 
-def add(run, at, beyond, budget, account, total):
-    """Adds the gradients of rows whose lists are enough.
+class Served:
+    """The rows whose lists are enough: their gradients, of states and of the weight.
 
-    run: a `words.Backward`. at: (R,) rows that count. beyond: `certificate.Beyond` of (N,), for
-    words that are not listed. account: `account.Account`. total: `words.GradientSum`, whose
-    gradients of states are 0.
-
-    Returns:
-        (N,) bool, on the device: which rows were served; and the number of the others in `at`.
+    good: (N,) bool, which rows they are. asked: `launch.Asked` of the numbers of entries, of long
+    lists, see `columns`, and of rows that count and are not served.
     """
-    entries = _Entries(run)
-    bounds, whole = account.shares(entries.differentiate(run), beyond)
-    spare = account.spare(bounds, whole, budget)
-    # The bounds hold where all likely words are listed. NaN is not >= 0.
-    good = (entries.lists.counts > 0) & (spare >= 0).all(0)
-    dropped = entries.drop(run, spare, good)
-    # A row with many words left is done faster together with others.
-    good &= entries.kept <= MOST_KEPT
-    entries.kept.masked_fill_(~good, 0)
-    kept, served = torch.stack([entries.kept.sum(), good[at].sum()]).tolist()
-    entries.add(run, kept, total)
-    if certificate.recording() and served:
-        worst = account.largest_share(bounds + dropped, whole)[at][good[at]].max().item()
-        certificate.record(served, kept / served, run.operands.v, worst)
-    return good, len(at) - served
+
+    def __init__(self, run, beyond, budget, account):
+        """run: `words.Backward`. beyond: `certificate.Beyond` of (N,), for unlisted words."""
+        self._run, self._entries = run, Entries(run)
+        bounds, whole = account.shares(self._entries.differentiate(run), beyond)
+        spare = account.spare(bounds, whole, budget)
+        # The bounds hold where all likely words are listed. NaN is not >= 0.
+        good = (self._entries.lists.counts > 0) & run.counts & (spare >= 0).all(0)
+        dropped, kept = self._entries.drop(run, spare, good), self._entries.kept
+        # A row with many words left is done faster together with others.
+        good &= kept <= MOST_KEPT
+        kept.masked_fill_(~good, 0)
+        self.good, self._long = good, kept > columns.LONG
+        numbers = kept.sum(), self._long.sum(), (run.counts & ~good).sum()
+        self.asked = launch.Asked(torch.stack(numbers))
+        if certificate.recording() and good.any():
+            worst = account.largest_share(bounds + dropped, whole)[good].max().item()
+            mean = kept[good].double().mean().item()
+            certificate.record(int(good.sum()), mean, run.operands.v, worst)
+
+    def add_short(self, total):
+        """Adds the gradients of states of rows with short lists.
+
+        total: `words.GradientSum`, whose gradients of states are 0.
+        """
+        kept = self._entries.kept.masked_fill(self._long, 0)
+        self._entries.add_states(self._run, total, kept)
+
+    def add_long(self, count, total):
+        """The same for long lists, and a part of the weight's; count: how many they are."""
+        kept = self._entries.kept
+        if count < columns.FEWEST_ROWS:
+            self._entries.add_states(self._run, total, kept.masked_fill(~self._long, 0))
+            return
+        at = (~self._long).to(torch.uint8).argsort(stable=True)[:count]
+        columns.add(self._run, self._entries, at, total)
+
+    def add_weight(self, count, total):
+        """Adds what the weight's gradient and the bias's still lack; count: of entries at first."""
+        if count and (total.weight is not None or total.bias is not None):
+            self._entries.add_weight(self._run, count, total)
 
 
-class _Entries:
+class Entries:
     """The words of all rows and their gradients; those of a row that stay come first."""
 
     def __init__(self, run):
@@ -175,29 +200,31 @@ class _Entries:
         )  # fmt: skip
         return dropped
 
-    def add(self, run, count, total):
-        """Adds the gradients of all operands; count: entries that stay."""
-        if not count:
-            return
-        self._add_states(run, total)
-        if total.weight is not None or total.bias is not None:
-            self._add_weight(run, count, total)
+    def add_states(self, run, total, kept, at=None, more=None):
+        """Writes the gradients of states; a row without entries keeps what it has.
 
-    def _add_states(self, run, total):
+        kept: (N,) int32, how many entries of each row count. at: (R,), for these rows alone, to
+        which (S R, D) float32 `more` is added.
+        """
         o, w, blocks = run.operands, run.wanted, LAUNCHES["d_hidden"]
         full, aug = total.hidden is not None and w.full, total.aug_hidden is not None and w.aug
         if not (full or aug) or not o.d:
             return
         dz = self.dz if full else self.dz[-1:]
         out, out_aug = (x if x is not None else self.dz for x in (total.hidden, total.aug_hidden))
-        kernels.d_hidden_kernel[(o.n, triton.cdiv(o.d, blocks["BLOCK_D"]))](
-            self.lists.starts, self.kept, self.words, dz, o.weight, out, out_aug, len(self.words),
-            o.d, *o.weight.stride(), FULL=full, AUG=aug, **blocks,
+        rows = o.n if at is None else len(at)
+        more, more_aug = (self.dz, self.dz) if at is None else (more, more[-rows:])
+        kernels.d_hidden_kernel[(rows, triton.cdiv(o.d, blocks["BLOCK_D"]))](
+            kept if at is None else at, self.lists.starts, kept, self.words, dz, o.weight, more,
+            more_aug, out, out_aug, len(self.words), o.d, *o.weight.stride(), SOME=at is not None,
+            FULL=full, AUG=aug, **blocks,
         )  # fmt: skip
 
-    def _add_weight(self, run, count, total):
+    def add_weight(self, run, count, total):
+        """Adds the gradients of weight and bias; count: at least as many as entries stay."""
         o, w, device = run.operands, run.wanted, self.words.device
-        words, rows = torch.empty(2, count, dtype=torch.int32, device=device)
+        # Places that stay empty are of no word.
+        words, rows = torch.full((2, count), o.v, dtype=torch.int32, device=device)
         dz = self.dz.new_empty(len(self.dz), count)
         starts = self.kept.cumsum(0) - self.kept
         kernels.flatten_kernel[(o.n,)](
@@ -208,7 +235,7 @@ class _Entries:
         words, by_word = words.sort(stable=True)
         rows, dz = rows[by_word], dz[:, by_word]
         every = torch.arange(o.v + 1, dtype=torch.int32, device=device)
-        starts = torch.searchsorted(words, every, out_int32=True)
+        starts = torch.searchsorted(words, every, out_int32=True)  # the last is of empty places
         longest_first = starts.diff().argsort(descending=True, stable=True)
         blocks, aug = LAUNCHES["d_weight"], o.full if o.aug is None else o.aug
         features = triton.cdiv(o.d, blocks["BLOCK_D"]) if total.weight is not None else 0

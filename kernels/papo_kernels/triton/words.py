@@ -25,11 +25,12 @@ class Backward:
     upstream: Upstream  # (N,) each
     up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
     wanted: Wanted
-    count: int  # rows that count
+    counts: torch.Tensor  # (N,) bool: rows that count
 
     @property
     def tiles(self):
-        return triton.cdiv(self.count, launch.TILE)
+        """Of all rows, so that the device need not be asked how many count."""
+        return triton.cdiv(self.operands.n, launch.TILE)
 
     @functools.cached_property
     def switches(self):
