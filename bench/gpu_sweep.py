@@ -11,7 +11,7 @@ from states import synthetic
 from ways import OURS, Case
 
 from papo_kernels import rows
-from papo_kernels.triton import backward, launch, lists
+from papo_kernels.triton import backward, columns, launch, lists
 
 
 def _sizes(*names):
@@ -24,7 +24,7 @@ _add = _sizes("BLOCK_N", "BLOCK_D", "num_warps")
 _entries = _sizes("BLOCK_K", "BLOCK_D", "num_warps")
 # Of each kernel: which time it is judged by, and what is tried beside what it has.
 CANDIDATES = {
-    "stats": ("forward", [_stats(2, 1024, 8), _stats(4, 512, 4), _stats(8, 512, 4),
+    "stats": ("forward", [_stats(2, 1024, 8), _stats(4, 1024, 8), _stats(8, 512, 4),
                           _stats(4, 2048, 16), _stats(1, 1024, 8)]),
     "levels": ("forward", [_block(16, 128, 4), _block(8, 256, 4), _block(16, 64, 2),
                            _block(32, 128, 8)]),
@@ -53,7 +53,8 @@ CONSTANTS = [
     Constant(backward, "GATHERED_ELEMENTS", "sparse", (1 << 24, 1 << 26)),
     Constant(lists, "NATS", "both", (9.2, 8.2)),
     Constant(lists, "MOST_KEPT", "sparse", (1500, 2000)),
-    Constant(lists, "PARTS", "forward", (8, 32)),
+    Constant(columns, "LONG", "sparse", (64, 512)),
+    Constant(columns, "WORDS", "sparse", (4096, 16384)),
     Constant(backward, "ASSUMED_TIGHTNESS", "sparse", (1.0, 1 / 16, 1 / 64)),
 ]
 
