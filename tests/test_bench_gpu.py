@@ -199,19 +199,36 @@ def test_an_unknown_section_is_refused(tmp_path):
     assert "--only sweeep: expected some of first,main,real" in done.stderr
 
 
-@pytest.mark.slow
-def test_all_of_it_runs_interpreted(tmp_path, small_carried):
-    done = start(tmp_path, "--device", "cpu", "--seconds", "1500", "--carried", str(small_carried))
+def interpreted(folder, carried, names, *more):
+    """What a run of these sections leaves behind and prints."""
+    words = ("--device", "cpu", "--seconds", "1500", "--carried", str(carried), *more)
+    done = start(folder, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert [(s["name"], s["ended"]) for s in saved["sections"]] == [
-        (name, "done") for name in gpu.SECTIONS
-    ]
+    saved = json.loads((folder / "gpu.json").read_text())
+    assert [(s["name"], s["ended"]) for s in saved["sections"]] == [(n, "done") for n in names]
+    assert gpu_table.failed(saved) == []
+    assert "out of time" not in {x["reason"] for x in saved["left_out"]}
+    return saved, done.stdout
+
+
+@pytest.mark.slow
+def test_real_states_are_timed_profiled_and_checked_interpreted(tmp_path, small_carried):
+    saved, _ = interpreted(tmp_path, small_carried, ["real"], "--only", "real")
+    name = "smollm2-0.6-wide"
+    timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
+    assert timed >= {(name, way) for way in (ways.OURS, ways.FLOOR, "backward alone")}
+    assert [c["failed"] for c in saved["checks"]] == [[]] * len(saved["checks"]) != []
+    assert {p["what"].split(":")[-1].strip() for p in saved["profiles"]} == {"forward", "backward"}
+    assert name in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_all_of_it_runs_interpreted(tmp_path, small_carried):
+    saved, printed = interpreted(tmp_path, small_carried, gpu.SECTIONS)
     checked = {c["what"] for c in saved["checks"]}
     assert {f"{case}, float32" for case in gpu_check.CASES} <= checked
     assert {"NaN in other rows, float16", "odd sizes, ignored rows, bfloat16"} <= checked
-    assert gpu_table.failed(saved) == []
-    assert "out of time" not in {x["reason"] for x in saved["left_out"]}
     names = ("synthetic-0.6", "smollm2-0.6-wide")
     timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
     assert timed >= {(s, w) for s in names for w in (ways.OURS, ways.FLOOR, "backward alone")}
@@ -222,7 +239,7 @@ def test_all_of_it_runs_interpreted(tmp_path, small_carried):
     assert all(s["failure"] == "" for s in saved["sweep"])
     assert {s["what"] for s in saved["sweep"]} >= {*gpu_sweep.CANDIDATES, "TILE", "GROUP_ROWS"}
     written = (tmp_path / "table.md").read_text()
-    assert "| / six matmuls |" in written and written in done.stdout
+    assert "| / six matmuls |" in written and written in printed
     if not saved["winners"]:  # which noise decides here
         return
     pasted = written.split("```python\n")[1].split("```")[0]

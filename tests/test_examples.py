@@ -116,6 +116,22 @@ def one_step(tmp_path):
     return options, check
 
 
+def test_torchrun_is_given_the_trainer_and_its_options(tmp_path):
+    """By a program that prints what it is asked; torchrun itself runs for SLURM below."""
+    from torch.distributed.run import get_args_parser
+
+    program = tmp_path / "python"
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    asked = run(EXAMPLES / "torchrun.sh", "--train.steps", 1, PYTHON=str(program)).splitlines()
+    assert asked[:2] == ["-m", "torch.distributed.run"]
+    args = get_args_parser().parse_args(asked[2:])
+    assert args.standalone and args.nproc_per_node == "2"  # as the command above it says
+    assert args.module and args.training_script == "papo_fast"
+    assert args.training_script_args == ["train", "tiny", "--train.steps", "1", "--resume"]
+
+
+@pytest.mark.exhaustive
 def test_torchrun_starts_the_trainer(one_step):
     options, check = one_step
     run(EXAMPLES / "torchrun.sh", *options, NPROC="1")

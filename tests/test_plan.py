@@ -76,7 +76,11 @@ def warm():
 @pytest.mark.parametrize(
     ("case", "model"),
     [
-        (Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3, prompts=2, together=1), {}),
+        pytest.param(  # the options below are measured of such a model, too
+            Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3, prompts=2, together=1),
+            {},
+            marks=pytest.mark.exhaustive,
+        ),
         (
             Case("qwen3_vl", 256, 1024, 6, 2000, 192, 3, prompts=2, together=1),
             {"gradient_checkpointing": True},

@@ -281,8 +281,19 @@ def test_a_home_that_nobody_can_write_to(config):
 # --- what stops a run, and what stays -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-@pytest.mark.parametrize("where", ["evaluation", "step", "checkpoint"])
+# One handler takes both signals: each place by one of them, and one place by both.
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("evaluation", signal.SIGINT),
+        ("step", signal.SIGINT),
+        ("step", signal.SIGTERM),
+        ("checkpoint", signal.SIGTERM),
+        pytest.param("evaluation", signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param("checkpoint", signal.SIGINT, marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_a_signal_keeps_the_last_step_wherever_it_comes(
     config, questions, monkeypatch, number, where
 ):

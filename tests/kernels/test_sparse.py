@@ -32,8 +32,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
 
 
-@pytest.mark.parametrize("sharpness", SHARPNESS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# bfloat16 where rows are neither the flattest nor the most confident; an interpreter has none.
+@pytest.mark.parametrize(
+    ("sharpness", "dtype"),
+    [
+        *((sharpness, torch.float32) for sharpness in SHARPNESS),
+        *(
+            pytest.param(
+                s, torch.bfloat16, marks=[pytest.mark.exhaustive] * (s != 30 or FAST == "triton")
+            )
+            for s in SHARPNESS
+        ),
+    ],
+)
 def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
     case = policy_case(ROWS, WORDS, sharpness=sharpness, dtype=dtype)
     oracle = Oracle(case)
