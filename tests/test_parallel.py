@@ -53,13 +53,17 @@ def job(tmp_path_factory):
 
     @functools.cache
     def run(ranks, name, resume=None, weights="", goal=config.objective, **parallel):
+        of_layouts = (
+            ranks > 1 and not weights
+        )  # tests of other objectives look at the weights alone
         goal = dataclasses.replace(goal, token_weights=weights)
         layout = ParallelConfig(**parallel)
         job = {
             "config": dataclasses.replace(config, objective=goal, parallel=layout),
             "bans": encoder.banned_token_ids,
             "groups": groups_of(goal),
-            "checkpoint": ranks > 1,
+            "checkpoint": of_layouts,
+            "nan": of_layouts,
             "resume": resume and str(folder / resume),
         }
         torch.save(job, folder / f"{name}.pt")

@@ -80,7 +80,7 @@ def test_default_budget_with_a_head(head):
 
 @pytest.mark.parametrize("output", ["kl_prcp", "kl_reverse"])
 def test_close_policies_keep_their_perception_gradient(output):
-    case = policy_case(128, WORDS, sharpness=36.0, distance=3e-3)
+    case = policy_case(ROWS, WORDS, sharpness=36.0, distance=3e-3)
     kl = Oracle(case).kl.mean().item()
     print(f"  mean KL {kl:.1e}")
     assert kl < 1e-3
@@ -163,9 +163,9 @@ def test_rows_without_upstream_gradient_cost_nothing():
 
 def test_a_confident_call_stays_right():
     """All rows near certainty: budgets are shares of gradients that are themselves tiny."""
-    case = policy_case(128, 3001, sharpness=60.0)
+    case = policy_case(ROWS, 3001, sharpness=60.0)
     print(f"  entropy {Oracle(case).entropy.mean():.1e}")
-    for outputs in MIXES:
+    for outputs in [MIXES[0], OUTPUTS] if FAST == "triton" else MIXES:
         upstream = random_upstream(case, outputs)
         exact = Oracle(case).gradients(upstream)
         got = case.gradients(token_stats, upstream, backend=FAST)
