@@ -369,14 +369,19 @@ def test_the_plan_counts_the_prompt_passes_of_the_engine(sizes, engine, monkeypa
     assert again == config.rollout.group_size * once
 
 
-def test_planning_does_not_import_vllm():
+def test_planning_does_not_import_vllm_nor_engines_the_doctor():
     code = (
         "import sys, papo_fast.planning.command, papo_fast.rollout.engines as e\n"
         "[e.engine_class(name).prompt_passes(5) for name in sys.argv[1:]]\n"
-        "assert 'vllm' not in sys.modules"
+        "assert 'vllm' not in sys.modules\n"
+        "import papo_fast.rollout.vllm_requests as r\n"
+        "try: r.require_vllm()\n"
+        "except r.InputError as error: print(error)\n"
+        "assert 'papo_fast.doctor' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, *ENGINES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not done.stdout or "pip install -c constraints/" in done.stdout
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):
