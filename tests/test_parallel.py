@@ -113,7 +113,11 @@ def test_ranks_weigh_tokens_as_one_process_does(job):
         assert a["token_weight"] == pytest.approx(b["token_weight"], rel=1e-5)
 
 
-@pytest.mark.parametrize("robustness", [0.0, 0.5], ids=["one view", "two views"])
+@pytest.mark.parametrize(
+    "robustness",
+    [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.5],
+    ids=["one view", "two views"],
+)
 def test_ranks_run_views_without_pictures_as_one_process_does(job, robustness):
     """A stream in which no rank has a picture, and one beside it that has."""
     _, (usual, *_), run = job

@@ -85,9 +85,10 @@ def warm():
             Case("qwen3_vl", 256, 1024, 6, 2000, 192, 3, prompts=2, together=1),
             {"gradient_checkpointing": True},
         ),
-        (
+        pytest.param(
             Case("qwen2_5_vl", 512, 1024, 3, 3000, 128, 2, response=60, prompts=2),
             {"lora_rank": 8, "train_vision": False},
+            marks=pytest.mark.exhaustive,
         ),
     ],
     ids=["Qwen2.5-VL", "Qwen3-VL, checkpointing", "Qwen2.5-VL, LoRA, frozen vision tower"],

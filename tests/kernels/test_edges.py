@@ -80,6 +80,7 @@ def test_compilers_are_told_the_strides_of_gradients(layout, dtype, keep_levels)
 
 @torch_alone
 @pytest.mark.slow
+@pytest.mark.exhaustive  # half a minute of compiling: what it relies on is shown above
 @pytest.mark.skipif(library._library() is None, reason="Inductor needs a C++ compiler")
 # Its cache knows operators by name: a graph that another version of them made might be found.
 @torch._inductor.config.patch(force_disable_caches=True)
