@@ -514,7 +514,7 @@ def test_threads_data_steps_and_a_missing_config_are_refused_with_a_reason(confi
 
 def test_a_finished_run_is_left_as_it_is(config):
     config, said = with_train(config, checkpoint_every=0), io.StringIO()
-    folder, _, _ = run(config)  # without a checkpoint
+    folder, _, _ = run(config, report=True)  # without a checkpoint
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     train(config, Console(file=said, width=500))
     assert "is finished after 2 steps: nothing is left to do" in said.getvalue()
