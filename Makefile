@@ -25,7 +25,7 @@ TESTS       := $(VENV)/.installed-tests-$(MACHINE)
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check lint types test bench clean
+.PHONY: help setup train check lint types test test-all bench clean
 
 help:
 	@echo 'make setup    create .venv and install from $(CONSTRAINTS)'
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint     check style with ruff'
 	@echo 'make types    check the types of the public surface with mypy'
 	@echo 'make test     run the tests                             [ARGS="-k masks -x"]'
+	@echo 'make test-all run them with more values, families and seeds'
 	@echo 'make bench    check and time the kernels beside others  [SIZE=quick|full ARGS=...]'
 	@echo 'make clean    remove .venv, builds and caches; runs/ stays'
 	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with'
@@ -45,7 +46,7 @@ train: $(if $(filter vllm%,$(ENGINE)),$(VLLM),$(STAMP))
 
 # Before every commit.
 check: lint types
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m 'not slow' $(FAST) $(ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m 'not slow and not exhaustive' $(FAST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,9 +55,16 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# loadgroup: tests that share a vLLM engine run in one process.
+# loadgroup: tests that share a vLLM engine run in one process. Which tests are left out stands in
+# the environment, so that the tests which start pytest themselves, in Triton's interpreter, know it.
+RUN_TESTS = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
 test: $(TESTS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS -m 'not exhaustive'" $(RUN_TESTS)
+
+# Checks of `make test` that are repeated with more values, families and seeds are here alone.
+test-all: $(TESTS)
+	$(RUN_TESTS)
 
 # Nothing is timed while a test of what is timed is red.
 bench: $(BENCH)

@@ -6,6 +6,7 @@ No GPU is touched and no weights are read: tests/data/configs holds the models' 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from papo_fast.config_checks import steps_of_epochs
@@ -34,12 +35,21 @@ CARDS = (
 )
 
 
+def config_of(file: str) -> Path:
+    return ROOT / f"tests/data/configs/{file}.json"
+
+
+@functools.cache
+def sizes_of(preset: str, file: str) -> ModelSizes:
+    return ModelSizes.of(dataclasses.replace(get_preset(preset).model, path=str(config_of(file))))
+
+
 def row(preset: str, file: str, name: str, card: str, gpus: int) -> tuple[str, str | None]:
     """A line of the table, and the command without the data, where it fits."""
     config, gpu = get_preset(preset), GPUS[card]
-    here = dataclasses.replace(config.model, path=str(ROOT / f"tests/data/configs/{file}.json"))
+    here = dataclasses.replace(config.model, path=str(config_of(file)))
     resolved = dataclasses.replace(config, model=here, objective=config.objective.resolved())
-    sizes, lengths, layout = ModelSizes.of(here), Lengths(), Layout(gpus, gpu.memory)
+    sizes, lengths, layout = sizes_of(preset, file), Lengths(), Layout(gpus, gpu.memory)
     found = remedy(resolved, sizes, lengths, layout)
     start = f"| {name.partition('/')[2].rpartition('-')[0]} | {gpus} x {card} "
     if found is None:

@@ -199,19 +199,35 @@ def test_an_unknown_section_is_refused(tmp_path):
     assert "--only sweeep: expected some of first,main,real" in done.stderr
 
 
-@pytest.mark.slow
-def test_all_of_it_runs_interpreted(tmp_path, small_carried):
-    done = start(tmp_path, "--device", "cpu", "--seconds", "1500", "--carried", str(small_carried))
+def interpreted(folder, carried, names, *more):
+    """What a run of these sections leaves behind and prints."""
+    words = ("--device", "cpu", "--seconds", "1500", "--carried", str(carried), *more)
+    done = start(folder, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert [(s["name"], s["ended"]) for s in saved["sections"]] == [
-        (name, "done") for name in gpu.SECTIONS
-    ]
+    saved = json.loads((folder / "gpu.json").read_text())
+    assert [(s["name"], s["ended"]) for s in saved["sections"]] == [(n, "done") for n in names]
+    assert gpu_table.failed(saved) == []
+    assert "out of time" not in {x["reason"] for x in saved["left_out"]}
+    return saved, done.stdout
+
+
+@pytest.mark.slow
+def test_a_section_runs_interpreted(tmp_path, small_carried):
+    saved, printed = interpreted(tmp_path, small_carried, ["shapes"], "--only", "shapes")
+    timed = {r["way"] for r in saved["times"] if r["seconds"] > 0}
+    assert timed >= {ways.OURS, ways.FLOOR, "backward alone"}
+    ours = [r for r in saved["times"] if r["way"] == ways.OURS]
+    assert all(0 < r["kept"] <= 1 and r["rows"] == r["N"] for r in ours)
+    assert (tmp_path / "table.md").read_text() in printed
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_all_of_it_runs_interpreted(tmp_path, small_carried):
+    saved, printed = interpreted(tmp_path, small_carried, gpu.SECTIONS)
     checked = {c["what"] for c in saved["checks"]}
     assert {f"{case}, float32" for case in gpu_check.CASES} <= checked
     assert {"NaN in other rows, float16", "odd sizes, ignored rows, bfloat16"} <= checked
-    assert gpu_table.failed(saved) == []
-    assert "out of time" not in {x["reason"] for x in saved["left_out"]}
     names = ("synthetic-0.6", "smollm2-0.6-wide")
     timed = {(r["states"], r["way"]) for r in saved["times"] if r["seconds"] > 0}
     assert timed >= {(s, w) for s in names for w in (ways.OURS, ways.FLOOR, "backward alone")}
@@ -222,7 +238,7 @@ def test_all_of_it_runs_interpreted(tmp_path, small_carried):
     assert all(s["failure"] == "" for s in saved["sweep"])
     assert {s["what"] for s in saved["sweep"]} >= {*gpu_sweep.CANDIDATES, "TILE", "GROUP_ROWS"}
     written = (tmp_path / "table.md").read_text()
-    assert "| / six matmuls |" in written and written in done.stdout
+    assert "| / six matmuls |" in written and written in printed
     if not saved["winners"]:  # which noise decides here
         return
     pasted = written.split("```python\n")[1].split("```")[0]

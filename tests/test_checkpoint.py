@@ -58,14 +58,19 @@ def child():
         process.join()
 
 
-def test_a_run_killed_at_ten_random_moments_ends_with_the_same_metrics(config, child, tmp_path):
-    config = resumable(config, steps=20)
+@pytest.mark.parametrize(
+    ("most", "steps"), [(3, 8), pytest.param(10, 20, marks=pytest.mark.exhaustive)]
+)
+def test_a_run_killed_at_random_moments_ends_with_the_same_metrics(
+    config, child, tmp_path, most, steps
+):
+    config = resumable(config, steps=steps)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"), resume=False)
     started = time.perf_counter()
     _, rows, summary = run(whole)
     duration = time.perf_counter() - started
     draw, kills, reached = random.Random(), 0, []
-    while kills < 10:
+    while kills < most:
         process = child(config)
         process.join(draw.uniform(0.02, 0.3) * duration)
         if process.exitcode is not None:
@@ -76,13 +81,13 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_metrics(config, c
         kills += 1
         path = tmp_path / "a" / "run" / "metrics.jsonl"
         reached.append(len(path.read_text().splitlines()) if path.exists() else 0)
-    print(f"killed {kills} times, after {reached} of 20 steps")
+    print(f"killed {kills} times, after {reached} of {steps} steps")
     folder, resumed, resumed_summary = run(config)
     assert resumed == rows
     for name in ("accuracy_before", "accuracy_after", "steps", "reward_timeouts"):
         assert resumed_summary[name] == summary[name]
     ours, theirs = (
-        torch.load(p / "checkpoints" / "step-20" / "state.pt", weights_only=True)["rng"]
+        torch.load(p / "checkpoints" / f"step-{steps}" / "state.pt", weights_only=True)["rng"]
         for p in (folder, tmp_path / "whole" / "run")
     )
     assert torch.equal(ours, theirs)

@@ -116,6 +116,22 @@ def one_step(tmp_path):
     return options, check
 
 
+def test_torchrun_is_given_the_trainer_and_its_options(tmp_path):
+    """By a program that prints what it is asked; torchrun itself runs in test_faults.py."""
+    from torch.distributed.run import get_args_parser
+
+    program = tmp_path / "python"
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    asked = run(EXAMPLES / "torchrun.sh", "--train.steps", 1, PYTHON=str(program)).splitlines()
+    assert asked[:2] == ["-m", "torch.distributed.run"]
+    args = get_args_parser().parse_args(asked[2:])
+    assert args.standalone and args.nproc_per_node == "2"  # as the command above it says
+    assert args.module and args.training_script == "papo_fast"
+    assert args.training_script_args == ["train", "tiny", "--train.steps", "1", "--resume"]
+
+
+@pytest.mark.exhaustive
 def test_torchrun_starts_the_trainer(one_step):
     options, check = one_step
     run(EXAMPLES / "torchrun.sh", *options, NPROC="1")
@@ -135,11 +151,11 @@ exit "${status:-0}"
 }
 
 
-def test_slurm_starts_the_trainer_on_two_nodes(one_step, tmp_path):
-    options, check = one_step
-    programs = tmp_path / "bin"
+def run_slurm(folder, options, **programs_too):
+    """What a job of two nodes prints that is sent with these options."""
+    programs = folder / "bin"
     programs.mkdir()
-    for name, text in SLURM.items():
+    for name, text in (SLURM | programs_too).items():
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     environment = {
@@ -153,5 +169,25 @@ def test_slurm_starts_the_trainer_on_two_nodes(one_step, tmp_path):
     # the job's own command, without the options of sbatch and of the user's model
     script = ["bash", "examples/slurm.sbatch", "papo-g-7b"]
     assert " ".join(script[1:]) in command_above(EXAMPLES / "slurm.sbatch")
-    run_words([*script, *options, "--model.dtype", "float32"], environment)
+    return run_words([*script, *options], environment)
+
+
+def test_slurm_gives_torchrun_two_nodes_and_the_trainer(tmp_path):
+    from torch.distributed.run import get_args_parser
+
+    said = run_slurm(tmp_path, ["--train.steps", "1"], torchrun='echo "torchrun $*"')
+    asked = [line.split()[1:] for line in said.splitlines() if line.startswith("torchrun ")]
+    assert len(asked) == 2 and asked[0] == asked[1]
+    args = get_args_parser().parse_args(asked[0])
+    assert args.nnodes == "2" and args.nproc_per_node == "1"
+    assert args.rdzv_backend == "c10d" and args.rdzv_endpoint.startswith("localhost:")
+    assert args.module and args.training_script == "papo_fast"
+    words = args.training_script_args
+    assert words[:2] == ["train", "papo-g-7b"] and {"--train.steps", "--resume"} <= set(words)
+
+
+@pytest.mark.exhaustive  # test_faults.py has a run of two ranks that torchrun starts
+def test_slurm_starts_the_trainer_on_two_nodes(one_step, tmp_path):
+    options, check = one_step
+    run_slurm(tmp_path, [*options, "--model.dtype", "float32"])
     assert check()["replicas"] == 2

@@ -89,7 +89,11 @@ def main_of_this_process(command):
     return main(command)
 
 
-@pytest.mark.parametrize("frozen", [{"lora_rank": 4}, {"train_vision": False}], ids=str)
+@pytest.mark.parametrize(
+    "frozen",
+    [{"lora_rank": 4}, pytest.param({"train_vision": False}, marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 def test_checkpoints_hold_what_is_trained_and_resume_exactly(
     checkpoints,
     questions,

@@ -26,7 +26,10 @@ pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("qwen2_5_vl", marks=pytest.mark.exhaustive), "qwen3_vl"],
+)
 def setup(request, tmp_path_factory):
     """Checkpoint, encoder, its plain policy, and a batch with a picture and one without."""
     path = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)

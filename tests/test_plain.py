@@ -33,6 +33,15 @@ from support.small_runs import both_streams, png, run, small
 
 DATA = DataConfig(min_pixels=56 * 56, max_pixels=112 * 112, prompt_suffix="", max_prompt_length=512)
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
+# One of each way to lay out pictures. They are trained as PAPO; the other families, which share
+# their code, by the command, so that `make test` trains each once and `make test-all` in both ways.
+KINDS = ("gemma3", "internvl", "smolvlm", "qwen3_5_moe", "glm4v")
+
+
+def often(names):
+    """All families, of which `make test` runs these."""
+    rare = [pytest.mark.slow, pytest.mark.exhaustive]
+    return [pytest.param(n, marks=rare if n not in names else pytest.mark.slow) for n in PLAIN]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +141,7 @@ def assert_same_gradients(ours, theirs, most=1e-5):
         assert worst < most, (name, worst)
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", often(KINDS))
 def test_gradients_of_a_batch_are_those_of_one_sequence_after_the_other(name, tiny, questions):
     encoder, policy = loaded(tiny(name), "plain")
     groups = groups_of(encoder, questions)
@@ -168,7 +177,7 @@ def command(path, data, out, *more):
     ]
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", often([n for n in PLAIN if n not in KINDS]))
 def test_the_command_trains_every_family(name, tiny, with_pictures, tmp_path):
     assert main(command(tiny(name), with_pictures, tmp_path)) == 0
     [metrics] = tmp_path.glob("*/metrics.jsonl")
@@ -178,7 +187,7 @@ def test_the_command_trains_every_family(name, tiny, with_pictures, tmp_path):
     assert all(row["sampler_mismatch"] < 1e-4 for row in rows)
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", often(KINDS))
 def test_papo_trains_each_family_and_its_model_is_read_back(name, tiny, questions, tmp_path):
     config = small(both_streams(get_preset("papo-g-7b")), tiny(name), questions, tmp_path)
     config = dataclasses.replace(config, eval=EvalConfig(samples=1, limit=3))

@@ -76,14 +76,19 @@ def warm():
 @pytest.mark.parametrize(
     ("case", "model"),
     [
-        (Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3, prompts=2, together=1), {}),
+        pytest.param(  # the options below are measured of such a model, too
+            Case("qwen2_5_vl", 384, 1536, 4, 4000, 192, 3, prompts=2, together=1),
+            {},
+            marks=pytest.mark.exhaustive,
+        ),
         (
             Case("qwen3_vl", 256, 1024, 6, 2000, 192, 3, prompts=2, together=1),
             {"gradient_checkpointing": True},
         ),
-        (
+        pytest.param(
             Case("qwen2_5_vl", 512, 1024, 3, 3000, 128, 2, response=60, prompts=2),
             {"lora_rank": 8, "train_vision": False},
+            marks=pytest.mark.exhaustive,
         ),
     ],
     ids=["Qwen2.5-VL", "Qwen3-VL, checkpointing", "Qwen2.5-VL, LoRA, frozen vision tower"],
@@ -365,14 +370,19 @@ def test_the_plan_counts_the_prompt_passes_of_the_engine(sizes, engine, monkeypa
     assert again == config.rollout.group_size * once
 
 
-def test_planning_does_not_import_vllm():
+def test_planning_does_not_import_vllm_nor_engines_the_doctor():
     code = (
         "import sys, papo_fast.planning.command, papo_fast.rollout.engines as e\n"
         "[e.engine_class(name).prompt_passes(5) for name in sys.argv[1:]]\n"
-        "assert 'vllm' not in sys.modules"
+        "assert 'vllm' not in sys.modules\n"
+        "import papo_fast.rollout.vllm_requests as r\n"
+        "try: r.require_vllm()\n"
+        "except r.InputError as error: print(error)\n"
+        "assert 'papo_fast.doctor' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, *ENGINES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not done.stdout or "pip install -c constraints/" in done.stdout
 
 
 def test_the_command_prints_a_plan(capsys, monkeypatch):

@@ -256,10 +256,13 @@ def command_of(config):
     return [sys.executable, "-m", "papo_fast", "train", "grpo", *options]
 
 
-def test_a_closed_stdout_is_no_error(config, questions):
+def test_a_closed_stdout_and_a_home_that_nobody_can_write_to_are_no_error(config, questions):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=str(questions)))
+    environment = {**os.environ, "HOME": "/dev/null"}
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
+        environment.pop(name, None)
     process = subprocess.Popen(
-        command_of(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+        command_of(config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
     process.stdout.close()
     errors = process.stderr.read().decode()
@@ -269,20 +272,22 @@ def test_a_closed_stdout_is_no_error(config, questions):
     assert (folder / "summary.json").exists() and steps_of(folder) == [1, 2]
 
 
-def test_a_home_that_nobody_can_write_to(config):
-    environment = {**os.environ, "HOME": "/dev/null"}
-    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
-        environment.pop(name, None)
-    done = subprocess.run(command_of(config), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (Path(config.out) / "run" / "summary.json").exists()
-
-
 # --- what stops a run, and what stays -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-@pytest.mark.parametrize("where", ["evaluation", "step", "checkpoint"])
+# One handler takes both signals: each place by one of them, and one place by both.
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("evaluation", signal.SIGINT),
+        ("step", signal.SIGINT),
+        ("step", signal.SIGTERM),
+        ("checkpoint", signal.SIGTERM),
+        pytest.param("evaluation", signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param("checkpoint", signal.SIGINT, marks=pytest.mark.exhaustive),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
 def test_a_signal_keeps_the_last_step_wherever_it_comes(
     config, questions, monkeypatch, number, where
 ):
@@ -509,7 +514,7 @@ def test_threads_data_steps_and_a_missing_config_are_refused_with_a_reason(confi
 
 def test_a_finished_run_is_left_as_it_is(config):
     config, said = with_train(config, checkpoint_every=0), io.StringIO()
-    folder, _, _ = run(config)  # without a checkpoint
+    folder, _, _ = run(config, report=True)  # without a checkpoint
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     train(config, Console(file=said, width=500))
     assert "is finished after 2 steps: nothing is left to do" in said.getvalue()

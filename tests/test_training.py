@@ -27,7 +27,7 @@ def test_two_steps_change_the_model_and_leave_a_loadable_one(
     family, checkpoints, questions, tmp_path
 ):
     config = small(every_term(), checkpoints[family], questions, tmp_path / "runs")
-    folder, rows, summary = run(config)
+    folder, rows, summary = run(config, report=True)
     assert [r["step"] for r in rows] == [1, 2] and summary["steps"] == 2
     for row in rows:
         # every term of the objective is there and is a number

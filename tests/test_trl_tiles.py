@@ -10,7 +10,11 @@ from support.trl_runs import TERMS, build  # first: it asks for TRL
 from papo_fast.digits.task import write_questions
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-TILED = ("gemma3", "internvl", "idefics3", "glm4v", "qwen3_5")
+RARE = pytest.mark.exhaustive
+TILED = (
+    "gemma3", "idefics3", "glm4v",
+    *(pytest.param(name, marks=RARE) for name in ("internvl", "qwen3_5")),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ engine.close()
 
 
 @needs_vllm
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_the_other_families_agree_too(family, tmp_path):
     """In a process of its own, since an engine is already in this one."""

@@ -19,6 +19,20 @@ FAST = BACKENDS[-1]
 GRADS = ("hidden", "aug_hidden", "weight", "bias")
 
 
+def interpreted(few, values):
+    """Parameters: `values`, of which an interpreter, which takes long, gets `few` in `make test`.
+
+    It gets the others in `make test-all`. In dtypes there is little to see: it computes in float32.
+    """
+    import pytest  # not at the top: GPUs' checks use this module where pytest is not installed
+
+    rare = [] if FAST != "triton" else [v for v in values if v not in few]
+    return [pytest.param(v, marks=pytest.mark.exhaustive) if v in rare else v for v in values]
+
+
+FLOAT32 = [torch.float32]
+
+
 @dataclass
 class Case:
     """Operands of one call: hidden, aug_hidden (N, D); weight (V, D); bias (V,); targets (N,)."""

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -102,8 +103,21 @@ def test_a_whole_file_that_does_not_load_here_is_made_anew(sources, cache, tmp_p
 
 
 def test_processes_that_build_at_once_all_get_it(sources, cache):
-    processes = [in_another_process(sources) for _ in range(3)]
-    assert [answer_of(p) for p in processes] == [42] * 3
+    # forks: three that import torch first build one after the other
+    fork = multiprocessing.get_context("fork")
+    start, answers = fork.Barrier(3), fork.SimpleQueue()
+
+    def build_it():
+        start.wait()
+        answers.put(build.library(sources, FLAGS).answer())
+
+    processes = [fork.Process(target=build_it) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0] * 3
+    assert [answers.get() for _ in processes] == [42] * 3
     kept(cache)  # one file, and nothing that they left behind
 
 

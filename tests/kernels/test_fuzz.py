@@ -11,8 +11,11 @@ from papo_kernels import record_certificates, token_stats
 N = V = 1024
 
 
-def test_random_calls_are_right_and_drop_no_more_than_they_may():
-    assert kernel_fuzz.fuzz(range(100)) == []
+@pytest.mark.parametrize(
+    "seeds", [range(40), pytest.param(range(40, 400), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_random_calls_are_right_and_drop_no_more_than_they_may(seeds):
+    assert kernel_fuzz.fuzz(seeds) == []
 
 
 def attack(logits, upstream, aug=None, softcap=None):

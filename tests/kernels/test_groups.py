@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from kernel_oracle import FAST, GRADS, OUTPUTS, Oracle, check, gradient_error, policy_case
+from kernel_oracle import (
+    FAST,
+    GRADS,
+    OUTPUTS,
+    Oracle,
+    check,
+    gradient_error,
+    interpreted,
+    policy_case,
+)
 from kernel_oracle import random_upstream as random_upstream_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,7 +73,7 @@ def test_rows_that_end_up_dense_keep_what_they_got(case, monkeypatch):
     check(wrong, dict.fromkeys(GRADS, 1e-3))
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("output", interpreted(["aug_entropy", "kl_reverse"], list(OUTPUTS)))
 def test_each_output_alone(case, output):
     wrong, _ = errors(case, random_upstream_of(case, (output,)))
     check(wrong, dict.fromkeys(GRADS, 4e-3))

@@ -10,6 +10,7 @@ import torch
 from kernel_oracle import (
     BACKENDS,
     FAST,
+    FLOAT32,
     GRADS,
     OUTPUTS,
     ROWS,
@@ -19,6 +20,7 @@ from kernel_oracle import (
     check,
     gradient_error,
     gradient_errors,
+    interpreted,
     make_case,
     policy_case,
     random_upstream,
@@ -44,8 +46,11 @@ MIXES = (
     OUTPUTS,
 )
 # Of one row of two words, a gradient is little more than the rounding of its logits.
-shapes = pytest.mark.parametrize(("n", "d", "v"), [(1, 3, 2), (37, 19, 1021), (65, 24, 509)])
-mixes = pytest.mark.parametrize("outputs", MIXES, ids="+".join)
+shapes = pytest.mark.parametrize(
+    "shape", interpreted([(1, 3, 2), (65, 24, 509)], [(1, 3, 2), (37, 19, 1021), (65, 24, 509)])
+)
+FEW_MIXES = (("kl_reverse",), ("kl_prcp", "kl_reverse"), OUTPUTS)
+mixes = pytest.mark.parametrize("outputs", interpreted(FEW_MIXES, MIXES), ids="+".join)
 
 
 @pytest.fixture
@@ -71,10 +76,10 @@ def shaped_case(n, d, v):
 @mixes
 @shapes
 def test_gradients_with_a_constant_corrupted_stream(
-    way, backend_of, budget, outputs, n, d, v, monkeypatch
+    way, backend_of, budget, outputs, shape, monkeypatch
 ):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 15)
-    case = shaped_case(n, d, v)
+    case, n = shaped_case(*shape), shape[0]
     errors = gradient_errors(
         case,
         token_stats,
@@ -91,9 +96,9 @@ def test_gradients_with_a_constant_corrupted_stream(
 @budgets
 @mixes
 @shapes
-def test_gradients_with_both_streams(way, backend_of, budget, outputs, n, d, v, monkeypatch):
+def test_gradients_with_both_streams(way, backend_of, budget, outputs, shape, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 15)
-    case = shaped_case(n, d, v)
+    case, n = shaped_case(*shape), shape[0]
     backend = backend_of(way)
     check(statistic_errors(case, token_stats, backend=backend), 2e-6)
     upstream = random_upstream(case, outputs, seed=n)
@@ -106,7 +111,7 @@ def test_gradients_with_both_streams(way, backend_of, budget, outputs, n, d, v, 
 def test_a_constant_stream_with_frozen_operands(way, backend_of, frozen):
     case = make_case(33, 16, 301, scale=1.5, bias=True, ignored=0.1)
     wanted = tuple(g for g in GRADS if g not in frozen)
-    for outputs in MIXES:
+    for outputs in FEW_MIXES if FAST == "triton" else MIXES:
         errors = gradient_errors(
             case,
             token_stats,
@@ -122,7 +127,12 @@ def test_a_constant_stream_with_frozen_operands(way, backend_of, frozen):
 @ways
 @pytest.mark.parametrize("aug_constant", [False, True])
 @pytest.mark.parametrize(
-    "dtypes", [(16, 16, 16, 32), (32, 32, 16, 16), (16, 32, 16, 32), (16, 16, 32, 16)], ids=str
+    "dtypes",
+    interpreted(
+        [(32, 32, 16, 16)],
+        [(16, 16, 16, 32), (32, 32, 16, 16), (16, 32, 16, 32), (16, 16, 32, 16)],
+    ),
+    ids=str,
 )
 def test_mixed_dtypes(way, backend_of, aug_constant, dtypes):
     base = make_case(60, 40, 611, scale=2.0, ignored=0.1, bias=True)
@@ -181,8 +191,8 @@ def test_a_constant_stream_has_no_account_in_the_certificate(needs):
     assert not (wanted.aug or wanted.net or wanted.aug_hidden)
 
 
-@pytest.mark.parametrize("outputs", MIXES, ids="+".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@mixes
+@pytest.mark.parametrize("dtype", interpreted(FLOAT32, [torch.float32, torch.bfloat16]))
 def test_a_constant_stream_in_the_sparse_backward(outputs, dtype, monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
     case = policy_case(ROWS, WORDS, sharpness=36.0, dtype=dtype)

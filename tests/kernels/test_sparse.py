@@ -32,8 +32,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 21)
 
 
-@pytest.mark.parametrize("sharpness", SHARPNESS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# bfloat16 where rows are neither the flattest nor the most confident; an interpreter has none.
+@pytest.mark.parametrize(
+    ("sharpness", "dtype"),
+    [
+        *((sharpness, torch.float32) for sharpness in SHARPNESS),
+        *(
+            pytest.param(
+                s, torch.bfloat16, marks=[pytest.mark.exhaustive] * (s != 30 or FAST == "triton")
+            )
+            for s in SHARPNESS
+        ),
+    ],
+)
 def test_default_budget_keeps_every_gradient_within_4e_3(sharpness, dtype):
     case = policy_case(ROWS, WORDS, sharpness=sharpness, dtype=dtype)
     oracle = Oracle(case)
@@ -69,7 +80,7 @@ def test_default_budget_with_a_head(head):
 
 @pytest.mark.parametrize("output", ["kl_prcp", "kl_reverse"])
 def test_close_policies_keep_their_perception_gradient(output):
-    case = policy_case(128, WORDS, sharpness=36.0, distance=3e-3)
+    case = policy_case(ROWS, WORDS, sharpness=36.0, distance=3e-3)
     kl = Oracle(case).kl.mean().item()
     print(f"  mean KL {kl:.1e}")
     assert kl < 1e-3
@@ -152,9 +163,9 @@ def test_rows_without_upstream_gradient_cost_nothing():
 
 def test_a_confident_call_stays_right():
     """All rows near certainty: budgets are shares of gradients that are themselves tiny."""
-    case = policy_case(128, 3001, sharpness=60.0)
+    case = policy_case(ROWS, 3001, sharpness=60.0)
     print(f"  entropy {Oracle(case).entropy.mean():.1e}")
-    for outputs in MIXES:
+    for outputs in [MIXES[0], OUTPUTS] if FAST == "triton" else MIXES:
         upstream = random_upstream(case, outputs)
         exact = Oracle(case).gradients(upstream)
         got = case.gradients(token_stats, upstream, backend=FAST)

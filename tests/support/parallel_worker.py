@@ -1,11 +1,11 @@
 """One rank of a test: three updates on a fixed experience; the main rank saves what came out.
 
-With `checkpoint` in the job it keeps what stands after two updates; with `resume` it starts there.
+With `checkpoint` in the job it keeps what stands after two updates; with `resume` it starts there;
+with `nan` several ranks then write what each does with gradients that NaN reaches on one alone.
 
     python parallel_worker.py CONFIG.pt OUT
 
-Run by test_parallel.py, with torchrun's variables in the environment. Of several ranks each then
-writes what it does with gradients that NaN reaches on one rank alone.
+Run by test_parallel.py, with torchrun's variables in the environment.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from papo_fast.cli import leave
 from papo_fast.errors import InputError
 from papo_fast.experience import add_logprobs
 from papo_fast.model.policy import Policy
-from papo_fast.parallel import is_main, process_group, rank, world_size
+from papo_fast.parallel import is_main, process_group, rank
 from papo_fast.run.checkpoint import CheckpointStore
 from papo_fast.samples import Group
 from papo_fast.update import Updater
@@ -54,7 +54,7 @@ def main(job_path: str, out: str) -> None:
         policy.save(Path(out))
         if is_main():
             torch.save(rows, Path(out) / "rows.pt")
-        if world_size() > 1:
+        if job.get("nan"):
             found = with_nan(updater, groups)
             (Path(out) / f"rank{rank()}.json").write_text(json.dumps(found))
             barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import signal
 import socket
@@ -21,9 +23,21 @@ from papo_fast.samples import Completion, Group, Sample, all_samples
 from support import SUPPORT, TESTS
 
 DATA = DataConfig(prompt_suffix="", min_pixels=56 * 56, max_pixels=112 * 112)
+FORK_RANKS = SUPPORT / "fork_ranks.py"
 
 
-FORK = SUPPORT / "fork_ranks.py"
+@functools.cache
+def _forks() -> subprocess.Popen:
+    """The process that all ranks of this one's tests are forked from. It ends with this one."""
+    # for what workers share with the tests: they run as scripts, which pytest gives no path
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, str(FORK_RANKS)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def launch(ranks: int, command: list[str]) -> None:
@@ -39,26 +53,22 @@ def launch(ranks: int, command: list[str]) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
-        # for what workers share with the tests: they run as scripts, which pytest gives no path
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     }
+    forks = _forks()
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, str(FORK), folder, str(ranks), *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        request = {"folder": folder, "ranks": ranks, "command": command}
+        forks.stdin.write(json.dumps(request | {"environment": environment}) + "\n")
+        forks.stdin.flush()
+        group = int(forks.stdout.readline())
         try:
-            output = process.communicate()[0]
-        finally:
+            status = forks.stdout.readline()
+        except BaseException:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        assert process.returncode == 0, output[-4000:]
-        statuses = Path(folder, "statuses").read_text().split()
-        for rank, status in enumerate(statuses):
+                os.killpg(group, signal.SIGKILL)
+            forks.stdout.readline()  # its answer, so that the next launch does not take it
+            raise
+        assert status == "0\n", f"{FORK_RANKS.name} failed: its output says why"
+        for rank, status in enumerate(Path(folder, "statuses").read_text().split()):
             assert status == "0", Path(folder, f"{rank}.txt").read_text()[-4000:]
 
 
