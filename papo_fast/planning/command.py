@@ -66,7 +66,12 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     _print_commands(arguments.config, case, plan, time, console)
 
 
-def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+def simulated(arguments: PlanArguments) -> tuple[Config, GPU, dict[str, Model]]:
+    """What `--simulate` simulates: the resolved configuration, with vLLM, on these GPUs, and models
+    by the names that are printed.
+
+    Raises `InputError` for settings that cannot be planned with.
+    """
     config, models = arguments.config, QWEN2_5_VL
     if config.model.path:
         sizes = ModelSizes.of(config.model)
@@ -75,8 +80,12 @@ def _print_simulation(arguments: PlanArguments, console: Console) -> None:
     rollout = dataclasses.replace(config.rollout, engine="vllm", server_urls=())
     model = dataclasses.replace(config.model, path=config.model.path or "any")
     config = dataclasses.replace(config, rollout=rollout, model=model)
-    case = _checked(dataclasses.replace(arguments, config=config))
-    for table in tables(case, arguments.lengths, _gpu(arguments), models):
+    return _checked(dataclasses.replace(arguments, config=config)), _gpu(arguments), models
+
+
+def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+    config, gpu, models = simulated(arguments)
+    for table in tables(config, arguments.lengths, gpu, models):
         console.print(table)
     low, high = EASYR1
     console.print(
