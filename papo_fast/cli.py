@@ -74,7 +74,7 @@ class ReportArguments:
 
 
 def run() -> NoReturn:
-    """The `papo-fast` command and `python -m papo_fast`: `main` on the command line's words."""
+    """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command line's words."""
     leave(main())
 
 
@@ -384,3 +384,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    run()
