@@ -15,7 +15,7 @@ import made_pages
 
 from papo_fast.config import Config
 from papo_fast.config_checks import steps_of_epochs
-from papo_fast.planning.advice import changed_by, effects, faster_engine, remedy
+from papo_fast.planning.advice import changed_by, effects, faster_engine, remedy, with_engine
 from papo_fast.planning.arguments import VIRL39K, Lengths
 from papo_fast.planning.gpus import GIB, GPU, GPUS
 from papo_fast.planning.memory import Layout, plan_memory
@@ -70,8 +70,8 @@ def row(
     now = estimate_step(changed, sizes, lengths, there, gpu)
     engine = faster_engine(list(effects(changed, sizes, lengths, there, gpu)), now)
     if engine is not None:
-        chosen.append(engine.option)
-        changed, there = changed_by([engine.option], changed, there)
+        chosen = with_engine(chosen, engine.option)
+        changed, there = changed_by(chosen, resolved, layout)
     plan = plan_memory(changed, sizes, lengths, there)
     time = estimate_step(changed, sizes, lengths, there, gpu).total
     hours = steps_of_epochs(given, VIRL39K) * time / 3600

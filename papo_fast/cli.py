@@ -74,7 +74,7 @@ class ReportArguments:
 
 
 def run() -> NoReturn:
-    """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command line's words."""
+    """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command's words."""
     leave(main())
 
 

@@ -587,11 +587,12 @@ def planned(preset, model, gpus, engine):
     from papo_fast.planning.sizes import ModelSizes
 
     config = PRESETS[preset][1]
+    of_engine = {"gpu_memory": 0.25, "batch_size": 256} if engine == "vllm" else {}
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=model),
         objective=dataclasses.replace(config.objective, parity="official").resolved(),
-        rollout=dataclasses.replace(config.rollout, engine=engine, gpu_memory=0.25),
+        rollout=dataclasses.replace(config.rollout, engine=engine, **of_engine),
     )
     gpu, sizes = find_gpu("h100"), ModelSizes.of(config.model)
     layout = Layout(ranks=gpus, gpu_memory=gpu.memory)

@@ -12,7 +12,14 @@ from papo_fast.config import Config
 from papo_fast.config_checks import check_processes, resolve, steps_of_epochs
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
-from papo_fast.planning.advice import changed_by, effects, faster_engine, gpus_needed, remedy
+from papo_fast.planning.advice import (
+    changed_by,
+    effects,
+    faster_engine,
+    gpus_needed,
+    remedy,
+    with_engine,
+)
 from papo_fast.planning.arguments import Lengths, PlanArguments
 from papo_fast.planning.gpus import GIB, GPU, find_gpu
 from papo_fast.planning.memory import RESERVE_BYTES, RESERVE_SHARE, Layout, MemoryPlan, plan_memory
@@ -252,7 +259,7 @@ def _print_commands(
     faster = faster_engine(found_effects, now)
     if faster is not None:
         _, there = faster.option.change(config, layout)
-        flags = " ".join([*(o.flags for o in chosen), faster.option.flags])
+        flags = " ".join(option.flags for option in with_engine(chosen, faster.option))
         console.print(
             f"faster: vLLM takes [bold]{_duration(faster.time.total)}[/] for a step in place of "
             f"{_duration(now.total)}: {train_command(given, there.ranks, flags)}",
