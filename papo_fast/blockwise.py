@@ -6,21 +6,11 @@ not change (NF4: Dettmers et al., arXiv 2305.14314). Codes and scales are plain 
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from papo_fast.errors import InputError
-
 BLOCK_8, BLOCK_4 = 256, 64
 """Numbers that share a scale."""
-
-
-def require_bitsandbytes(setting: str) -> None:
-    """Raise `InputError` with the command that installs it where it is missing."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{setting} needs bitsandbytes: pip install -e '.[quant]'")
 
 
 def blocks_of(columns: int) -> int:

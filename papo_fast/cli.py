@@ -21,10 +21,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from papo_fast import __version__
-from papo_fast.config import Config, ObjectiveConfig
+from papo_fast.config import Config
 from papo_fast.consoles import make_console, open_missing_streams, silence
 from papo_fast.errors import InputError
-from papo_fast.reward_settings import REWARD_NAMES
 
 USAGE = """\
 [bold]papo-fast[/bold]: perception-aware RL for vision-language models
@@ -75,7 +74,7 @@ class ReportArguments:
 
 
 def run() -> NoReturn:
-    """The `papo-fast` command and `python -m papo_fast`: `main` on the command line's words."""
+    """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command's words."""
     leave(main())
 
 
@@ -283,7 +282,7 @@ def _evaluate(config: Config, console: Console) -> int:
 
 
 def _eval_run(run: str, argv: list[str], console: Console) -> int:
-    from papo_fast.config_file import CONFIG
+    from papo_fast.config_file import CONFIG, as_evaluated
 
     folder = Path(run)
     for name in (CONFIG, "model"):
@@ -293,16 +292,7 @@ def _eval_run(run: str, argv: list[str], console: Console) -> int:
                 "--data FILE"
             )
     _, default = _start(None, str(folder / CONFIG))
-    # adapters are a part of the weights that a run leaves
-    model = dataclasses.replace(default.model, path=str(folder / "model"), lora_rank=0)
-    # of what only a training uses nothing has to be there: files of functions, services
-    default = dataclasses.replace(
-        default,
-        model=model,
-        reward=dataclasses.replace(default.reward, functions=REWARD_NAMES),
-        objective=ObjectiveConfig(),
-        corruption=dataclasses.replace(default.corruption, second=""),
-    )
+    default = as_evaluated(default, str(folder / "model"))
     config = _parse(Config, argv, f"papo-fast eval {run}", default=default, about=_eval_run_help)
     return 0 if config is None else _evaluate(config, console)
 
@@ -394,3 +384,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.corruption_settings import check_corruption
@@ -167,6 +168,24 @@ def check_processes(config: Config, processes: int) -> None:
             f"parallel.offload_optimizer is for a single process, but there are {processes}: set "
             "parallel.offload"
         )
+
+
+def check_libraries(config: Config) -> None:
+    """Raise `InputError`, with the command that installs it, for an option whose library is
+    missing. A plan needs none of them."""
+    model, train = config.model, config.train
+    for setting, asked, library, extra in (
+        (f"model.lora_rank {model.lora_rank}", model.lora_rank > 0, "peft", "lora"),
+        (f"model.quantize {model.quantize}", model.quantize == "nf4", "bitsandbytes", "quant"),
+        (
+            f"train.optimizer {train.optimizer}",
+            train.optimizer == "adamw_8bit",
+            "bitsandbytes",
+            "quant",
+        ),
+    ):
+        if asked and importlib.util.find_spec(library) is None:
+            raise InputError(f"{setting} needs {library}: pip install -e '.[{extra}]'")
 
 
 def check_objective(objective: ObjectiveConfig) -> None:

@@ -12,11 +12,30 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from papo_fast.config import Config
+from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.errors import InputError
+from papo_fast.reward_settings import REWARD_NAMES
 from papo_fast.setting_bounds import leaves
 
 CONFIG = "config.json"
+
+
+def as_evaluated(config: Config, model: str) -> Config:
+    """A run's configuration for an evaluation of the `model` that it left.
+
+    Of what only a training uses nothing has to be there: files of functions, services, libraries.
+    Adapters are a part of the weights that a run leaves, and those of 4 bits are whole there.
+    """
+    change = dataclasses.replace
+    return change(
+        config,
+        model=change(config.model, path=model, lora_rank=0, quantize="none"),
+        reward=change(config.reward, functions=REWARD_NAMES),
+        objective=ObjectiveConfig(),
+        corruption=change(config.corruption, second=""),
+        train=change(config.train, optimizer="adamw"),
+        parallel=change(config.parallel, offload_optimizer=False),
+    )
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:

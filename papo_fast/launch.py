@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from papo_fast.config import Config
-from papo_fast.config_checks import check_processes, resolve
+from papo_fast.config_checks import check_libraries, check_processes, resolve
 from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate_checkpoint
@@ -110,6 +110,7 @@ def _ready(config: Config, console: Console) -> Iterator[tuple[Config, Console]]
     exact = exact_float32(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     with process_group(pick_device(config.device), config.parallel.offload), exact:
         check_processes(config, world_size())
+        check_libraries(config)
         yield config, console if is_main() else Console(quiet=True)
 
 

@@ -16,13 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from papo_fast.blockwise import (
-    blocks_of,
-    code_8,
-    dequantize_8,
-    quantize_8,
-    require_bitsandbytes,
-)
+from papo_fast.blockwise import blocks_of, code_8, dequantize_8, quantize_8
 from papo_fast.config import Config
 from papo_fast.parallel import local
 
@@ -76,13 +70,11 @@ class CompactAdamW(Optimizer):
 
     Args:
         parameters: float32 or bfloat16; gradients are of either.
-        eight_bits: keep the moments of matrices in 8 bits.
+        eight_bits: keep the moments of matrices in 8 bits, by bitsandbytes.
         master: keep a float32 copy of bfloat16 weights; they are else rounded at random.
         offload: keep all state in the CPU's memory.
         device: on which updates are computed.
         seed: of the random rounding, which also depends on the update and on the weight.
-
-    Raises `InputError` where 8 bits are asked for without bitsandbytes.
     """
 
     def __init__(
@@ -105,7 +97,6 @@ class CompactAdamW(Optimizer):
         self.master, self.offload, self.device, self.seed = master, offload, device, seed
         self.codes: dict[str, Tensor] = {}
         if eight_bits:
-            require_bitsandbytes("train.optimizer adamw_8bit")
             self.codes = {name: code_8(name == "exp_avg", device) for name in MOMENTS}
         # now and not in the first step: a checkpoint is loaded into what is there
         for parameter in self._parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -207,6 +208,13 @@ def test_a_run_with_functions_of_python_is_evaluated_without_them(finished, monk
     settings["reward"]["functions"] = ["python:gone=2", "http://127.0.0.1:9/judge"]
     settings["objective"] |= {"terms": ["python:gone"], "token_weights": "python:gone"}
     settings["corruption"]["second"] = "diffusion"
+    settings["model"] |= {"lora_rank": 4, "quantize": "nf4"}  # and without their libraries
+    settings["train"]["optimizer"] = "adamw_8bit"
+    find = importlib.util.find_spec
+    libraries = ("peft", "bitsandbytes")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n in libraries else find(n, *a)
+    )
     try:
         file.write_text(json.dumps(settings))
         assert main(["eval", str(folder)]) == 0

@@ -44,6 +44,12 @@ def test_help_loads_no_library(words):
     assert "papo_fast.cli" in loaded and not loaded & {"torch", "transformers"}
 
 
+def test_the_module_of_the_command_is_the_command():
+    command = [sys.executable, "-m", "papo_fast.cli", "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown command 'nonsense'" in done.stderr
+
+
 def test_a_stdout_that_the_shell_closed_is_no_error():
     status, errors = call("train tiny --help", preexec_fn=lambda: os.close(1))
     assert status == 0 and not errors

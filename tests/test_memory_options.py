@@ -17,6 +17,7 @@ from papo_fast.config_checks import check_memory, check_processes
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.experience import add_logprobs
+from papo_fast.launch import train
 from papo_fast.model import activations
 from papo_fast.model.four_bit import FourBitLinear, four_bit_layers
 from papo_fast.model.lora import is_adapter
@@ -435,21 +436,31 @@ def test_what_one_process_alone_can_do_is_refused_to_several(job):
 
 
 @pytest.mark.parametrize(
-    ("options", "setting"),
+    ("options", "message"),
     [
-        ({TRAIN: {"optimizer": "adamw_8bit"}}, "train.optimizer adamw_8bit"),
-        ({MODEL: {"quantize": "nf4", "lora_rank": 2}}, "model.quantize nf4"),
+        (
+            {TRAIN: {"optimizer": "adamw_8bit"}},
+            "train.optimizer adamw_8bit needs bitsandbytes.*quant",
+        ),
+        (
+            {MODEL: {"quantize": "nf4", "lora_rank": 2}},
+            "model.quantize nf4 needs bitsandbytes.*quant",
+        ),
+        ({MODEL: {"lora_rank": 2}}, "model.lora_rank 2 needs peft.*lora"),
     ],
 )
-def test_a_missing_library_is_named_with_its_extra(job, monkeypatch, options, setting):
-    if "model" in options:
-        pytest.importorskip("peft", reason="pip install -e '.[lora]'")
-    found = importlib.util.find_spec
+def test_a_missing_library_is_named_with_its_extra_before_anything_is_loaded(
+    job, monkeypatch, tmp_path, options, message
+):
+    found, missing = importlib.util.find_spec, message.split(".*")[0].split()[-1]
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else found(n, *a)
+        importlib.util, "find_spec", lambda n, *a: None if n == missing else found(n, *a)
     )
-    with pytest.raises(InputError, match=rf"{setting} needs bitsandbytes: pip install.*quant"):
-        start(job, options)
+    config = changed(job[0], {**options, "data": {"train": "gone.parquet"}})
+    config = dataclasses.replace(config, device="cpu", out=str(tmp_path))
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_saved_model_is_float32_unless_asked(job, tmp_path):

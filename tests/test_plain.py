@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from papo_fast.cli import main
 from papo_fast.config import CorruptionConfig, DataConfig, EvalConfig, ModelConfig
 from papo_fast.data.corruption import PromptCorruption
-from papo_fast.data.encoder import FAMILIES
+from papo_fast.data.encoder import FAMILIES, PromptTooLong
 from papo_fast.data.prompts import PromptDataset
 from papo_fast.errors import InputError
 from papo_fast.model.choice import is_plain, load_encoder
@@ -291,6 +291,13 @@ def test_a_family_that_cannot_work_is_refused_by_name(family, why, tmp_path):
 def test_the_fast_path_cannot_be_forced_on_others(tiny):
     with pytest.raises(InputError, match=r"takes qwen2_vl, .*--model\.forward auto"):
         load_encoder(ModelConfig(path=str(tiny("gemma3")), forward="fast"), DATA)
+
+
+def test_a_too_long_prompt_names_the_options_that_help_where_max_pixels_may_not(tiny):
+    encoder = load_encoder(ModelConfig(path=str(tiny("gemma3"))), DATA)
+    encoder.max_prompt_length = 20
+    with pytest.raises(PromptTooLong, match=r"raise --data\.max-prompt-length or give smaller"):
+        encoder.encode("x" * 30, [])
 
 
 def test_logits_that_are_not_the_heads_are_refused(tiny):

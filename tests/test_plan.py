@@ -30,7 +30,7 @@ from papo_fast.model.batching import distribute, tree_tokens
 from papo_fast.model.flops import ModelShape
 from papo_fast.model.policy import Policy
 from papo_fast.planning import simulate
-from papo_fast.planning.advice import changed_by, effects, gpus_needed, remedy
+from papo_fast.planning.advice import changed_by, effects, gpus_needed, remedy, with_engine
 from papo_fast.planning.arguments import Lengths
 from papo_fast.planning.gpus import GPUS
 from papo_fast.planning.memory import Layout, plan_memory
@@ -527,8 +527,32 @@ def test_time_of_the_run_of_each_option_and_of_a_faster_engine_are_printed(capsy
     seconds = {"s": 1, "min": 60}
     fast, slow = (int(found[i]) * seconds[found[i + 1]] for i in (1, 3))
     assert fast < 0.5 * slow
-    told = said(capsys, arguments("qwen2_5_vl_3b", 8, "--preset", "papo-g-3b", *VLLM))
+    many = ("--rollout.batch-size", "256")
+    told = said(capsys, arguments("qwen2_5_vl_3b", 8, "--preset", "papo-g-3b", *VLLM, *many))
     assert "faster" not in told
+
+
+def test_vllm_is_planned_with_the_sequences_that_the_run_lets_it_have(sizes):
+    """The engine gets `rollout.batch_size` sequences at a time; the plan thought of 256 always."""
+    model, h100 = sizes["qwen2_5_vl_3b"], GPUS["h100"]
+    config, layout = resolved_preset("papo-g-3b"), Layout(1, h100.memory)
+    times = {}
+    for at_a_time in (64, 256):
+        rollout = dataclasses.replace(config.rollout, engine="vllm", batch_size=at_a_time)
+        run = dataclasses.replace(config, rollout=rollout)
+        times[at_a_time] = estimate_step(run, model, Lengths(), layout, h100).rollout
+    assert 1.5 * times[256] < times[64] < 4 * times[256]
+    of_vllm = [
+        e.option for e in effects(config, model, Lengths(), layout) if "vllm" in e.option.name
+    ]
+    assert of_vllm
+    for option in of_vllm:
+        changed, _ = option.change(config, layout)
+        assert changed.rollout.batch_size == 256 and "--rollout.batch-size 256" in option.flags
+    # and no smaller batch beside it, which transformers alone needed
+    fewer = [e.option for e in effects(config, model, Lengths(), layout)
+             if e.option.name.startswith("--rollout.batch-size")]  # fmt: skip
+    assert fewer and with_engine(fewer, of_vllm[0]) == [of_vllm[0]]
 
 
 def test_no_advice_takes_more_gpus_than_there_are(sizes, capsys, monkeypatch):

@@ -17,7 +17,8 @@ class ModelConfig:
     not rounded away, unless weights_dtype says otherwise."""
     weights_dtype: Dtype = "float32"
     """Dtype in which trained weights are kept. In bfloat16, updates are rounded up or down at
-    random, so that they are right on average, or made to a float32 copy (train.master_weights)."""
+    random, so that they are right on average, or made to a float32 copy (train.master_weights).
+    bfloat16 is for a single process."""
     reference_dtype: Dtype = "float32"
     """Dtype in which the reference model's weights are kept; in bfloat16 it also computes so."""
     quantize: Literal["none", "nf4"] = "none"

@@ -20,7 +20,7 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     """Longest response in tokens."""
     batch_size: int = 64
-    """Sequences generated at a time, by each process or server."""
+    """Sequences generated at a time, by each process or server; vLLM is faster with e.g. 256."""
     overlap: bool = False
     """Sample the next batch by vLLM servers while this one trains. Its responses are one step off
     the policy, which importance weights or old log-probs of the sampler correct for."""

@@ -81,6 +81,7 @@ class PromptEncoder:
     families = FAMILIES
     tiles: Tiles | None = None
     not_corrupted_by: tuple[str, ...] = ()
+    _smaller_pictures = "lower --data.max-pixels"
 
     def __init__(
         self, model_path: str | Path, data: DataConfig, *, trust_remote_code: bool = False
@@ -179,15 +180,17 @@ class PromptEncoder:
             repeats = torch.ones_like(ids)
             repeats[is_image] = grid.prod(dim=1) // self.merge_size**2
             ids = ids.repeat_interleave(repeats)
+        self._check_length(ids)
+        return EncodedPrompt(ids, (ids == self.image_token_id).long(), pixels, grid)
+
+    def _check_length(self, ids: torch.Tensor) -> None:
+        """Raise `PromptTooLong` for (L,) ids of more tokens than a prompt may have."""
         if len(ids) > self.max_prompt_length:
-            image_tokens = int((ids == self.image_token_id).sum())
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({image_tokens} of them image tokens), more "
-                f"than data.max_prompt_length = {self.max_prompt_length}: raise "
-                "--data.max-prompt-length or lower --data.max-pixels"
+                f"the prompt has {len(ids)} tokens ({int((ids == self.image_token_id).sum())} of "
+                f"them image tokens), more than data.max_prompt_length = {self.max_prompt_length}: "
+                f"raise --data.max-prompt-length or {self._smaller_pictures}"
             )
-        types = (ids == self.image_token_id).long()
-        return EncodedPrompt(ids, types, pixels, grid)
 
     def _pictures(
         self, images: Sequence[Image.Image]

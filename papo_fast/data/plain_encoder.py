@@ -57,6 +57,7 @@ class PlainEncoder(PromptEncoder):
     """
 
     families = ()
+    _smaller_pictures = "give smaller pictures"  # few processors know data.max_pixels
 
     def _load_processor(self, config: Any, data: DataConfig, trust_remote_code: bool) -> None:
         if type(config) not in PROCESSOR_MAPPING:
@@ -94,13 +95,7 @@ class PlainEncoder(PromptEncoder):
         found = self._processed(self._chat_text(problem, len(images)), images)
         ids = found.pop("input_ids")[0]
         found.pop("attention_mask", None)
-        if len(ids) > self.max_prompt_length:
-            n = int((ids == self.image_token_id).sum())
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens ({n} of them image tokens), more than "
-                f"data.max_prompt_length = {self.max_prompt_length}: raise "
-                "--data.max-prompt-length, or give smaller pictures"
-            )
+        self._check_length(ids)
         of_tokens = [k for k, v in found.items() if v.shape == (1, len(ids))]
         tokens = {name: found.pop(name) for name in of_tokens}
         pixels = found.pop("pixel_values", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from papo_fast.blockwise import BLOCK_4, dequantize_4, quantize_4, require_bitsandbytes
+from papo_fast.blockwise import BLOCK_4, dequantize_4, quantize_4
 
 
 class FourBitLinear(nn.Linear):
@@ -71,10 +71,7 @@ def quantize_linears(model: nn.Module, dtype: torch.dtype, device: torch.device)
     Args:
         model: with adapters, whose own layers stay as they are.
         device: where a weight is while it is quantised, and its codes stay.
-
-    Raises `InputError` where bitsandbytes is missing.
     """
-    require_bitsandbytes("model.quantize nf4")
     for part in (model.model.language_model.layers, model.model.visual.blocks):
         found = [
             (name, layer)

@@ -7,7 +7,6 @@ reference policy that takes no memory of its own.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,13 +26,8 @@ def add_adapters(model: nn.Module, config: ModelConfig) -> None:
     Every rank draws the same values, on an empty (meta) model none; the global random numbers are
     left as they were.
 
-    Raises:
-        InputError: peft is not installed, or `lora_targets` names no layer.
+    Raises `InputError` where `lora_targets` names no layer.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise InputError(
-            f"model.lora_rank is {config.lora_rank}, which needs peft: pip install -e '.[lora]'"
-        )
     from peft import LoraConfig, inject_adapter_in_model
 
     names = _targets(model, config)

@@ -14,7 +14,7 @@ from papo_fast.config import Config
 from papo_fast.planning.arguments import MFU, Lengths
 from papo_fast.planning.gpus import GPU, GPUS
 from papo_fast.planning.memory import Layout, MemoryPlan, plan_memory, vllm_least
-from papo_fast.planning.seconds import StepTime, estimate_step
+from papo_fast.planning.seconds import VLLM_SEQUENCES, StepTime, estimate_step
 from papo_fast.planning.sizes import ModelSizes
 from papo_fast.planning.workload import update_streams
 
@@ -95,16 +95,19 @@ def overlap_option(config: Config) -> Option:
 def rollout_options(config: Config, sizes: ModelSizes, layout: Layout) -> Iterator[Option]:
     """vLLM in each process where one GPU can hold its weights, and on some of the GPUs alone."""
     memory = layout.gpu_memory or 1
+    at_a_time = max(config.rollout.batch_size, VLLM_SEQUENCES)
+    many = f" --rollout.batch-size {at_a_time}"
     share = math.ceil(20 * vllm_least(sizes) / memory) / 20
     if share <= MOST_SHARE and (config.rollout.engine, config.rollout.gpu_memory) != (
         "vllm",
         share,
     ):
         yield _option(
-            f"--rollout.engine vllm --rollout.gpu-memory {share}",
+            f"--rollout.engine vllm --rollout.gpu-memory {share}{many}",
             "rollout",
             engine="vllm",
             gpu_memory=share,
+            batch_size=at_a_time,
         )
     if config.rollout.engine == "vllm_server" and not config.rollout.overlap:
         yield overlap_option(config)
@@ -115,13 +118,16 @@ def rollout_options(config: Config, sizes: ModelSizes, layout: Layout) -> Iterat
 
         def server(config: Config, layout: Layout) -> Setup:
             rollout = dataclasses.replace(
-                config.rollout, engine="vllm_server", tensor_parallel=together
+                config.rollout,
+                engine="vllm_server",
+                tensor_parallel=together,
+                batch_size=at_a_time,
             )
             rest = dataclasses.replace(layout, ranks=layout.ranks - together)
             return dataclasses.replace(config, rollout=rollout), rest
 
         yield Option(
-            f"--rollout.engine vllm_server --rollout.tensor-parallel {together} "
+            f"--rollout.engine vllm_server --rollout.tensor-parallel {together}{many} "
             f"({together} of the GPUs)",
             server,
         )
@@ -196,6 +202,12 @@ def faster_engine(found: list[Effect], now: StepTime) -> Effect | None:
     engines = [e for e in found if e.fits and e.option.name.startswith("--rollout.engine")]
     best = min(engines, key=lambda effect: effect.time.total, default=None)
     return best if best is not None and best.time.total < WORTH * now.total else None
+
+
+def with_engine(chosen: list[Option], engine: Option) -> list[Option]:
+    """Options and an engine in the place of transformers, whose small batches it needs not."""
+    kept = [o for o in chosen if not o.name.startswith("--rollout.batch-size")]
+    return [*kept, engine]
 
 
 def remedy(

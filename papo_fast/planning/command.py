@@ -12,7 +12,14 @@ from papo_fast.config import Config
 from papo_fast.config_checks import check_processes, resolve, steps_of_epochs
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
-from papo_fast.planning.advice import changed_by, effects, faster_engine, gpus_needed, remedy
+from papo_fast.planning.advice import (
+    changed_by,
+    effects,
+    faster_engine,
+    gpus_needed,
+    remedy,
+    with_engine,
+)
 from papo_fast.planning.arguments import Lengths, PlanArguments
 from papo_fast.planning.gpus import GIB, GPU, find_gpu
 from papo_fast.planning.memory import RESERVE_BYTES, RESERVE_SHARE, Layout, MemoryPlan, plan_memory
@@ -66,7 +73,12 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     _print_commands(arguments.config, case, plan, time, console)
 
 
-def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+def simulated(arguments: PlanArguments) -> tuple[Config, GPU, dict[str, Model]]:
+    """What `--simulate` simulates: the resolved configuration, with vLLM, on these GPUs, and models
+    by the names that are printed.
+
+    Raises `InputError` for settings that cannot be planned with.
+    """
     config, models = arguments.config, QWEN2_5_VL
     if config.model.path:
         sizes = ModelSizes.of(config.model)
@@ -75,8 +87,12 @@ def _print_simulation(arguments: PlanArguments, console: Console) -> None:
     rollout = dataclasses.replace(config.rollout, engine="vllm", server_urls=())
     model = dataclasses.replace(config.model, path=config.model.path or "any")
     config = dataclasses.replace(config, rollout=rollout, model=model)
-    case = _checked(dataclasses.replace(arguments, config=config))
-    for table in tables(case, arguments.lengths, _gpu(arguments), models):
+    return _checked(dataclasses.replace(arguments, config=config)), _gpu(arguments), models
+
+
+def _print_simulation(arguments: PlanArguments, console: Console) -> None:
+    config, gpu, models = simulated(arguments)
+    for table in tables(config, arguments.lengths, gpu, models):
         console.print(table)
     low, high = EASYR1
     console.print(
@@ -243,7 +259,7 @@ def _print_commands(
     faster = faster_engine(found_effects, now)
     if faster is not None:
         _, there = faster.option.change(config, layout)
-        flags = " ".join([*(o.flags for o in chosen), faster.option.flags])
+        flags = " ".join(option.flags for option in with_engine(chosen, faster.option))
         console.print(
             f"faster: vLLM takes [bold]{_duration(faster.time.total)}[/] for a step in place of "
             f"{_duration(now.total)}: {train_command(given, there.ranks, flags)}",

@@ -19,7 +19,7 @@ HOST_BANDWIDTH = 20e9
 TOKEN_SECONDS = {"hf": 0.03, "vllm": 0.005}
 """Least time of one sampling step, for Python and launches."""
 VLLM_SEQUENCES = 256
-"""Sequences that vLLM is assumed to sample at a time."""
+"""Sequences that vLLM can sample at a time, and is advised to (`rollout.batch_size`)."""
 STEP_BYTES = {"plain": 28, "compact": 60}
 """Bytes that an optimizer step reads and writes per parameter: fused, or in a dozen passes."""
 
@@ -72,7 +72,7 @@ def sampling_seconds(
     servers = max(1, len(config.rollout.server_urls))
     engines = servers if engine == "vllm_server" else layout.ranks
     each = -(-work.sequences // engines)
-    at_a_time = min(each, VLLM_SEQUENCES if vllm else config.rollout.batch_size)
+    at_a_time = min(each, config.rollout.batch_size)
     # generate waits for the longest of a batch, which is taken to reach the limit
     steps = lengths.response if vllm else config.rollout.max_new_tokens
     weights = 2.0 * sizes.parameters

@@ -31,8 +31,8 @@ MASKED_FORWARD = 49.0
 """Published seconds of the pass with corrupted pictures, PAPO-G 3B on two H100s."""
 PUBLISHED = {
     # model: (GPUs, {objective: seconds per step}), PAPO's paper, arXiv 2507.06448
-    "3B": (2, {"GRPO": 360.9, "PAPO": 428.1}),
-    "7B": (4, {"GRPO": 258.5, "PAPO": 367.1}),
+    "3B": (2, {"GRPO": 360.9, "PAPO-G": 428.1}),
+    "7B": (4, {"GRPO": 258.5, "PAPO-G": 367.1}),
 }
 EASYR1 = (1800, 2000)
 """Published tokens per second and GPU of EasyR1 on eight H100s, 3B and 7B, geo3k."""
@@ -248,6 +248,45 @@ def authors(
     )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Published seconds of a step, and the same step simulated in both schedules."""
+
+    name: str
+    gpus: int
+    published: float
+    theirs: Simulated
+    ours: Simulated
+
+    @property
+    def error(self) -> float:
+        """Of the simulation of the authors' schedule, relative to what they publish."""
+        return self.theirs.seconds / self.published - 1
+
+
+def beside_published(config: Config, lengths: Lengths) -> list[Beside]:
+    """`PUBLISHED` on H100s beside what is simulated.
+
+    Args:
+        config: resolved; GRPO's steps are of its objective without PAPO's terms.
+    """
+    h100 = find_gpu("h100")
+    fitted = fitted_mfu(config, QWEN2_5_VL["3B"], lengths, h100)
+    plain = dataclasses.replace(
+        config.objective, kl_prcp_coef=0.0, entropy_coef=0.0, aug_entropy_coef=0.0
+    )
+    found = []
+    for name, (gpus, seconds) in PUBLISHED.items():
+        model = QWEN2_5_VL[name]
+        for goal, published in seconds.items():
+            papo = goal != "GRPO"
+            theirs = authors(config, model, lengths, gpus, h100, fitted, papo=papo)
+            changed = config if papo else dataclasses.replace(config, objective=plain)
+            mine = ours(changed, model, lengths, gpus, h100)
+            found.append(Beside(f"{goal} {name}", gpus, published, theirs, mine))
+    return found
+
+
 def tables(config: Config, lengths: Lengths, gpu: GPU, models: dict[str, Model]) -> list[Table]:
     """Published seconds beside the simulated ones, and ours on 1 to 64 GPUs.
 
@@ -255,26 +294,14 @@ def tables(config: Config, lengths: Lengths, gpu: GPU, models: dict[str, Model])
         config: resolved.
         models: by the names that are printed.
     """
-    goals = {
-        "GRPO": dataclasses.replace(
-            config.objective, kl_prcp_coef=0.0, entropy_coef=0.0, aug_entropy_coef=0.0
-        ),
-        "PAPO": config.objective,
-    }
     fitted = fitted_mfu(config, QWEN2_5_VL["3B"], lengths, find_gpu("h100"))
     check = _table(
         f"seconds per step on H100s; the authors' passes at {fitted:.1%} of the rate (fitted)",
         ("", "GPUs", "published", "simulated", "error", "ours, simulated"),
     )
-    for name, (gpus, seconds) in PUBLISHED.items():
-        for goal, published in seconds.items():
-            h100, model = find_gpu("h100"), QWEN2_5_VL[name]
-            theirs = authors(config, model, lengths, gpus, h100, fitted, papo=goal == "PAPO")
-            changed = dataclasses.replace(config, objective=goals[goal])
-            mine = ours(changed, model, lengths, gpus, h100)
-            error = f"{theirs.seconds / published - 1:+.0%}"
-            cells = (str(published), f"{theirs.seconds:.0f}", error, f"{mine.seconds:.0f}")
-            check.add_row(f"{goal} {name}", str(gpus), *cells)
+    for found in beside_published(config, lengths):
+        seconds = (str(found.published), f"{found.theirs.seconds:.0f}", f"{found.error:+.0%}")
+        check.add_row(found.name, str(found.gpus), *seconds, f"{found.ours.seconds:.0f}")
     table = _table(
         f"our steps of {config.rollout.prompts} prompts on {gpu.name}s, simulated",
         (

@@ -29,35 +29,42 @@ from papo_fast.update import Updater
 
 
 def main(job_path: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)  # adapters start the same however many ranks there are
     job = torch.load(job_path, weights_only=False)  # written by the test itself
-    config, device = job["config"], torch.device("cpu")
-    config = dataclasses.replace(config, objective=config.objective.resolved())
-    with process_group(device):
-        policy = job.get("kind", Policy).load(config.model, job["bans"], device, config.parallel)
-        reference = policy.reference(config)
-        groups = job["groups"]
-        updater = Updater(config, policy, reference, total_updates=3)
-        add_logprobs(groups, policy, reference, config)
-        updater.weigher.measure(groups, policy)
-        store = CheckpointStore(Path(job.get("resume") or out) / "checkpoints")
-        if job.get("resume"):
-            updater.restore(store.load(policy, updater.optimizer)["updater"])
-        rows = []
-        for i in range(updater.updates, 3):
-            some = groups[2 * i : 2 * i + 2]
-            rows.append(updater.update(some, lambda _: None, first=i == 0))
-            if i == 1 and job.get("checkpoint"):
-                state = {"score": 0.0, "updater": updater.counters()}
-                store.save(2, policy, updater.optimizer, state)
-        policy.save(Path(out))
-        if is_main():
-            torch.save(rows, Path(out) / "rows.pt")
+    with process_group(torch.device("cpu")):
+        updater = three_updates(job, Path(out))
         if job.get("nan"):
-            found = with_nan(updater, groups)
+            found = with_nan(updater, job["groups"])
             (Path(out) / f"rank{rank()}.json").write_text(json.dumps(found))
             barrier()
+
+
+def three_updates(job: dict, out: Path) -> Updater:
+    """What stands above, without NaN."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # adapters start the same however many ranks there are
+    config = job["config"]
+    config = dataclasses.replace(config, objective=config.objective.resolved())
+    kind = job.get("kind", Policy)
+    policy = kind.load(config.model, job["bans"], torch.device("cpu"), config.parallel)
+    reference = policy.reference(config)
+    groups = job["groups"]
+    updater = Updater(config, policy, reference, total_updates=3)
+    add_logprobs(groups, policy, reference, config)
+    updater.weigher.measure(groups, policy)
+    store = CheckpointStore(Path(job.get("resume") or out) / "checkpoints")
+    if job.get("resume"):
+        updater.restore(store.load(policy, updater.optimizer)["updater"])
+    rows = []
+    for i in range(updater.updates, 3):
+        some = groups[2 * i : 2 * i + 2]
+        rows.append(updater.update(some, lambda _: None, first=i == 0))
+        if i == 1 and job.get("checkpoint"):
+            state = {"score": 0.0, "updater": updater.counters()}
+            store.save(2, policy, updater.optimizer, state)
+    policy.save(out)
+    if is_main():
+        torch.save(rows, out / "rows.pt")
+    return updater
 
 
 def with_nan(updater: Updater, groups: list[Group]) -> dict:
