@@ -40,8 +40,8 @@ def _kernels(tile):
     for two, streams in ((False, "one stream"), (True, "two streams")):
         each = dict(TWO=two, **plain)
         for lists, what in ((False, ""), (True, " with lists")):
-            constants = dict(LIST=lists) | each
-            yield f"stats {streams}{what}", kernels.stats_kernel, constants, {}
+            name = f"stats two streams{what}" if two else f"stats_one{what}"
+            yield name, kernels.stats_kernel, dict(LIST=lists) | each, {}
         yield f"levels {streams}", kernels.levels_kernel, dict(TILE=tile) | each, {}
         yield f"sift {streams}", list_kernels.sift_kernel, dict(LANES=1024) | each, {}
         yield f"list {streams}", list_kernels.list_kernel, dict(ROWS=256) | each, {}

@@ -86,7 +86,7 @@ def test_two_calls_give_the_same_bits(case):
 
 
 class Questions(TorchDispatchMode):
-    """How often the host asks for numbers in a way that on a GPU waits for all that was launched."""
+    """How often the host asks for numbers in a way that waits for all that a GPU was given."""
 
     ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "_unique2")
 

@@ -97,7 +97,8 @@ def _take_sums(call, o, z, targets, order, first, part, writer):
 
     For the `lists.Writer`, if there is one, it also marks the words that rows may list.
     """
-    blocks, count, lists_words = LAUNCHES["stats"], len(z) // call.streams, writer is not None
+    blocks, lists_words = launch.stats_launch(call.streams), writer is not None
+    count = len(z) // call.streams
     kernels.stats_kernel[(triton.cdiv(count, blocks["BLOCK_N"]),)](
         z, o.bias, targets, order, part, writer.marks if lists_words else order, o.n, o.v, count,
         first, z.stride(0),

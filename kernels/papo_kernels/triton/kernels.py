@@ -164,8 +164,9 @@ def stats_kernel(
         centre = tl.where(both, logit - logit_aug, 0.0)
     lane = tl.arange(0, LANES)
     within = tl.arange(0, STEPS)[:, None] * LANES + lane[None, :]
-    # A target's logit is known before all others, and is most often among the highest.
-    known_sum, known_sum_aug = logit, logit_aug
+    # Of what is passed. A target's logit is known before, and is most often among the highest.
+    known_sum = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    known_sum_aug = known_sum
     own_word = tl.where(known, target, -1).to(tl.int32)
     marks = tl.zeros((BLOCK_N, LANES), tl.int32)
     step = tl.arange(0, STEPS)[None, :, None]
@@ -186,16 +187,15 @@ def stats_kernel(
             # Threads exchange their sums after 1, 2, 4, 8 ... blocks: to do so after each costs as
             # much as the sums, and the likeliest words are most often among the first.
             block = v // (STEPS * LANES)
-            # Of no turn or one: of an `if`, AMD's compiler makes nothing, and NVIDIA's makes code
-            # that takes a quarter more registers.
-            for _ in range(((block & (block - 1)) == 0).to(tl.int32)):
-                known_sum = tl.maximum(known_sum, log_sum_of(m, s))
+            if (block & (block - 1)) == 0:
+                known_sum = log_sum_of(m, s)
                 if TWO:
-                    known_sum_aug = tl.maximum(known_sum_aug, log_sum_of(m_aug, s_aug))
-            likely = z >= (known_sum + listed_from - SLACK)[:, None, None]
+                    known_sum_aug = log_sum_of(m_aug, s_aug)
+            from_z = tl.maximum(known_sum, logit) + listed_from - SLACK
+            likely = z >= from_z[:, None, None]
             if TWO:
-                near = z_aug >= (known_sum_aug + listed_from - SLACK)[:, None, None]
-                likely = likely | near
+                from_z = tl.maximum(known_sum_aug, logit_aug) + listed_from - SLACK
+                likely = likely | (z_aug >= from_z[:, None, None])
             likely = ((likely | (col == own_word)) & in_col).to(tl.int32)
             bit = block * STEPS % 32
             marks |= tl.sum(likely << (bit + step), 1)

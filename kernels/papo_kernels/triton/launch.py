@@ -19,8 +19,10 @@ EVEN = 64
 
 
 # What each kernel goes by; `bench/gpu.sh` tries others. `stats` has STEPS x LANES words at a time.
+# Of one stream it takes half the registers, so that twice the threads find room.
 LAUNCHES = {
     "stats": dict(BLOCK_N=1, STEPS=4, LANES=512, num_warps=4),
+    "stats_one": dict(BLOCK_N=1, STEPS=4, LANES=1024, num_warps=8),
     "sort": dict(BLOCK_N=32, num_warps=4),
     "levels": dict(BLOCK_N=8, BLOCK_V=128, num_warps=2),
     "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
@@ -41,6 +43,11 @@ LAUNCHES = {
 if INTERPRETED:  # a small block takes it as long as a large one
     sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=256, STEPS=2, LANES=1024, BLOCK_K=16)
     LAUNCHES = {name: {k: sizes.get(k, v) for k, v in x.items()} for name, x in LAUNCHES.items()}
+
+
+def stats_launch(streams):
+    """What the kernel of statistics goes by for one stream or two."""
+    return LAUNCHES["stats" if streams == 2 else "stats_one"]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Writer:
         device, o = saved.device, operands
         self._call, self._operands = call, o
         self._lists = parts(saved, o.n, call.streams)
-        self._lanes = LAUNCHES["stats"]["LANES"]
+        self._lanes = launch.stats_launch(call.streams)["LANES"]
         marks = triton.cdiv(o.v, 32 * self._lanes) * self._lanes
         self.marks = torch.empty(chunk_rows, marks, dtype=torch.int32, device=device)
         self._words = torch.empty(
