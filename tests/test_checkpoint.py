@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 import torch
 from rich.console import Console
+from tqdm import tqdm
 
 from papo_fast.errors import InputError
 from papo_fast.launch import train
@@ -41,13 +43,19 @@ def quiet_train(config):
     train(config, Console(file=io.StringIO()))
 
 
+def train_in_fork(config):
+    # Forks share tqdm's lock with this process, and a killed one never gives it back.
+    tqdm.set_lock(threading.RLock())
+    quiet_train(config)
+
+
 @pytest.fixture
 def child():
     """Starts a run in a process of its own; none outlives the test."""
     started = []
 
     def start(config):
-        process = FORK.Process(target=quiet_train, args=(config,))
+        process = FORK.Process(target=train_in_fork, args=(config,))
         process.start()
         started.append(process)
         return process
