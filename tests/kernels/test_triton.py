@@ -13,18 +13,22 @@ triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Those of one line share a process, which takes seconds to start.
 SUITES = (
-    "test_account.py", "test_contract.py", "test_edges.py", "test_groups.py", "test_lists.py",
-    "test_properties.py", "test_reverse.py", "test_saved.py", "test_sparse.py",
-)  # fmt: skip
+    ("test_account.py", "test_contract.py", "test_properties.py"),
+    ("test_edges.py", "test_sparse.py"),
+    ("test_groups.py", "test_reverse.py", "test_saved.py"),
+    ("test_lists.py",),
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the suite that this process is part of")
-@pytest.mark.parametrize("suite", SUITES)
-def test_suite_passes_in_the_interpreter(suite):
+@pytest.mark.parametrize("suites", SUITES, ids=" ".join)
+def test_suites_pass_in_the_interpreter(suites):
     """The same tests as of the other backends, in a process that interprets the kernels."""
+    files = [str(HERE / suite) for suite in suites]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / suite)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
