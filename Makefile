@@ -5,8 +5,8 @@ PRESET ?= tiny
 SEED   ?= 0
 # What samples in `make train`: hf, vllm or vllm_server; empty: as the preset says.
 ENGINE ?=
-# Processes that run the tests; each uses one thread. Some tests wait, so one more than two cores.
-JOBS   ?= 3
+# Processes that run the tests; each uses one thread. Three on two cores were slower.
+JOBS   ?= 2
 # The fast part of the tests: the house, the objective, the contract of the kernels, the pages.
 FAST   := tests/test_house.py tests/test_desk.py tests/test_golden.py $(wildcard tests/test_objective*.py) \
           tests/kernels/test_contract.py $(wildcard tests/test_api_page.py tests/test_docs.py)
