@@ -48,7 +48,7 @@ def throughput() -> str:
                 schedule(config, model, ARGUMENTS.lengths, gpus, gpu)
                 for gpus in simulate.GPUS_SIMULATED
             ]
-            rows.append((name + label, *map(_rate, steps)))
+            rows.append((label, *map(_rate, steps)))
     heads = (f"tokens/s/GPU (MFU) on {gpu.name.upper()}s", *map(str, simulate.GPUS_SIMULATED))
     return made_pages.table(rows, heads, numbers=len(simulate.GPUS_SIMULATED))
 

@@ -28,6 +28,12 @@ def test_the_tables_of_a_page_are_what_the_plan_says(script, page):
         assert shown == made, f"run docs/make_{page}.py"
 
 
+def test_rows_of_throughput_are_named_after_models(script):
+    lines = script("make_scaling").throughput().splitlines()[2:]
+    names = [name for model in ("3B", "7B", "32B") for name in (model, f"{model}, overlapped")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == names
+
+
 def test_what_stands_between_two_markers_is_replaced_and_nothing_else(
     script, tmp_path, monkeypatch
 ):
