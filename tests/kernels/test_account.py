@@ -55,7 +55,7 @@ def a_pass(given, aug_constant=False, budget_of="call"):
         upstream=upstream,
         up=torch.stack([torch.zeros(N) if u is None else u for u in up]),
         wanted=make_wanted([True] * 4, upstream, aug_constant),
-        counts=torch.ones(N, dtype=torch.bool),
+        live=torch.ones(N, dtype=torch.bool),
     )
 
 

@@ -80,7 +80,7 @@ class Account:
         if run.call.options.budget_of == "token":
             return bounds, held
         squares = (self._least[:, None] * self._scales).square().sum(2, keepdim=True)
-        typical = (squares / run.counts.sum()).sqrt() / self._scales.clamp_min(1e-300)
+        typical = (squares / run.live.sum()).sqrt() / self._scales.clamp_min(1e-300)
         return bounds, torch.maximum(held, typical.amin(1))
 
     def largest_share(self, bounds, whole):

@@ -62,7 +62,7 @@ def backward(call, saved, upstream, needs):
             if len(saved.levels):
                 left = _sparse(run, RESERVE * call.options.grad_budget, total)
             else:
-                left = Left(saved.order[: int(run.counts.sum())])
+                left = Left(saved.order[: int(run.live.sum())])
             _dense(run, left, total)
         return total.gradients(scale)
 
@@ -148,8 +148,8 @@ def _sparse(run, budget, total):
     if not left:
         served.add_weight(entries, total)
         return Left(at[:0])
-    # Rows that are left come first, in the order of tiles.
-    at = at[(served.good | ~run.counts)[at].to(torch.uint8).argsort(stable=True)[:left]]
+    # In the order of tiles.
+    at = at[launch.places((run.live & ~served.good)[at], left)]
     groups = _Groups(run, at, tile, counts, budget, account)
     served.add_weight(entries, total)
     return groups.add(total)
@@ -196,9 +196,8 @@ class _Groups:
         bad: (T,), tiles of which a row drops too much so far.
         """
         self._more = self._more_words(tiles)
-        left = (~(self._few & ~bad))[self._tile[self._at]]
-        self._good = ~left
-        self._asked = launch.Asked(torch.cat([self._more.sum(1), left.sum()[None]]))
+        self._good = (self._few & ~bad)[self._tile[self._at]]
+        self._asked = launch.Asked(torch.cat([self._more.sum(1), (~self._good).sum()[None]]))
 
     def add(self, total):
         """Adds gradients to a `words.GradientSum`; returns `Left`, the rows that need more."""
@@ -213,7 +212,7 @@ class _Groups:
             *_, left = self._asked.tolist()
         if certificate.recording():
             _record(self._run, self._good, self._done, self._share)
-        at = self._good.to(torch.uint8).argsort(stable=True)[:left]
+        at = launch.places(~self._good, left)
         return Left(self._at[at], self._done, self._group[at])
 
     def _learn(self, last):

@@ -27,8 +27,11 @@ def add(run, entries, at, total):
     """
     o, found = run.operands, entries.lists
     commonest, column = _commonest(entries, at, o.v)
-    weight = o.weight.index_select(0, commonest)
-    more = more_bias = None
+    wants_states = total.hidden is not None or total.aug_hidden is not None
+    weight = o.weight.index_select(0, commonest) if wants_states else None
+    more = None
+    if total.weight is not None:
+        more = torch.zeros(len(commonest), o.d, dtype=torch.float32, device=at.device)
     for some in at.split(ROWS):
         dz = torch.zeros(
             len(entries.dz) * len(some), len(commonest), dtype=o.dtype, device=at.device
@@ -37,24 +40,16 @@ def add(run, entries, at, total):
             some, found.starts, entries.kept, entries.words, entries.dz, column, dz, len(some),
             len(entries.words), len(commonest), STREAMS=len(entries.dz), **LAUNCHES["spread"],
         )  # fmt: skip
-        if total.hidden is not None or total.aug_hidden is not None:
+        if wants_states:
             products = torch.empty(len(dz), o.d, dtype=torch.float32, device=at.device)
             multiply(dz, weight, products)
             entries.add_states(run, total, entries.kept, some, products)
-        if total.weight is not None:
-            seen = run.differentiated(run.states(some))
-            if more is None:
-                more = torch.empty(weight.shape, dtype=torch.float32, device=at.device)
-                multiply(dz.T, seen, more)
-            else:
-                multiply_add(more, dz.T, seen)
+        if more is not None:
+            multiply_add(more, dz.T, run.differentiated(run.states(some)))
         if total.bias is not None:
-            part = dz.sum(0, dtype=torch.float32)
-            more_bias = part if more_bias is None else more_bias + part
+            add_rows(total.bias[:, None], dz.sum(0, dtype=torch.float32)[:, None], commonest)
     if more is not None:
         add_rows(total.weight, more, commonest)
-    if more_bias is not None:
-        add_rows(total.bias[:, None], more_bias[:, None], commonest)
 
 
 def _commonest(entries, at, vocab):

@@ -314,16 +314,10 @@ def levels_kernel(
         position = tile * TILE + n + tl.arange(0, BLOCK_N)
         live = position < rows
         r = tl.load(at_ptr + position, mask=live, other=0)
-        _, u = below_sum(
-            z_ptr, b_ptr, part_ptr + first, r, live, r, N, col, in_col, stride_z, sharpness,
-            softcap, HAS_BIAS, CAP,
+        u = likelier_log_prob(
+            z_ptr, b_ptr, part_ptr + first, r, live, rows, N, col, in_col, stride_z, sharpness,
+            softcap, TWO, HAS_BIAS, CAP,
         )  # fmt: skip
-        if TWO:
-            _, u_aug = below_sum(
-                z_ptr, b_ptr, part_ptr + AUG_PART * N + first, r, live, rows + r, N, col, in_col,
-                stride_z, sharpness, softcap, HAS_BIAS, CAP,
-            )  # fmt: skip
-            u = tl.maximum(u, u_aug)
         highest = tl.maximum(highest, tl.max(tl.where(live[:, None], u, LOG_ZERO), 0))
     level = tl.minimum(tl.maximum(highest * -LEVELS_PER_NAT, 0.0), 255.0)
     level = tl.where(level == level, level, 0.0)
@@ -331,18 +325,40 @@ def levels_kernel(
 
 
 @triton.jit
+def likelier_log_prob(
+    z_ptr, b_ptr, part_ptr, r, live, rows, N, col, in_col, stride_z, sharpness, softcap,
+    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_V) log-probs of words in the stream in which they are likelier.
+
+    r: (BLOCK_N,) rows of a chunk of `rows`; part: PARTS of the chunk's first row.
+    """
+    u = below_sum(
+        z_ptr, b_ptr, part_ptr, r, live, r, N, col, in_col, stride_z, sharpness, softcap, HAS_BIAS,
+        CAP,
+    )  # fmt: skip
+    if TWO:
+        u_aug = below_sum(
+            z_ptr, b_ptr, part_ptr + AUG_PART * N, r, live, rows + r, N, col, in_col, stride_z,
+            sharpness, softcap, HAS_BIAS, CAP,
+        )  # fmt: skip
+        u = tl.maximum(u, u_aug)
+    return u
+
+
+@triton.jit
 def below_sum(
     z_ptr, b_ptr, part_ptr, r, live, z_row, N, col, in_col, stride_z, sharpness, softcap,
     HAS_BIAS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_V) logits and log-probs of a stream; part: where its max stands in PARTS."""
+    """(BLOCK_N, BLOCK_V) log-probs of a stream; part: where its max stands in PARTS."""
     keep = live[:, None] & in_col[None, :]
     z_ptrs = z_ptr + z_row.to(tl.int64)[:, None] * stride_z + col[None, :]
     col, in_col = col[None, :], in_col[None, :]
     z = logits(z_ptrs, keep, b_ptr, col, in_col, sharpness, softcap, HAS_BIAS, CAP)
     peak = tl.load(part_ptr + r, mask=live, other=0.0)
     others = tl.load(part_ptr + N + r, mask=live, other=0.0)
-    return z, (z - peak[:, None]) - tl.log(others + 1.0)[:, None]
+    return (z - peak[:, None]) - tl.log(others + 1.0)[:, None]
 
 
 @triton.jit

@@ -179,6 +179,14 @@ class Asked:
         return self._numbers.tolist()
 
 
+def places(mask, count):
+    """(count,) int64: where (R,) bool `mask` holds, in order.
+
+    The host has to know how often it does; the device is not asked.
+    """
+    return mask.nonzero_static(size=count).squeeze(1)
+
+
 def padded(rows, words, dtype, device):
     """Room for (rows, words), with rows that begin at multiples of EVEN elements."""
     return torch.empty(rows, even_up(words), dtype=dtype, device=device)[:, :words]

@@ -7,7 +7,7 @@ E entries that are left of them. The list of row r has count[r] places, from sta
 import triton
 import triton.language as tl
 
-from papo_kernels.triton.kernels import AUG_PART, below_sum, logits
+from papo_kernels.triton.kernels import likelier_log_prob, logits
 
 # More words than any row may list.
 MANY = tl.constexpr(2**30)
@@ -52,23 +52,17 @@ def sift_kernel(
                 place += 1
         total = r * 0
         target = tl.load(targets_ptr + tl.load(rows_ptr + first + r))
-        # one row and one block of words, as `below_sum` wants them
+        # one row and one block of words, as `likelier_log_prob` wants them
         alone = tl.zeros((1,), tl.int64) + r
         live = tl.zeros((1,), tl.int32) == 0
         for n in range(0, marked, BLOCK_V):
             at = n + tl.arange(0, BLOCK_V)
             tl.debug_barrier()  # words that others wrote can be read
             col = tl.load(mine + at, mask=at < marked, other=0).to(tl.int64)
-            _, u = below_sum(
-                z_ptr, b_ptr, part_ptr + first, alone, live, alone, N, col, at < marked, stride_z,
-                sharpness, softcap, HAS_BIAS, CAP,
+            u = likelier_log_prob(
+                z_ptr, b_ptr, part_ptr + first, alone, live, rows, N, col, at < marked, stride_z,
+                sharpness, softcap, TWO, HAS_BIAS, CAP,
             )  # fmt: skip
-            if TWO:
-                _, u_aug = below_sum(
-                    z_ptr, b_ptr, part_ptr + AUG_PART * N + first, alone, live, rows + alone, N,
-                    col, at < marked, stride_z, sharpness, softcap, HAS_BIAS, CAP,
-                )  # fmt: skip
-                u = tl.maximum(u, u_aug)
             likely = tl.sum(((u >= listed_from) | (col[None, :] == target)).to(tl.int32), 0)
             likely = tl.where(at < marked, likely, 0)
             place = total + tl.cumsum(likely, 0) - 1

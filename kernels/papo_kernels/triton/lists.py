@@ -126,13 +126,13 @@ class Served:
         bounds, whole = account.shares(self._entries.differentiate(run), beyond)
         spare = account.spare(bounds, whole, budget)
         # The bounds hold where all likely words are listed. NaN is not >= 0.
-        good = (self._entries.lists.counts > 0) & run.counts & (spare >= 0).all(0)
+        good = (self._entries.lists.counts > 0) & run.live & (spare >= 0).all(0)
         dropped, kept = self._entries.drop(run, spare, good), self._entries.kept
         # A row with many words left is done faster together with others.
         good &= kept <= MOST_KEPT
         kept.masked_fill_(~good, 0)
         self.good, self._long = good, kept > columns.LONG
-        numbers = kept.sum(), self._long.sum(), (run.counts & ~good).sum()
+        numbers = kept.sum(), self._long.sum(), (run.live & ~good).sum()
         self.asked = launch.Asked(torch.stack(numbers))
         if certificate.recording() and good.any():
             worst = account.largest_share(bounds + dropped, whole)[good].max().item()
@@ -153,8 +153,7 @@ class Served:
         if count < columns.FEWEST_ROWS:
             self._entries.add_states(self._run, total, kept.masked_fill(~self._long, 0))
             return
-        at = (~self._long).to(torch.uint8).argsort(stable=True)[:count]
-        columns.add(self._run, self._entries, at, total)
+        columns.add(self._run, self._entries, launch.places(self._long, count), total)
 
     def add_weight(self, count, total):
         """Adds what the weight's gradient and the bias's still lack; count: of entries at first."""

@@ -25,7 +25,7 @@ class Backward:
     upstream: Upstream  # (N,) each
     up: torch.Tensor  # (6, N) float32: upstream gradients as the kernels read them
     wanted: Wanted
-    counts: torch.Tensor  # (N,) bool: rows that count
+    live: torch.Tensor  # (N,) bool: rows that count
 
     @property
     def tiles(self):
