@@ -60,7 +60,7 @@ def result(of, accuracy=0.7, collapsed=False, honesty=0.1):
         "alarms": [[3, "a sign"]] if collapsed else [],
         "seconds": {"all": 240.0},
         "git_commit": "0123456789abcdef",
-        "machine": {"cpu": "a processor"},
+        "machine": {"cpu": "a processor", "capability": "AVX2"},
     }
 
 
@@ -368,7 +368,7 @@ def test_the_report_compares_when_all_is_there_and_names_what_is_missing(
     tmp_path, page, monkeypatch
 ):
     results = tmp_path / "results"
-    chosen = {"grpo": "lr-5e-4", "official": "gamma-0.02"}
+    chosen = {"grpo": "lr-5e-4", "official": "gamma-0.02", "reverse": "gamma-0.04"}
     results.mkdir()
     (results / "chosen.json").write_text(
         json.dumps({name: {"setting": setting} for name, setting in chosen.items()})
@@ -377,21 +377,29 @@ def test_the_report_compares_when_all_is_there_and_names_what_is_missing(
         for task in protocol.TASKS:
             write(results, cell("grpo", "lr-5e-4", seed, task), accuracy=0.70 + 0.01 * (seed - 100))
             write(results, cell("official", "gamma-0.02", seed, task), accuracy=0.75, honesty=0.05)
+            rises = 0.77 + 0.01 * (seed - 100)
+            write(results, cell("reverse", "gamma-0.04", seed, task), accuracy=rises)
     write(results, cell("both", "gamma-0.04", 10, stage="development"), collapsed=True)
     report.write_report(results, page, tmp_path / "images")
     text = page.read_text()
-    assert "6 of 160 test runs are there; 0 of 16 arms have all 10 seeds." in text
-    assert "6 of 100 test runs are there; 0 of 10 arms have all 10 seeds." in text
+    assert "9 of 160 test runs are there; 0 of 16 arms have all 10 seeds." in text
+    assert "9 of 100 test runs are there; 0 of 10 arms have all 10 seeds." in text
     assert "`dapo`: 0 of 10 seeds (it has no setting yet)" in text
     assert "points more or fewer" not in text and "compared when all of them" in text
     monkeypatch.setattr(report, "TEST_SEEDS", (100, 101, 102))
-    monkeypatch.setattr(report, "arms_of", lambda task: ("grpo", "official"))
+    monkeypatch.setattr(report, "arms_of", lambda task: ("grpo", "official", "reverse"))
     for _ in range(2):  # and again: what was written is replaced
         said = report.write_report(results, page, tmp_path / "images")
     text = page.read_text()
-    assert "6 of 6 test runs are there; 2 of 2 arms have all 3 seeds." in text
+    assert "9 of 9 test runs are there; 3 of 3 arms have all 3 seeds." in text
     assert text.count("+4.0 [+3.0, +5.0] p 0.02") >= 1
-    assert "3 of 3" in text  # five points below GRPO's honesty check, on every seed
+    # 2, 3 and 4 points: t = 3 √3 with 2 degrees of freedom, and a pair alone is not corrected
+    assert "| `reverse` − `official` | 3 | +3.0 [+2.0, +4.0] p 0.035 |" in text
+    assert "`reverse` − `forward`" not in text
+    assert "with AVX2 (seeds 100, 101, 102)" in text
+    assert (
+        "| `official` | 5.0 | 3 of 3 |" in text
+    )  # five points below GRPO's honesty check, on every seed
     assert "| `both` | gamma-0.04 | 1 | 70.0 | 10.0 | 2.50 | 1 of 1 |" in text
     assert said.count(".png") == 3
     assert all(Path(line).stat().st_size > 5000 for line in said.splitlines()[1:])

@@ -142,3 +142,10 @@ ARMS: dict[str, Arm] = {
         *_ADDED,
     )
 }
+
+PAIRS: tuple[tuple[str, str], ...] = (
+    *(("reverse", "official"), ("forward", "official"), ("paper", "official")),
+    *(("reverse", "forward"), ("both", "forward"), ("both-clip", "forward")),
+    *((f"{arm.name}-entropy", arm.name) for arm in _WITHOUT_ENTROPIES),
+)
+"""Forms that the report compares with one another: an arm, and the one it is compared with."""

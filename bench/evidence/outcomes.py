@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from bench.evidence.arms import ADDED, ARMS, BASELINE
+from bench.evidence.arms import ADDED, ARMS, BASELINE, PAIRS
 from bench.evidence.protocol import RESAMPLES, TEST_SEEDS, Cell
 from bench.evidence.runner import result_of
 from bench.evidence.statistics import Difference, difference, holm
@@ -91,6 +92,24 @@ def by_seed(outcome: Outcome, runs: dict[int, dict]) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
 
+def pair_differences(
+    outcome: Outcome, results: dict[str, dict[int, dict]]
+) -> dict[tuple[str, str], Difference]:
+    """Pair of forms that both have runs → their paired difference, p corrected over the pairs."""
+    values = {name: by_seed(outcome, runs) for name, runs in results.items()}
+    found = {
+        (arm, base): difference(values[arm], values[base], RESAMPLES)
+        for arm, base in PAIRS
+        if arm in values and base in values
+    }
+    return _corrected({pair: d for pair, d in found.items() if d is not None})
+
+
+def _corrected(found: dict[Any, Difference]) -> dict[Any, Difference]:
+    adjusted = holm({name: d.p for name, d in found.items()})
+    return {name: replace(d, adjusted=adjusted[name]) for name, d in found.items()}
+
+
 def differences(
     outcome: Outcome, results: dict[str, dict[int, dict]], baseline: str = BASELINE
 ) -> dict[str, Difference | None]:
@@ -104,10 +123,7 @@ def differences(
         for name, runs in results.items()
         if name != baseline
     }
-    p = {name: d.p for name, d in found.items() if d is not None}
-    adjusted = holm({name: x for name, x in p.items() if name not in ADDED})
-    adjusted |= holm({name: x for name, x in p.items() if name in ADDED})
-    return {
-        name: None if d is None else Difference(d.seeds, d.mean, d.low, d.high, d.p, adjusted[name])
-        for name, d in found.items()
-    }
+    known = {name: d for name, d in found.items() if d is not None}
+    corrected = _corrected({name: d for name, d in known.items() if name not in ADDED})
+    corrected |= _corrected({name: d for name, d in known.items() if name in ADDED})
+    return {name: corrected.get(name) for name in found}

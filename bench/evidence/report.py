@@ -11,10 +11,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.evidence.arms import ADDED, ARMS, BASE_OF_ADDED, BASELINE
+from bench.evidence.arms import ADDED, ARMS, BASE_OF_ADDED, BASELINE, PAIRS
 from bench.evidence.choice import chosen_settings
 from bench.evidence.figures import draw_differences, draw_gammas
-from bench.evidence.outcomes import OUTCOMES, by_seed, differences, honesty, results_of_test
+from bench.evidence.outcomes import (
+    OUTCOMES,
+    by_seed,
+    differences,
+    honesty,
+    pair_differences,
+    results_of_test,
+)
 from bench.evidence.protocol import (
     DEVELOPMENT_SEEDS,
     HONEST,
@@ -57,6 +64,7 @@ def write_report(results: Path, page: Path = PAGE, images: Path = IMAGES) -> str
             content += _picture(f"differences to GRPO on {task}", drawn[-1])
         text = replaced(text, f"{task} outcomes", content)
         text = replaced(text, f"{task} looking", looking_table(found))
+        text = replaced(text, f"{task} pairs", pairs_table(task, found))
         text = replaced(text, f"{task} added", added_table(task, found))
     page.write_text(text, encoding="utf-8")
     return "\n".join(str(path) for path in (page, *drawn))
@@ -98,10 +106,19 @@ def seeds_said(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, s
         n = len(found.get(name, ()))
         lines.append(f"- `{name}`: {n} of {len(TEST_SEEDS)} seeds" + (f" ({why})" if why else ""))
     commits = {run["git_commit"][:10] for runs in found.values() for run in runs.values()}
-    machines = {run["machine"]["cpu"] for runs in found.values() for run in runs.values()}
+    seeds: dict[str, set[int]] = {}
+    for runs in found.values():
+        for seed, run in runs.items():
+            kind = f"{run['machine']['cpu']} with {run['machine']['capability']}"
+            seeds.setdefault(kind, set()).add(seed)
     if done:
-        lines.append(f"\nCommits: {', '.join(sorted(commits))}. Processors: {', '.join(machines)}.")
+        kinds = (f"{kind} (seeds {_listed(of)})" for kind, of in sorted(seeds.items()))
+        lines.append(f"\nCommits: {', '.join(sorted(commits))}. Processors: {', '.join(kinds)}.")
     return "\n".join(lines)
+
+
+def _listed(seeds: set[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def outcome_table(task: str, found: dict[str, dict[int, dict]], chosen: dict[str, str]) -> str:
@@ -135,6 +152,21 @@ def outcome_table(task: str, found: dict[str, dict[int, dict]], chosen: dict[str
         + "\n\nFirst row: per cent. Other rows: points more or fewer than GRPO's on the same seeds,"
         " with the 95 % interval, and p after Holm's correction over the arms."
     )
+
+
+def pairs_table(task: str, found: dict[str, dict[int, dict]]) -> str:
+    """Which form of the KL is better: paired differences between two of them, in points."""
+    if not found:
+        return NOT_YET
+    outcomes = OUTCOMES[task]
+    against = {key: pair_differences(x, found) for key, x in outcomes.items()}
+    rows = [
+        [f"`{arm}` − `{base}`", str(len(found[arm].keys() & found[base].keys()))]
+        + [_difference(against[key].get((arm, base))) for key in outcomes]
+        for arm, base in PAIRS
+        if arm in found and base in found
+    ]
+    return table(["pair", "seeds", *(o.says for o in outcomes.values())], rows)
 
 
 def added_table(task: str, found: dict[str, dict[int, dict]]) -> str:
