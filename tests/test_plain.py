@@ -154,6 +154,29 @@ def test_gradients_of_a_batch_are_those_of_one_sequence_after_the_other(name, ti
     assert_same_gradients(gradients(policy, groups), gradients(policy, *alone))
 
 
+@pytest.mark.parametrize("name", often(KINDS))
+def test_a_batch_of_text_alone_can_run_the_vision_tower(name, tiny, questions):
+    """As processes have to that share its weights; nothing else may change."""
+    encoder, policy = loaded(tiny(name), "plain")
+    groups = groups_of(encoder, questions)
+    text = groups[2]
+    assert not text.prompt.encoded.has_pictures
+    policy.train()
+    without = gradients(policy, [text])
+    policy.always_run_vision = True
+    with pytest.raises(ValueError, match="no stand_in"):
+        policy.pack([text])
+    policy.stand_in = encoder.one_picture
+    including = gradients(policy, [text])
+    assert_same_gradients({n: including[n] for n in without}, without)
+    tower = including.keys() - without.keys()
+    assert any("vis" in n for n in tower)
+    assert not any(including[n].any() for n in tower)
+    batch = policy.pack([text], aug=True)
+    assert [len(s["input_ids"]) for s in batch.streams] == [3, 3]
+    assert len(policy.pack(groups).streams[0]["input_ids"]) == 6  # they have pictures
+
+
 @pytest.fixture
 def with_pictures(tmp_path):
     """A file of six rows, each with a picture wide or high enough that tiles are cut."""
@@ -373,12 +396,15 @@ def test_adapters_and_a_frozen_tower(name, tiny, questions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("internvl", PlainPolicy), ("qwen3_5", Policy)])
-def test_two_ranks_train_as_one(name, kind, tiny, with_pictures, tmp_path):
-    """Sharded, each rank runs its share of the padded sequences, or of the trees."""
+def test_two_ranks_train_as_one(name, kind, tiny, questions, tmp_path):
+    """Sharded, each rank runs its share of the padded sequences, or of the trees.
+
+    In two of the updates one of the ranks has text alone.
+    """
     path = tiny(name)
-    config = small(both_streams(get_preset("papo-g-7b")), path, with_pictures, tmp_path)
+    config = small(both_streams(get_preset("papo-g-7b")), path, questions, tmp_path)
     encoder = load_encoder(config.model, config.data)
-    groups = groups_of(encoder, with_pictures, count=6)
+    groups = groups_of(encoder, questions, count=6)
     for i, sample in enumerate(s for group in groups for s in group.samples):
         sample.advantage = 0.5 * (i % 3) - 0.4
         sample.score = Score(0.0, 0.0, 0.0, False)
@@ -387,6 +413,7 @@ def test_two_ranks_train_as_one(name, kind, tiny, with_pictures, tmp_path):
         "groups": groups,
         "bans": encoder.banned_token_ids,
         "kind": kind,
+        "stand_in": getattr(encoder, "one_picture", None),
     }
     torch.save(job, tmp_path / "job.pt")
     found = []

@@ -48,8 +48,9 @@ class PlainPrompt(EncodedPrompt):
 class PlainEncoder(PromptEncoder):
     """Chat template and processor of any checkpoint of `AutoModelForImageTextToText`.
 
-    Args and attributes are those of `PromptEncoder`. `data.min_pixels` and `data.max_pixels` act
-    where the processor cuts pictures into Qwen's rows of patches; others resize as they do.
+    Args and attributes are those of `PromptEncoder`, and `one_picture`, a question with a small
+    black picture. `data.min_pixels` and `data.max_pixels` act where the processor cuts pictures
+    into Qwen's rows of patches; others resize as they do.
 
     Raises:
         InputError: the checkpoint lacks something, or its processor lays pictures out in a way that
@@ -175,6 +176,7 @@ class PlainEncoder(PromptEncoder):
             )
         if not torch.isfinite(pixels).all():
             raise InputError(f"{self.model_path}: a black picture has pixels that are not finite")
+        self.one_picture = prompt
         self.not_corrupted_by = ("attention",)
         if self._in_rows and pixels.ndim == 2 and prompt.image_grid_thw is not None:
             return

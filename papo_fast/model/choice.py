@@ -98,7 +98,10 @@ def load_policy(
     mesh: DeviceMesh | None = None,
 ) -> Policy:
     """The policy of `config.model`, of the same path as its `encoder`, sharded where it should."""
-    kind = PlainPolicy if isinstance(encoder, PlainEncoder) else Policy
-    if kind is PlainPolicy:
-        refuse_on_plain(config)
-    return kind.load(config.model, encoder.banned_token_ids, device, config.parallel, mesh)
+    setup = (encoder.banned_token_ids, device, config.parallel, mesh)
+    if not isinstance(encoder, PlainEncoder):
+        return Policy.load(config.model, *setup)
+    refuse_on_plain(config)
+    policy = PlainPolicy.load(config.model, *setup)
+    policy.stand_in = encoder.one_picture
+    return policy

@@ -38,6 +38,7 @@ BANNED_UNDER_CAP = -1e30
 class PaddedBatch:
     """R sequences of at most S tokens, padded on the right, in one or more streams.
 
+    The last sequence may be one that nothing is asked of, see `PlainPolicy.stand_in`.
     `streams` are the base model's inputs; `predictors_N` the places in (R * S,) before each of the
     N response tokens `targets_N`, and `sequence_ids_N` whose they are of `samples`.
     """
@@ -62,12 +63,18 @@ class PaddedBatch:
 class PlainPolicy(Policy):
     """`Policy` of a model that transformers can build and whose head is a linear layer.
 
+    Attributes:
+        stand_in: a prompt with a picture, which joins batches that have none where several
+            processes share the vision tower's weights: all of them have to run it. None: such a
+            batch is refused.
+
     Raises:
         InputError: the model has no such head, or its logits are something else than what is
             computed here.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        self.stand_in: PlainPrompt | None = None
         self._cap, self._scale = cap_and_scale(model.config)
         self.banned_logit = BANNED_LOGIT if self._cap is None else BANNED_UNDER_CAP
         super().__init__(model, *args, **kwargs)
@@ -117,13 +124,8 @@ class PlainPolicy(Policy):
         self, groups: Sequence[Group], *, full: bool = True, aug: bool = False, second: bool = False
     ) -> PaddedBatch:
         """The groups' sequences, one after the other, in the streams that are asked for."""
-        if self.always_run_vision and not any(g.prompt.encoded.has_pictures for g in groups):
-            raise InputError(
-                "a batch has no picture: on the plain path several processes need one in each, "
-                "since all run the vision tower together; leave out rows without pictures, or "
-                "raise train.max_tokens"
-            )
         samples, streams = all_samples(groups), []
+        others = self._stand_ins(groups)
         names = ("full",) * full + ("aug",) * aug + ("second",) * second
         responses = [s.completion.token_ids for s in samples]
         for stream in names:
@@ -133,7 +135,7 @@ class PlainPolicy(Policy):
                 if stream != "full":
                     prompt = replace(prompt, pixel_values=group.pixels(stream))
                 prompts += [prompt] * len(group.samples)
-            streams.append(self.padded(prompts, responses))
+            streams.append(self.padded([*prompts, *others], responses + [[]] * len(others)))
         prompts = [group.prompt.encoded for group in groups for _ in group.samples]
         width = streams[0]["input_ids"].shape[1]
         lengths = torch.tensor([len(r) for r in responses])
@@ -149,6 +151,17 @@ class PlainPolicy(Policy):
             sequence_ids_N=torch.arange(len(samples)).repeat_interleave(lengths),
             samples=samples,
         ).to(self.device)
+
+    def _stand_ins(self, groups: Sequence[Group]) -> list[PlainPrompt]:
+        """What joins the groups so that the vision tower runs.
+
+        No response follows it, so that the tower gets a gradient, and one of zero.
+        """
+        if not self.always_run_vision or any(g.prompt.encoded.has_pictures for g in groups):
+            return []
+        if self.stand_in is None:
+            raise ValueError("a batch has no picture, and the policy no stand_in to run instead")
+        return [self.stand_in]
 
     def padded(
         self,

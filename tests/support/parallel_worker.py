@@ -46,6 +46,8 @@ def three_updates(job: dict, out: Path) -> Updater:
     config = dataclasses.replace(config, objective=config.objective.resolved())
     kind = job.get("kind", Policy)
     policy = kind.load(config.model, job["bans"], torch.device("cpu"), config.parallel)
+    if "stand_in" in job:
+        policy.stand_in = job["stand_in"]
     reference = policy.reference(config)
     groups = job["groups"]
     updater = Updater(config, policy, reference, total_updates=3)
