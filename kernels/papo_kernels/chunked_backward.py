@@ -1,7 +1,7 @@
 """The backward of `eager/` and `cpu/`: few words where few matter, all of them elsewhere.
 
 A tile is some rows that share their choice of words. Tiles are tried on candidates first; the rows
-of those that want too many words are done densely together, a chunk at a time.
+of those that want too many words are done densely together (`dense_rows`).
 
 Both ways bring a module of functions on tiles, here called `tiles`. It has the constants
 
@@ -11,8 +11,8 @@ Both ways bring a module of functions on tiles, here called `tiles`. It has the 
 - DENSE_SHARE: share of the vocabulary above which a tile is done densely;
 - ROUNDS_WEIGHT: whether `add_gradients` can round the weight's gradient itself;
 
-and the functions `multiply`, `states_of`, `picked_logits`, `differentiate`, `drop_least` and
-`add_gradients`, which `eager/tiles.py` describes.
+and the functions `multiply`, `add_products`, `states_of`, `picked_logits`, `differentiate`,
+`drop_least` and `add_gradients`, which `eager/tiles.py` describes.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from papo_kernels import certificate, chunked_forward
 from papo_kernels.certificate import ATTEMPTS, RESERVE, Beyond, record
-from papo_kernels.equations import TargetPlace, d_products_
+from papo_kernels.dense_rows import add_dense
 from papo_kernels.rows import Call, RowStats, Upstream, Wanted, each, make_wanted, unpack
 from papo_kernels.sizes import Wholes
 
@@ -72,10 +72,8 @@ def backward(call, saved, upstream, needs, tiles):
         dense = [order]
         if len(saved.levels):
             dense = _sparse(run, order, saved.levels, total)
-        size = chunked_forward.chunk_size(count, len(call.weight))
         if dense:
-            for at in torch.cat(dense).split(size):
-                total.add_dense(at, *_dense_gradients(run, at))
+            add_dense(run, torch.cat(dense), total)
     return total.gradients()
 
 
@@ -105,12 +103,15 @@ class GradientSum:
         if self._may_round:
             self._most_waiting = max(self._most_waiting, call.weight.numel() // 4)
 
-    def _sum_of_weight(self):
-        """Where the weight's gradient is summed; None where it is not asked for."""
+    def sum_of_weight(self, in_its_dtype=False):
+        """Where the weight's gradient is summed; None where it is not asked for.
+
+        in_its_dtype: nothing was summed there before, each word gets its whole sum at once.
+        """
         # One rounding at the end: sums over rows in 16 bits diverge.
         if self._run.wanted.weight and self._weight is None:
-            call = self._run.call
-            self._weight = torch.zeros_like(call.weight, dtype=call.head.dtype)
+            weight, dtype = self._run.call.weight, self._run.call.head.dtype
+            self._weight = torch.zeros_like(weight, dtype=None if in_its_dtype else dtype)
         return self._weight
 
     def add_tile(self, at, states, finished):
@@ -138,39 +139,30 @@ class GradientSum:
             [states for _, states, _ in waiting],
             [finished for _, _, finished in waiting],
             self._run.call,
-            self._sum_of_weight(),
+            self.sum_of_weight(),
             self._bias,
             dtype,
         )
         for (at, _, _), parts in zip(waiting, found, strict=True):
-            for total, part in zip(d_states, parts, strict=True):
-                if total is not None and part is not None:
-                    total[at] = part.to(total.dtype)
+            self.put_states(at, parts)
 
-    def add_dense(self, at, dz, dz_aug):
-        """Takes (R, V) gradients of the products of the rows `at`; None where not wanted."""
-        call = self._run.call
-        for grad, x, total in (
-            (dz, call.hidden, self._hidden),
-            (dz_aug, call.aug_hidden, self._aug_hidden),
-        ):
-            if grad is None:
-                continue
-            x = x[at].to(call.head.dtype)
-            if total is not None:
-                d_states = torch.zeros_like(x)
-                for block, weight in call.head.blocks(call.weight):
-                    d_states.addmm_(grad[:, block], weight)
-                total[at] = d_states.to(total.dtype)
-            if self._run.wanted.weight:
-                self._sum_of_weight().addmm_(grad.T, x)
-            if self._bias is not None:
-                self._bias += grad.sum(0)
+    def put_states(self, at, d_states):
+        """Takes the whole gradients, (R, D) or None, of the states of the rows `at`."""
+        for total, part in zip((self._hidden, self._aug_hidden), d_states, strict=True):
+            if total is not None and part is not None:
+                total[at] = part.to(total.dtype)
+
+    def add_bias(self, words, dz):
+        """Adds what (R, B) gradients of the products of some words, or None, give their bias."""
+        if self._bias is not None:
+            for grad in dz:
+                if grad is not None:
+                    self._bias[words] += grad.sum(0)
 
     def gradients(self):
         """Of hidden, aug_hidden, weight and bias in their own dtypes, or None."""
         call = self._run.call
-        grads = (self._hidden, self._aug_hidden, self._sum_of_weight(), self._bias)
+        grads = (self._hidden, self._aug_hidden, self.sum_of_weight(), self._bias)
         if call.shard.group is not None:
             for g in grads[:2]:
                 if g is not None:
@@ -349,25 +341,3 @@ def _try(run, tile, candidates, logits, budget, wholes):
 
 def _largest_share(parts, wholes):
     return max(float((b / w).nan_to_num(0).max()) for b, w in zip(parts, wholes, strict=True))
-
-
-# ---- Dense rows
-
-
-def _dense_gradients(run, at):
-    """(R, V) gradients of both streams' products for the rows `at`; None where not wanted."""
-    call, wanted = run.call, run.wanted
-    s, g = run.of_rows(at)
-    z, z_aug = (None if x is None else _logits(run, x) for x in run.states(at))
-    place = call.shard.place(call.targets[at], len(call.weight))
-    target = TargetPlace(*(x[:, None] for x in place[1:]))
-    d_products_(z, z_aug, s, g, wanted, target, call.head)
-    record(len(at), len(call.weight), len(call.weight), None)
-    return z if wanted.full else None, z_aug if wanted.aug else None
-
-
-def _logits(run, states):
-    call = run.call
-    z = call.head.empty(states, len(call.weight))
-    run.tiles.multiply(call.head, states, call.weight, z)
-    return call.head.finish(z, call.bias)

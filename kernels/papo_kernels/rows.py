@@ -8,7 +8,7 @@ the vocabulary, T tiles. The two streams are `full` (the real image) and `aug` (
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,11 @@ class Head:
         for block, copied in self.blocks(weight):
             torch.mm(states, copied.T, out=out[:, block])
 
+    def add_products(self, x, y, out):
+        """Adds the products of (R, K) `x`, of this dtype, with (K, C) `y` to (R, C) `out`."""
+        for block, copied in self.blocks(y):
+            out.addmm_(x[:, block], copied)
+
     def finish(self, z, bias):
         """Turns (R, V) products into logits, in place."""
         if bias is not None:
@@ -95,6 +100,10 @@ class Shard:
     vocab: int
     start: int = 0
     group: dist.ProcessGroup | None = None
+
+    def from_word(self, first):
+        """The part that begins at the `first` word of this one."""
+        return replace(self, start=self.start + first)
 
     def place(self, targets, size):
         """Where (R,) `targets` stand among this rank's `size` words.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_oracle import FAST, OUTPUTS, Oracle, check, gradient_error, make_case, random_upstream
 
-from papo_kernels import token_stats
+from papo_kernels import dense_rows, token_stats
 from papo_kernels.chunked_backward import GradientSum
 from papo_kernels.cpu import forward as cpu_forward
 from papo_kernels.cpu import library
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(FAST == "triton", reason="about the torch backend"),
 ]
 needs_bf16 = pytest.mark.skipif(
-    library._library() is None or not library._multiplies_bf16(),
+    library._library() is None or not library.multiplies_bf16(),
     reason="no processor that multiplies bfloat16",
 )
 PROCESSORS = ["native"] + ["x86-64-v3", "x86-64"] * (platform.machine() == "x86_64")
@@ -35,7 +35,7 @@ def processor(request, monkeypatch, tmp_path):
         older = library._library.__wrapped__()
         assert older.lanes() < library._library().lanes() or older.lanes() == 8
         monkeypatch.setattr(library, "_library", lambda: older)
-        monkeypatch.setattr(library, "_multiplies_bf16", lambda: False)
+        monkeypatch.setattr(library, "multiplies_bf16", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,6 +52,30 @@ def test_every_processor_keeps_the_contract(processor, dtype):
         got = case.gradients(token_stats, upstream, grad_budget=budget)
         bounds = {g: bound + 1.5 * gradient_error(rounded[g], exact[g]) for g in got}
         check({g: gradient_error(got[g], exact[g]) for g in got}, bounds)
+
+
+@pytest.mark.parametrize("rows", [45, 17], ids=["rows at once", "rows in parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_all_words_go_through_blocks_of_words(processor, dtype, rows, monkeypatch):
+    monkeypatch.setattr(dense_rows, "LEAST_WORDS", 100)
+    monkeypatch.setattr(dense_rows, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(dense_rows, "MOST_ROWS", rows)
+    case = make_case(45, 83, 1203, scale=6.0, dtype=dtype, bias=True, softcap=9.0, temperature=0.7)
+    upstream, oracle = random_upstream(case), Oracle(case)
+    exact, rounded = oracle.gradients(upstream), oracle.gradients(upstream, rounded=dtype)
+    made, dtypes = GradientSum.sum_of_weight, []
+
+    def sum_of_weight(self, **options):
+        found = made(self, **options)
+        dtypes.append(found.dtype)
+        return found
+
+    monkeypatch.setattr(GradientSum, "sum_of_weight", sum_of_weight)
+    got = case.gradients(token_stats, upstream, grad_budget=0.0)
+    # rows that go in parts are summed in float32, and rounded after the last one
+    assert set(dtypes) == {dtype if rows == 45 else torch.float32}
+    bounds = {g: 1e-5 + 1.5 * gradient_error(rounded[g], exact[g]) for g in got}
+    check({g: gradient_error(got[g], exact[g]) for g in got}, bounds)
 
 
 @pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
@@ -96,9 +120,9 @@ def test_threads_change_nothing(monkeypatch):
 
 def test_a_bfloat16_gradient_of_the_weight_is_a_float32_sum_rounded_once(monkeypatch):
     case = make_case(300, 130, 2111, scale=12.0, dtype=torch.bfloat16)
-    sums, made = [], GradientSum._sum_of_weight
+    sums, made = [], GradientSum.sum_of_weight
     monkeypatch.setattr(
-        GradientSum, "_sum_of_weight", lambda self: sums.append(made(self)) or sums[-1]
+        GradientSum, "sum_of_weight", lambda self: sums.append(made(self)) or sums[-1]
     )
 
     def gradients(most_waiting):

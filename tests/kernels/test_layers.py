@@ -12,7 +12,7 @@ WAYS = ("eager", "cpu", "triton")
 # Each of them may import those before it.
 BELOW_THE_WAYS = (
     "precision", "reference", "rows", "certificate", "equations", "sizes", "chunked_forward",
-    "chunked_backward",
+    "dense_rows", "chunked_backward",
 )  # fmt: skip
 
 

@@ -67,19 +67,29 @@ def product(x, weight, out):
     """
     if not x.dtype == weight.dtype == torch.bfloat16:
         return False
-    if not usable(out.numel(), x.device):
-        return False
     if out.dtype != torch.float32 or x.shape[1] == 0 or weight.stride(1) != 1:
         return False
-    if not _multiplies_bf16():
+    if not multiplies_bf16():
         return False
+    _product(x, weight, False, out, False)
+    return True
+
+
+def add_product(x, y, out):
+    """Adds (R, K) x @ (K, C) y to (R, C) float32 `out`, of bfloat16 x and y on the CPU.
+
+    Only where `multiplies_bf16`. Rows of y and of out are contiguous each.
+    """
+    _product(x, y, True, out, True)
+
+
+def _product(x, y, by_terms, out, add):
     rows, width = x.shape
     x = F.pad(x, (0, width % 2)).contiguous()
     _library().product(
-        x.data_ptr(), rows, x.shape[1] // 2, weight.data_ptr(), weight.stride(0), len(weight),
-        width, out.data_ptr(), out.stride(0), _threads(),
+        x.data_ptr(), rows, x.shape[1] // 2, y.data_ptr(), y.stride(0), by_terms, out.shape[1],
+        width, out.data_ptr(), out.stride(0), add, _threads(),
     )  # fmt: skip
-    return True
 
 
 class TileLogits(ctypes.Structure):
@@ -104,7 +114,7 @@ def picked_logits(tiles, weight):
         # The C++ writes a product when it has added a feature, and here it would have none to add.
         return [torch.zeros(len(c), len(r), dtype=torch.float32) for r, c in tiles]
     bf16 = weight.dtype == torch.bfloat16
-    pairs = bf16 and all(rows.dtype == weight.dtype for rows, _ in tiles) and _multiplies_bf16()
+    pairs = bf16 and all(rows.dtype == weight.dtype for rows, _ in tiles) and multiplies_bf16()
     pairs = pairs and weight.shape[1] % 2 == 0 and weight.stride(0) % 2 == 0
     if bf16 and not pairs:
         return [
@@ -211,7 +221,8 @@ def _threads():
 
 
 @functools.cache
-def _multiplies_bf16():
+def multiplies_bf16():
+    """Whether the processor multiplies bfloat16 numbers and adds the products in float32."""
     if _library().multiplies_bf16():
         return True
     log.info("token_stats: bfloat16 products run as float32: this CPU has no AVX512_BF16")
@@ -248,7 +259,7 @@ def _declare(library):
     p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.statistics.argtypes = [p, p, n, n, p, n, i]
     library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
-    library.product.argtypes = [p, n, n, p, n, n, n, p, n, i]
+    library.product.argtypes = [p, n, n, p, n, i, n, n, p, n, i, i]
     library.picked_logits.argtypes = [p, i, n, n, p, n, n, i]
     library.picked_gradients.argtypes = [p, i, n, p, n, p, n, i, i, p, i, n, i]
     library.column_gradients.argtypes = [p, p, n, n, i, i, n, p, p, p]

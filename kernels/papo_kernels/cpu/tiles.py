@@ -23,6 +23,16 @@ DENSE_SHARE = 0.85
 ROUNDS_WEIGHT = True
 
 
+def add_products(call, x, y, out):
+    """As in `eager/tiles.py`; where all operands are bfloat16, so are the gradients x."""
+    operands = (call.hidden, call.aug_hidden, call.weight)
+    halves = all(t is None or t.dtype == torch.bfloat16 for t in operands)
+    if halves and library.multiplies_bf16():
+        library.add_product(x.to(torch.bfloat16), y, out)
+    else:
+        call.head.add_products(x, y, out)
+
+
 class States(NamedTuple):
     """States of a tile's rows, both streams in one tensor, each filled up with zeros."""
 

@@ -21,6 +21,14 @@ ROUNDS_WEIGHT = False
 multiply = Head.multiply
 
 
+def add_products(call, x, y, out):
+    """Adds the products of (R, K) x, in the dtype of the arithmetic, with (K, C) y to (R, C) out.
+
+    x are gradients of products, and y the weight or states of the `call`.
+    """
+    call.head.add_products(x, y, out)
+
+
 class States(NamedTuple):
     """States of a tile's rows, both streams in one tensor.
 

@@ -13,24 +13,37 @@
 // ---- Whole products of bfloat16
 
 #ifdef __AVX512BF16__
-// Every lane is a word: WORDS rows of w are packed so that one load holds a pair of features of 16
-// words, which ROWS rows of x share.
+// Every lane is a column of the product: WORDS of them are packed so that one load holds a pair
+// of terms of 16 columns, which ROWS rows of x share.
 enum { ROWS = 12, WORDS = 32, PAIRS = FEATURES / 2 };
 
-static void pack(const uint16_t *w, int64_t stride, int words, int64_t d, uint32_t *packed)
+// Each column's terms stand one after the other: w is (columns, d).
+static void pack_columns(const uint16_t *w, int64_t stride, int columns, int64_t d, uint32_t *packed)
 {
     int64_t whole = d / 2;
-    for (int64_t first = 0; first < whole; first += 16)  // one cache line of each word in turn
-        for (int v = 0; v < words; v++) {
+    for (int64_t first = 0; first < whole; first += 16)  // one cache line of each column in turn
+        for (int v = 0; v < columns; v++) {
             int64_t last = first + 16 < whole ? first + 16 : whole;
             const uint16_t *from = w + v * stride;
             for (int64_t k = first; k < last; k++)
                 memcpy(packed + k * WORDS + v, from + 2 * k, 4);
         }
     if (d % 2)
-        for (int v = 0; v < words; v++) packed[whole * WORDS + v] = w[v * stride + d - 1];
-    for (int v = words; v < WORDS; v++)
+        for (int v = 0; v < columns; v++) packed[whole * WORDS + v] = w[v * stride + d - 1];
+    for (int v = columns; v < WORDS; v++)
         for (int64_t k = 0; k < (d + 1) / 2; k++) packed[k * WORDS + v] = 0;
+}
+
+// Each term's columns stand one after the other: w is (d, columns).
+static void pack_terms(const uint16_t *w, int64_t stride, int columns, int64_t d, uint32_t *packed)
+{
+    for (int64_t k = 0; k < d; k += 2, w += 2 * stride, packed += WORDS) {
+        if (k + 1 < d)
+            for (int v = 0; v < columns; v++) packed[v] = w[v] | (uint32_t)w[stride + v] << 16;
+        else
+            for (int v = 0; v < columns; v++) packed[v] = w[v];
+        for (int v = columns; v < WORDS; v++) packed[v] = 0;
+    }
 }
 
 template <int rows>
@@ -59,22 +72,27 @@ static void product_block(const uint32_t *x, int64_t stride_x, const uint32_t *p
 }
 
 static void product_of(const uint32_t *x, int64_t n, int64_t stride_x, const uint16_t *w,
-                       int64_t stride_w, int64_t vocab, int64_t d, float *z, int64_t stride_z)
+                       int64_t stride_w, bool by_terms, int64_t columns, int64_t d, float *z,
+                       int64_t stride_z, bool add)
 {
     int64_t all = (d + 1) / 2;
     uint32_t *packed = (uint32_t *)aligned_alloc(64, all * WORDS * 4);
-    for (int64_t v = 0; v < vocab; v += WORDS, z += WORDS) {
-        int words = vocab - v < WORDS ? vocab - v : WORDS;
-        pack(w + v * stride_w, stride_w, words, d, packed);
-        uint32_t mask = words == WORDS ? ~0u : (1u << words) - 1;
+    for (int64_t v = 0; v < columns; v += WORDS, z += WORDS) {
+        int some = columns - v < WORDS ? columns - v : WORDS;
+        if (by_terms)
+            pack_terms(w + v, stride_w, some, d, packed);
+        else
+            pack_columns(w + v * stride_w, stride_w, some, d, packed);
+        uint32_t mask = some == WORDS ? ~0u : (1u << some) - 1;
         __mmask16 low = mask & 0xffff, high = mask >> 16;
         for (int64_t k = 0; k < all; k += PAIRS) {
             int64_t pairs = all - k < PAIRS ? all - k : PAIRS, r = 0;
             const uint32_t *xk = x + k, *pk = packed + k * WORDS;
+            bool more = add || k > 0;
 #define SWEEP(rows)                                                                          \
     for (; r + rows <= n; r += rows)                                                         \
         product_block<rows>(xk + r * stride_x, stride_x, pk, pairs, z + r * stride_z, stride_z, low, \
-                    high, k > 0);
+                    high, more);
             SWEEP(ROWS) SWEEP(8) SWEEP(4) SWEEP(1)
         }
     }
@@ -82,16 +100,17 @@ static void product_of(const uint32_t *x, int64_t n, int64_t stride_x, const uin
 }
 #endif
 
-// z[n, v] = sum over d of x[n, d] w[v, d]; rows of x are `stride_x` pairs of features, the last
-// pair completed with zero. Returns 1 where the processor does not multiply bfloat16.
+// z[n, v] = sum over k < d of x[n, k] w[v, k], or of x[n, k] w[k, v] where `by_terms`, or that added
+// to what z holds. Rows of x are `stride_x` pairs of terms, the last pair completed with zero.
+// Returns 1 where the processor does not multiply bfloat16.
 extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_x, const uint16_t *w,
-                       int64_t stride_w, int64_t vocab, int64_t d, float *z, int64_t stride_z,
-                       int threads)
+                       int64_t stride_w, int by_terms, int64_t columns, int64_t d, float *z,
+                       int64_t stride_z, int add, int threads)
 {
 #ifdef __AVX512BF16__
-    split(vocab, 64, threads, [=](int64_t first, int64_t last) {
-        product_of(x, n, stride_x, w + first * stride_w, stride_w, last - first, d, z + first,
-                   stride_z);
+    split(columns, 64, threads, [=](int64_t first, int64_t last) {
+        product_of(x, n, stride_x, w + (by_terms ? first : first * stride_w), stride_w, by_terms,
+                   last - first, d, z + first, stride_z, add);
     });
     return 0;
 #else

@@ -1,0 +1,83 @@
+"""The backward of rows on all words, a block of words at a time.
+
+All rows go through a block together. So each row of the weight, and of its gradient, is used once,
+and a 16-bit gradient of the weight is rounded as soon as its block is summed.
+"""
+
+from papo_kernels.certificate import record
+from papo_kernels.equations import TargetPlace, d_products_
+
+# Logits of a block and of one stream: 8 MiB of float32, which a cache holds.
+BLOCK_ELEMENTS = 1 << 21
+# Numbers of the block's part of the weight's gradient: 64 MiB of float32.
+WEIGHT_ELEMENTS = 1 << 24
+# Products with fewer words are thin.
+LEAST_WORDS = 1 << 9
+# More rows go some after others. The gradients of the states of so many are summed in float32.
+MOST_ROWS = 1 << 15
+
+
+def add_dense(run, rows, total):
+    """Adds the gradients of `rows`, (R,) int64, to the `chunked_backward.GradientSum` `total`."""
+    parts = rows.split(MOST_ROWS)
+    for at in parts:
+        _add_part(run, at, total, all_at_once=len(parts) == 1)
+
+
+def _add_part(run, at, total, all_at_once):
+    call, wanted, head = run.call, run.wanted, run.call.head
+    states, (s, g) = run.states(at), run.of_rows(at)
+    vocab, width = call.weight.shape
+    d_states = [
+        x.new_zeros(x.shape, dtype=head.dtype) if x is not None and of_it else None
+        for x, of_it in zip(states, (wanted.hidden, wanted.aug_hidden), strict=True)
+    ]
+    d_weight = total.sum_of_weight(in_its_dtype=all_at_once)
+    size = _words_of_a_block(len(at), vocab, width)
+    room = [None if x is None else head.empty(x, size).flatten() for x in states]
+    for first in range(0, vocab, size):
+        words = slice(first, min(first + size, vocab))
+        weight = call.weight[words]
+        z = [
+            None if x is None else _logits(run, x, words, r)
+            for x, r in zip(states, room, strict=True)
+        ]
+        target = _place(call, at, words)
+        d_products_(*z, s, g, wanted, target, head)
+        dz = [x if of_it else None for x, of_it in zip(z, (wanted.full, wanted.aug), strict=True)]
+        for grad, d_x in zip(dz, d_states, strict=True):
+            if grad is not None and d_x is not None:
+                run.tiles.add_products(call, grad, weight, d_x)
+        if d_weight is not None:
+            # one rounding at the end: sums over rows in 16 bits diverge
+            wide = d_weight.dtype == head.dtype
+            block = d_weight[words] if wide else weight.new_zeros(weight.shape, dtype=head.dtype)
+            for grad, x in zip(dz, states, strict=True):
+                if grad is not None:
+                    run.tiles.add_products(call, grad.T, x, block)
+            if not wide:
+                d_weight[words] = block
+        total.add_bias(words, dz)
+    total.put_states(at, d_states)
+    record(len(at), vocab, vocab, None)
+
+
+def _words_of_a_block(rows, vocab, width):
+    fewest = min(BLOCK_ELEMENTS // rows, WEIGHT_ELEMENTS // max(1, width))
+    return min(vocab, max(LEAST_WORDS, fewest))
+
+
+def _logits(run, states, words, room):
+    """(R, B) logits of a block of words, at the front of `room`."""
+    call, count = run.call, words.stop - words.start
+    z = room[: len(states) * count].view(len(states), count)
+    run.tiles.multiply(call.head, states, call.weight[words], z)
+    return call.head.finish(z, None if call.bias is None else call.bias[words])
+
+
+def _place(call, at, words):
+    """Where the rows' targets stand among a block of words."""
+    _, owned, place = call.shard.from_word(words.start).place(
+        call.targets[at], words.stop - words.start
+    )
+    return TargetPlace(owned[:, None], place[:, None])
