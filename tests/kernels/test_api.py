@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import papo_kernels
-from papo_kernels import TokenStats, op, rows, token_stats
+from papo_kernels import TokenStats, dense_rows, op, rows, token_stats
 
 H, W, Y = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, -100])
 
@@ -193,8 +193,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_more_than_a_chunk_of_logits(dtype, monkeypatch, inside):
+    assert dense_rows.MOST_ROWS * dense_rows.LEAST_WORDS <= rows.CHUNK_ELEMENTS
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 100_000)
     monkeypatch.setattr(rows, "COPY_ELEMENTS", 2_000)
+    monkeypatch.setattr(dense_rows, "BLOCK_ELEMENTS", 100_000)
+    monkeypatch.setattr(dense_rows, "LEAST_WORDS", 1)
     case = make_case(300, 4, 2000, dtype=dtype)
     largest = inside(LargestTensor(), lambda: case.call(token_stats, backend="torch"))
     assert 4 * 50_000 <= largest.nbytes <= 4 * 100_000
