@@ -183,9 +183,7 @@ def test_what_fails_on_this_side_is_an_error_of_the_run(no_cuda, monkeypatch):
     monkeypatch.setattr(Communicator, "broadcast", broadcast)
     with serving("nccl", 1) as servers:
         transfer = WeightTransfer("nccl", [Server(servers[0][0], 60.0)], 60.0)
-        with pytest.raises(
-            RolloutError, match=r"handed to .* nccl\): RuntimeError: NCCL"
-        ):
+        with pytest.raises(RolloutError, match=r"handed to .* nccl\): RuntimeError: NCCL"):
             transfer.send(FakePolicy())
 
 
@@ -237,9 +235,7 @@ def test_a_server_that_was_started_for_another_transfer_is_refused(tmp_path):
         server, length = Server(url, 5.0), 1
         server.check(length)
         server.check(length, "ipc")
-        with pytest.raises(
-            RolloutError, match=r"server_transfer ipc, but this .* nccl.*serve"
-        ):
+        with pytest.raises(RolloutError, match=r"server_transfer ipc, but this .* nccl.*serve"):
             server.check(length, "nccl")
     with standing_in(encoder) as url:
         with pytest.raises(RolloutError, match="server_transfer disk, but this run has nccl"):
