@@ -57,6 +57,7 @@ STEPS = (
     Step("train-bfloat16", "gpu_train_runs", "train_and_resume", 150, arguments=("bfloat16",)),
     Step("fsdp", "gpu_train_sharded", "sharded", 90),
     Step("rollout", "gpu_train_rollout", "rollout", 60),
+    Step("servers", "gpu_train_rollout", "servers", 240, 60),
     Step("lora", "gpu_train_update", "lora", 60),
     Step("liger", "gpu_train_update", "liger", 60),
     Step("memory", "gpu_train_times", "memory", 60, alone=True),

@@ -1,13 +1,22 @@
-"""Sampling by transformers' model on the device: log-probs against the trainer's, tokens/s."""
+"""Sampling on the device, by transformers' model and by vLLM's server: log-probs against the
+trainer's, tokens/s, seconds that new weights take."""
+
+import importlib.util
+from contextlib import closing
+from dataclasses import replace
 
 import torch
 from gpu_train_record import LeftOut
 from gpu_train_update import case_of, configured
 from update_memory import Case, experience, write_checkpoint
 
+from papo_fast.digits.model import build_checkpoint
+from papo_fast.model.choice import load_encoder, load_policy
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy, inference
+from papo_fast.presets import get_preset
 from papo_fast.rollout.hf import HFRollout
+from papo_fast.rollout.vllm_server import VLLMServerRollout, write_weights
 from papo_fast.samples import Group, Sample
 
 # Largest difference of a log-prob of the sampler and of the trainer; keys and values of bfloat16
@@ -66,6 +75,67 @@ def difference(policy, groups, completions):
     said = torch.tensor([x for s in batch.samples for x in s.completion.logprobs])
     gap = (stats.logprobs.cpu() - said).abs()
     return gap.max().item(), gap.mean().item()
+
+
+def servers(recorder):
+    """A run's own server gets new weights in each way: bit for bit those that it loads from files.
+
+    With `ipc` it shares the GPU; `nccl` takes a second one.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise LeftOut("vLLM is not installed")
+    path = recorder.folder / "model"
+    build_checkpoint(path, seed=0)
+    preset = get_preset("tiny")
+    for way in ("disk", "ipc", "nccl"):
+        with recorder.part(way):
+            if way != "disk" and not recorder.cuda:
+                raise LeftOut("weights go from GPU to GPU")
+            if way == "nccl" and torch.cuda.device_count() < 2:
+                raise LeftOut("NCCL takes no two processes on one GPU")
+            options = {"engine": "vllm_server", "server_transfer": way, "gpu_memory": 0.1}
+            config = replace(
+                preset,
+                device=str(recorder.device),
+                model=replace(preset.model, path=str(path)),
+                data=replace(preset.data, max_prompt_length=300),
+                rollout=replace(preset.rollout, **options),
+            )
+            folder = recorder.folder / way
+            folder.mkdir()
+            encoder = load_encoder(config.model, config.data)
+            policy = load_policy(config, encoder, recorder.device)
+            with closing(VLLMServerRollout(config, encoder, folder)) as engine:
+                _new_weights(recorder, way, engine, policy, encoder, folder)
+
+
+def _new_weights(recorder, way, engine, policy, encoder, folder):
+    server = engine.servers[0]
+
+    def checksums():
+        return server.call("POST", "/weight_checker", {"action": "checksum"})["checksums"]
+
+    before = checksums()
+    for _ in range(2):  # the second time all have joined already
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight.mul_(1 + 0.1 * torch.randn_like(weight))
+        seconds = recorder.seconds(lambda: engine.load_weights(policy), repeat=1, warm=0)
+    recorder.note(f"{way}: seconds of new weights", seconds)
+    got = checksums()
+    if before == got:
+        raise AssertionError("the server has the weights that it had before")
+    write_weights(policy, folder / "files" / "all")
+    server.load_weights(folder / "files" / "all")
+    want = checksums()
+    differ = [name for name in want.keys() | got.keys() if want.get(name) != got.get(name)]
+    recorder.check(f"{way}: weights unlike those of files", len(differ), 0)
+    engine.load_weights(policy)
+    prompts = [encoder.encode("1+23?", [])]
+    made = engine.generate(
+        prompts, 8, temperature=1.0, max_new_tokens=8, seed=0, advance=lambda _: None
+    )
+    recorder.note(f"{way}: responses sampled with them", len(made[0]))
 
 
 def speed(recorder):

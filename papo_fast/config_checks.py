@@ -56,6 +56,8 @@ def check(config: Config) -> None:
         )
     if rollout.overlap:
         check_overlap(config)
+    if rollout.server_transfer != "disk":
+        check_transfer(config)
     if rollout.prompts % train.update_prompts:
         raise InputError(
             f"rollout.prompts ({rollout.prompts}) must be a multiple of train.update_prompts "
@@ -113,6 +115,37 @@ def check_overlap(config: Config) -> None:
         )
 
 
+def check_transfer(config: Config) -> None:
+    """Raise `InputError` where weights cannot go from GPU to GPU."""
+    rollout = config.rollout
+    setting = f"rollout.server_transfer is {rollout.server_transfer}"
+    if rollout.engine != "vllm_server":
+        raise InputError(
+            f"{setting}, which is a way to vLLM servers, but rollout.engine is {rollout.engine}: "
+            "set it to vllm_server"
+        )
+    check_transfer_device(config, config.device.partition(":")[0])
+    servers, gpus = len(rollout.server_urls), rollout.tensor_parallel
+    if rollout.server_transfer == "ipc" and (servers > 1 or gpus > 1):
+        raise InputError(
+            f"{setting}, which is for one server on one GPU, but rollout.server_urls names "
+            f"{servers} and rollout.tensor_parallel is {gpus}: take nccl"
+        )
+
+
+def check_transfer_device(config: Config, kind: str) -> None:
+    """Raise `InputError` where weights should go from GPU to GPU and there is none.
+
+    Args:
+        kind: of the device on which the policy is, such as cuda.
+    """
+    if config.rollout.server_transfer != "disk" and kind == "cpu":
+        raise InputError(
+            f"rollout.server_transfer is {config.rollout.server_transfer}, which sends weights "
+            "from GPU to GPU, but the policy is on the CPU: take disk"
+        )
+
+
 def check_memory(config: Config) -> None:
     """Raise `InputError` where options that save memory do not go together."""
     model, train, parallel = config.model, config.train, config.parallel
@@ -154,9 +187,14 @@ def check_memory(config: Config) -> None:
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Raise `InputError` for options that save memory in a single process alone."""
+    """Raise `InputError` for options that are for a single process alone."""
     if processes == 1:
         return
+    if config.rollout.server_transfer == "ipc":
+        raise InputError(
+            "rollout.server_transfer is ipc, by which a server reads the memory of a single "
+            f"process, but there are {processes}: take nccl"
+        )
     if config.model.weights_dtype == "bfloat16":
         raise InputError(
             f"model.weights_dtype is bfloat16, but there are {processes} processes: FSDP would add "

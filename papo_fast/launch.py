@@ -14,7 +14,12 @@ import torch
 from rich.console import Console
 
 from papo_fast.config import Config
-from papo_fast.config_checks import check_libraries, check_processes, resolve
+from papo_fast.config_checks import (
+    check_libraries,
+    check_processes,
+    check_transfer_device,
+    resolve,
+)
 from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate_checkpoint
@@ -108,7 +113,9 @@ def _ready(config: Config, console: Console) -> Iterator[tuple[Config, Console]]
     # A vision tower begins with a convolution. On an H200 the gradients of float32 updates were off
     # by 2 to 5e-4, which is the size of cuDNN's TF32.
     exact = exact_float32(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    with process_group(pick_device(config.device), config.parallel.offload), exact:
+    device = pick_device(config.device)
+    check_transfer_device(config, device.type)
+    with process_group(device, config.parallel.offload), exact:
         check_processes(config, world_size())
         check_libraries(config)
         yield config, console if is_main() else Console(quiet=True)
@@ -182,6 +189,7 @@ def serve(config: Config, console: Console) -> None:
             f"rollout.server_urls names {len(urls)} servers: start each with its own URL alone"
         )
     config = resolve(config)
+    check_transfer_device(config, pick_device(config.device).type)
     require_vllm()
     if not config.rollout.server_token_file:
         raise InputError(

@@ -20,6 +20,7 @@ from gpu_train_attention import MOST, attention_errors, tree
 from gpu_train_runs import largest_difference
 
 from papo_fast.model import attention
+from support.vllm_checks import needs_vllm
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,3 +180,13 @@ def test_the_other_steps_run_on_the_cpu(tmp_path):
     assert errors["fsdp"]["weights after a checkpoint"] == 0
     assert "sharded, offload and checkpointing: loss" in errors["fsdp"]
     assert 0 < steps["rollout"]["numbers"]["qwen3_vl float32: mean difference"] < 1e-4
+
+
+@needs_vllm
+@pytest.mark.xdist_group("vllm")  # one process, one engine at a time
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_step_with_a_server_runs_on_the_cpu(tmp_path):
+    steps, errors = steps_on_the_cpu(tmp_path, ["servers"])
+    assert errors["servers"] == {"disk: weights unlike those of files": 0}
+    assert steps["servers"]["numbers"]["disk: responses sampled with them"] == 8

@@ -108,6 +108,7 @@ def test_what_is_saved_loads_without_peft_and_gives_the_same_log_probs(setup, tm
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
     # and what a sampler is sent is the same
     sent = dict(policy.whole_weights())
+    assert list(policy.whole_shapes()) == [(name, tuple(x.shape)) for name, x in sent.items()]
     assert sent.keys() == dict(loaded.model.named_parameters()).keys()
     for name, weight in loaded.model.named_parameters():
         assert torch.equal(sent[name], weight), name

@@ -379,6 +379,7 @@ def test_what_is_saved_of_4_bits_is_whole_and_is_what_a_sampler_gets(job, four_b
     policy.save(tmp_path, torch.bfloat16)
     saved = load_file(tmp_path / "model.safetensors")
     sampler = dict(policy.whole_weights())
+    assert list(policy.whole_shapes()) == [(name, tuple(x.shape)) for name, x in sampler.items()]
     config, _ = job
     base = Policy.load(config.model, [], CPU)
     assert sampler.keys() == {name for name, _ in base.whole_weights()}

@@ -21,9 +21,10 @@ from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.errors import InputError
 from papo_fast.launch import serve, train
 from papo_fast.rollout.protocol import RolloutError
+from papo_fast.rollout.vllm_client import Server
 from papo_fast.rollout.vllm_guard import HOST, MIDDLEWARE, TOKEN, Guard, read_or_make_token
 from papo_fast.rollout.vllm_serve import _folder_for_a_socket, server_command
-from papo_fast.rollout.vllm_server import Server, VLLMServerRollout
+from papo_fast.rollout.vllm_server import VLLMServerRollout
 from support.small_runs import VOLATILE, png
 from support.standing_in import MODEL_LEN, standing_in
 from support.vllm_checks import (
@@ -179,7 +180,9 @@ def answered(monkeypatch, method, path, headers, kind="http"):
     return "passed" if passed else sent[0].get("status", sent[0]["type"])
 
 
-@pytest.mark.parametrize("path", ["/collective_rpc", "/inference/v1/generate", "/health"])
+@pytest.mark.parametrize(
+    "path", ["/collective_rpc", "/update_weights", "/inference/v1/generate", "/health"]
+)
 def test_a_web_page_or_another_user_gets_nothing_from_a_server(monkeypatch, path):
     def status(*headers, method="POST"):
         return answered(monkeypatch, method, path, headers)

@@ -54,6 +54,10 @@ class RolloutConfig:
     """Folder in which new weights are handed to vLLM servers, on a disk that they share with the
     run, e.g. under /dev/shm on one machine; each run makes a folder of its own in it. Empty: in
     the run's folder."""
+    server_transfer: Literal["disk", "nccl", "ipc"] = "disk"
+    """How new weights reach vLLM servers: as files in `server_weights` (`disk`); from GPU to GPU by
+    vLLM's transfer engine (`nccl`; servers have GPUs of their own); or read by a single server from
+    the memory of the GPU that it shares with a run of one process (`ipc`)."""
     server_token_file: str = ""
     """File, of mode 600, with the token that the servers of `server_urls` ask for, which
     `papo-fast serve` makes where it is missing. A run's own server needs none."""

@@ -34,7 +34,7 @@ from papo_fast.model.lora import (
     without_adapters,
 )
 from papo_fast.model.packing import PackedBatch, pack
-from papo_fast.model.saving import whole_weights, write_checkpoint
+from papo_fast.model.saving import whole_shapes, whole_weights, write_checkpoint
 from papo_fast.parallel import device_mesh, is_main, shard, whole
 from papo_fast.samples import Group
 from papo_kernels import TokenStats, token_stats
@@ -359,6 +359,10 @@ class Policy(nn.Module):
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in the checkpoint and whole weights in `dtype` (see `saving.whole_weights`)."""
         return whole_weights(self.model, self.dtype)
+
+    def whole_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of `whole_weights`, with nothing gathered."""
+        return whole_shapes(self.model)
 
 
 @contextmanager

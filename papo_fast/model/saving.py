@@ -58,6 +58,16 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     return {k: dtype if k == "dtype" else _with_dtype(v, dtype) for k, v in config.items()}
 
 
+def whole_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of `whole_weights`, in the same order, with nothing gathered."""
+    for name, weight in model.named_parameters():
+        if not is_adapter(name):
+            yield name.replace(BASE, ""), tuple(weight.shape)
+    for name, four_bits in four_bit_layers(model).items():
+        shape = (four_bits.out_features, four_bits.in_features)
+        yield f"{name.removesuffix(BASE)}.weight", shape
+
+
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
 

@@ -84,7 +84,9 @@ def simulated(arguments: PlanArguments) -> tuple[Config, GPU, dict[str, Model]]:
         sizes = ModelSizes.of(config.model)
         models = {f"{sizes.parameters / 1e9:.1f} B": Model.of(sizes)}
     # vLLM in both schedules
-    rollout = dataclasses.replace(config.rollout, engine="vllm", server_urls=())
+    rollout = dataclasses.replace(
+        config.rollout, engine="vllm", server_urls=(), server_transfer="disk"
+    )
     model = dataclasses.replace(config.model, path=config.model.path or "any")
     config = dataclasses.replace(config, rollout=rollout, model=model)
     return _checked(dataclasses.replace(arguments, config=config)), _gpu(arguments), models

@@ -24,9 +24,11 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 from transformers import AutoConfig
 
 from papo_fast.config import Config
+from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
 from papo_fast.rollout import vllm_guard
 from papo_fast.rollout.protocol import RolloutError
@@ -58,6 +60,9 @@ def server_command(config: Config, url: str, token: str) -> tuple[list[str], dic
         "enable_scale_out": True,  # token ids in, token ids out
         "disable_uvicorn_access_log": True,
     }
+    transfer = config.rollout.server_transfer
+    if transfer != "disk":
+        options["weight_transfer_config"] = {"backend": transfer}
     if on_cpu:
         text_config = AutoConfig.from_pretrained(
             path, trust_remote_code=config.model.trust_remote_code
@@ -73,6 +78,8 @@ def server_command(config: Config, url: str, token: str) -> tuple[list[str], dic
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
+    if transfer == "ipc":  # where in the GPU's memory, which vLLM tells over HTTP as a pickle
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     environment[vllm_guard.TOKEN], environment[vllm_guard.HOST] = token, host
     root = str(Path(__file__).parents[2])  # from where the server imports the guard
     if "site-packages" not in root and root not in environment.get("PYTHONPATH", ""):
@@ -91,6 +98,37 @@ def warn_of_open_address(url: str) -> None:
             "learns the token and can then change the server's weights",
             url,
         )
+
+
+def gpus_of_own_server(config: Config, device: torch.device) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a server that a run on `device` starts: GPUs that the run leaves.
+
+    With `rollout.server_transfer` ipc it is the run's own GPU. None: where too few are left, it
+    sees all that the run sees.
+
+    Raises `InputError` where too few are left for `rollout.server_transfer` nccl.
+    """
+    if device.type == "cpu":
+        return None
+    rollout, visible = config.rollout, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if visible == [""]:
+        visible = [str(i) for i in range(torch.cuda.device_count())]
+    taken = [device.index or 0]
+    if "LOCAL_RANK" in os.environ:  # as `papo_fast.parallel` gives them to processes
+        taken = list(range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if rollout.server_transfer == "ipc":
+        return visible[taken[0]]
+    left = [gpu for i, gpu in enumerate(visible) if i not in taken]
+    if len(left) >= rollout.tensor_parallel:
+        return ",".join(left[: rollout.tensor_parallel])
+    if rollout.server_transfer == "nccl":
+        raise InputError(
+            f"rollout.server_transfer is nccl, for which the run's own server needs "
+            f"{rollout.tensor_parallel} GPU(s) (rollout.tensor_parallel) besides those of the run, "
+            f"but {len(left)} of {len(visible)} are left: start fewer processes, or take ipc or "
+            "disk"
+        )
+    return None
 
 
 class OwnServer:
@@ -116,6 +154,8 @@ class OwnServer:
         # torchrun's variables are of the run's processes
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
+        if (gpus := gpus_of_own_server(config, pick_device(config.device))) is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

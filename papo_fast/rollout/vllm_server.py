@@ -3,8 +3,8 @@
 A request is one prompt, as token ids and PNG pictures, and asks for all its responses; the answer
 holds their token ids and log-probs (vLLM's `/inference/v1/generate`, since a chat request would
 have the server tokenize again). New weights are written to a folder that run and servers share and
-loaded from there. Whatever a server does wrong is a `RolloutError` on every rank, so that all of
-them can write a checkpoint together.
+loaded from there, or go from GPU to GPU (`vllm_transfer`). Whatever a server does wrong is a
+`RolloutError` on every rank, so that all of them can write a checkpoint together.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ import atexit
 import base64
 import hashlib
 import io
-import json
 import math
 import shutil
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 from safetensors.torch import save_file
@@ -36,130 +32,18 @@ from papo_fast.errors import InputError
 from papo_fast.model.policy import Policy
 from papo_fast.parallel import gather, is_main, rank
 from papo_fast.rollout.protocol import RolloutError
-from papo_fast.rollout.vllm_guard import SOCKET, read_token
-from papo_fast.rollout.vllm_requests import RequestFormat, prompt_passes, prompt_seeds
+from papo_fast.rollout.vllm_client import AGAIN, Server
+from papo_fast.rollout.vllm_guard import is_loopback, read_token
+from papo_fast.rollout.vllm_requests import (
+    RequestFormat,
+    prompt_passes,
+    prompt_seeds,
+    require_vllm,
+)
 from papo_fast.rollout.vllm_serve import OwnServer, warn_of_open_address
+from papo_fast.rollout.vllm_transfer import WeightTransfer
 from papo_fast.run.private import private_folder
 from papo_fast.samples import Completion
-
-START = "start it with `papo-fast serve` and the options of this run"
-AGAIN = "the same command with --resume goes on"
-
-
-class Server:
-    """One vLLM server; every failure is a `RolloutError` that names it and what to do."""
-
-    def __init__(self, url: str, timeout: float, token: str = ""):
-        self.url = url.rstrip("/")
-        self.timeout = timeout
-        self.headers = {"Content-Type": "application/json"}
-        if token:
-            self.headers["Authorization"] = f"Bearer {token}"
-
-    def __str__(self) -> str:
-        return f"the vLLM server at {self.url} (rollout.server_urls)"
-
-    def call(self, method: str, path: str, body: dict | None = None) -> Any:
-        """The JSON answer, or None where the server answers nothing."""
-        connection = _connection(self.url, self.timeout)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise RolloutError(f"{self} cannot be reached: {error}. {START}; {AGAIN}") from error
-        try:
-            text = None if body is None else json.dumps(body)
-            with suppress(BrokenPipeError):  # refused before all was read: the answer says why
-                connection.request(method, path, text, self.headers)
-            response = connection.getresponse()
-            status, content = response.status, response.read()
-        except TimeoutError as error:
-            raise RolloutError(
-                f"{self} has not answered {path} within rollout.server_timeout = {self.timeout} "
-                f"seconds: raise it, or start the server again; {AGAIN}"
-            ) from error
-        except (OSError, HTTPException) as error:
-            raise RolloutError(
-                f"{self} broke off while it answered {path} ({error!r}): its log says why. "
-                f"{START}; {AGAIN}"
-            ) from error
-        finally:
-            connection.close()
-        if status == 401:
-            raise RolloutError(
-                f"{self} refused {path}: it asks for a token other than this run's. Give both the "
-                f"same --rollout.server-token-file; {AGAIN}"
-            )
-        if status >= 400:
-            detail = content[:500].decode(errors="replace")
-            raise RolloutError(
-                f"{self} refused {path} with status {status}: {detail}. If it was started "
-                f"otherwise, {START}"
-            )
-        try:
-            return json.loads(content) if content else None
-        except ValueError as error:
-            raise self.nonsense(path, f"no JSON but {content[:80]!r}") from error
-
-    def nonsense(self, path: str, what: str) -> RolloutError:
-        return RolloutError(
-            f"{self} answered {path} with {what}: is it vLLM, of a version that pyproject.toml "
-            f"allows? {START}; {AGAIN}"
-        )
-
-    def is_ready(self) -> bool:
-        try:
-            self.call("GET", "/health")
-        except RolloutError:
-            return False
-        return True
-
-    def check(self, length: int) -> None:
-        """Raise where the server was started with options under which a run would be wrong."""
-        path = "/server_info?config_format=json"
-        info = self.call("GET", path)
-        try:
-            model = info["vllm_config"]["model_config"]
-            mode, longest = model["logprobs_mode"], int(model["max_model_len"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self.nonsense(path, "no description of its model") from error
-        if mode != "processed_logprobs" or longest < length:
-            raise RolloutError(
-                f"{self} runs with --logprobs-mode {mode} --max-model-len {longest}, but this run "
-                f"needs processed_logprobs and {length}: {START}"
-            )
-
-    def load_weights(self, folder: Path) -> None:
-        self.call(
-            "POST",
-            "/collective_rpc",
-            {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-        )
-        path = "/reset_prefix_cache"
-        done = self.call("POST", path)
-        if not isinstance(done, dict) or done.get("success") is not True:
-            raise self.nonsense(path, f"{done}, so it kept keys and values of the old weights")
-        self.call("POST", "/reset_mm_cache")
-        self.call("POST", "/reset_encoder_cache")
-
-
-class _SocketConnection(HTTPConnection):
-    """HTTP over a socket that a path names."""
-
-    def __init__(self, path: str, timeout: float):
-        super().__init__("localhost", timeout=timeout)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
-
-
-def _connection(url: str, timeout: float) -> HTTPConnection:
-    address = urlsplit(url)
-    if address.scheme == SOCKET:
-        return _SocketConnection(address.path, timeout)
-    return HTTPConnection(address.hostname or "", address.port, timeout=timeout)
 
 
 class VLLMServerRollout:
@@ -186,6 +70,8 @@ class VLLMServerRollout:
         self.own: OwnServer | None = None
         urls, token, error = rollout.server_urls, "", None
         try:
+            if rollout.server_transfer != "disk":
+                require_vllm()  # here too, and not in the servers alone
             if not urls and is_main():
                 log = run_dir / "vllm_server.log"
                 self.own = OwnServer(config, log, lambda url: Server(url, 5.0).is_ready())
@@ -196,13 +82,23 @@ class VLLMServerRollout:
             if is_main():
                 for url in urls:
                     warn_of_open_address(url)
+                    if rollout.server_transfer == "ipc" and not is_loopback(url):
+                        raise InputError(
+                            f"rollout.server_transfer is ipc, by which a server reads the memory "
+                            f"of this machine's GPU, but {url} is not on loopback: take nccl"
+                        )
                     length = config.data.max_prompt_length + rollout.max_new_tokens
-                    Server(url, rollout.server_timeout, token).check(length)
+                    server = Server(url, rollout.server_timeout, token)
+                    server.check(length, rollout.server_transfer)
         except InputError as problem:
             error = problem
-        _fail_together(error)
+        fail_together(error)
         urls, token = gather((urls, token))[0]
         self.servers = [Server(url, rollout.server_timeout, token) for url in urls]
+        self.transfer: WeightTransfer | None = None
+        if rollout.server_transfer != "disk":
+            kind, timeout = rollout.server_transfer, rollout.server_timeout
+            self.transfer = WeightTransfer(kind, self.servers, timeout)
 
     def generate(
         self,
@@ -241,7 +137,7 @@ class VLLMServerRollout:
             error = problem
         finally:
             pool.shutdown(cancel_futures=True)
-        _fail_together(error)
+        fail_together(error)
         return groups
 
     def _completions(
@@ -273,19 +169,32 @@ class VLLMServerRollout:
 
     def load_weights(self, policy: Policy) -> None:
         """Hand the policy's weights to all servers, which forget what the old ones computed."""
+        error = None
+        try:
+            if self.transfer is None:
+                self._load_from_disk(policy)
+            else:
+                self.transfer.send(policy)
+            if is_main():
+                self._of_all(Server.forget)
+        except RolloutError as problem:
+            error = problem
+        fail_together(error)
+
+    def _load_from_disk(self, policy: Policy) -> None:
         self.loaded += 1
-        folder, error = self.weights / f"update-{self.loaded}", None
+        folder = self.weights / f"update-{self.loaded}"
         try:
             write_weights(policy, folder, first=self.loaded == 1)
             if is_main():
-                with ThreadPoolExecutor(len(self.servers)) as pool:
-                    list(pool.map(lambda server: server.load_weights(folder), self.servers))
-        except RolloutError as problem:
-            error = problem
+                self._of_all(lambda server: server.load_weights(folder))
         finally:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
-        _fail_together(error)
+
+    def _of_all(self, ask: Callable[[Server], None]) -> None:
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(ask, self.servers))
 
     @staticmethod
     def prompt_passes(n: int) -> int:
@@ -296,6 +205,8 @@ class VLLMServerRollout:
         """Servers have GPUs of their own."""
 
     def close(self) -> None:
+        if self.transfer is not None:
+            self.transfer.close()
         if self.own is not None:
             self.own.close()
             self.own = None
@@ -356,7 +267,7 @@ def data_url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _fail_together(error: InputError | None) -> None:
+def fail_together(error: InputError | None) -> None:
     """Raise the first rank's error on every rank."""
     messages = [m for m in gather(None if error is None else str(error)) if m is not None]
     if messages:

@@ -19,7 +19,7 @@ _FREE_IN_TRAIN = ("checkpoint_every", "keep_checkpoints", "max_tokens")
 _FREE_WHERE_LR_IS_CONSTANT = ("steps", "epochs")
 _FREE_IN_ROLLOUT = (
     *("gpu_memory", "tensor_parallel"),
-    *("server_urls", "server_timeout", "server_weights", "server_token_file"),
+    *("server_urls", "server_timeout", "server_weights", "server_transfer", "server_token_file"),
 )
 # How long and how often a service is asked, and by how many.
 _FREE_IN_REWARD = ("http_timeout", "http_retries", "http_parallel")

@@ -35,13 +35,18 @@ class StandIn(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/health":
             return self.answer(b"")
+        return self.fault(self) or self.answer({"vllm_config": self.model_info()})
+
+    def model_info(self) -> dict:
         model = {"logprobs_mode": "processed_logprobs", "max_model_len": MODEL_LEN}
-        return self.fault(self) or self.answer({"vllm_config": {"model_config": model}})
+        return {"model_config": model}
 
     def do_POST(self):
         self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-        if self.fault(self):
-            return
+        if not self.fault(self):
+            self.respond()
+
+    def respond(self) -> None:
         if self.path == "/reset_prefix_cache":
             self.answer({"success": True})
         elif self.path == "/inference/v1/generate":
@@ -86,9 +91,10 @@ def answering(server):
 
 
 @contextmanager
-def standing_in(encoder, fault=lambda handler: False, port=0):
-    own = {"fault": staticmethod(fault), "format": RequestFormat(encoder)}
-    handler = type("Handler", (StandIn,), own)
+def standing_in(encoder, fault=lambda handler: False, port=0, base=StandIn, **fields):
+    """URL of a server that answers as `base` does; `fields` are further attributes of it."""
+    own = {"fault": staticmethod(fault), "format": RequestFormat(encoder), **fields}
+    handler = type("Handler", (base,), own)
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     with answering(server) as port:
         yield f"http://127.0.0.1:{port}"
