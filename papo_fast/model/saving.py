@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, SiglipVisionModel
 
 from papo_fast.model.four_bit import four_bit_layers
 from papo_fast.model.lora import BASE, adapted_layers, is_adapter, merged, merged_weight
@@ -61,6 +61,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
 
+    The weights of a SigLIP tower have a level more in checkpoints than in models of transformers 5.
     Adapters are merged. Every rank of a sharded model takes part, from the first weight to the
     last.
     """
@@ -69,6 +70,15 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
         return whole(weight.detach())
 
     layers = adapted_layers(model)
+    modules = model.named_modules()
+    towers = [f"{name}." for name, module in modules if isinstance(module, SiglipVisionModel)]
+
+    def published(name: str) -> str:
+        for tower in towers:
+            if name.startswith(tower):
+                return f"{tower}vision_model.{name.removeprefix(tower)}"
+        return name
+
     for name, weight in model.named_parameters():
         layer = layers.get(name.partition(BASE)[0])
         if is_adapter(name):
@@ -77,10 +87,10 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
             weight = merged_weight(layer, weight, detached)
         else:
             weight = detached(weight.to(dtype))
-        yield name.replace(BASE, ""), weight.to(dtype)
+        yield published(name.replace(BASE, "")), weight.to(dtype)
     for name, four_bits in four_bit_layers(model).items():
         layer = layers.get(name.removesuffix(BASE))
         weight = four_bits.weight
         if layer is not None:
             weight = merged_weight(layer, weight, detached)
-        yield f"{name.removesuffix(BASE)}.weight", weight.to(dtype)
+        yield published(f"{name.removesuffix(BASE)}.weight"), weight.to(dtype)
