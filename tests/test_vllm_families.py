@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from papo_fast.config import CorruptionConfig
 from papo_fast.data.corruption import PromptCorruption
 from papo_fast.errors import InputError
 from papo_fast.rollout.engines import make_engine
 from papo_fast.rollout.vllm_requests import RequestFormat, engine_options
+from papo_fast.rollout.vllm_serve import server_command
 from support.groups import as_prompt
 from support.plain_checkpoints import write_plain_checkpoint
 from support.vllm_checks import at_hand, needs_vllm, picture
@@ -82,6 +86,20 @@ def test_sampler_and_trainer_agree_over_a_server_too(tmp_path):
     run(tmp_path, "internvl", "vllm_server")
 
 
+@pytest.mark.parametrize(
+    ("family", "part"), [("gemma3", "vision_tower."), ("qwen3_vl_moe", ".experts.")]
+)
+def test_weights_go_over_as_published_checkpoints_have_them(family, part, tmp_path):
+    """Where the model's own are named or laid out otherwise."""
+    folder = write_plain_checkpoint(tmp_path, family, vllm=True)
+    _, _, policy = at_hand(folder)
+    file = load_file(folder / "model.safetensors")
+    published = {n.removeprefix("model."): w for n, w in file.items() if part in n}
+    sent = {n.removeprefix("model."): w for n, w in policy.whole_weights() if part in n}
+    assert sent.keys() == published.keys() and sent
+    assert all(torch.equal(weight, published[name]) for name, weight in sent.items())
+
+
 @pytest.fixture(scope="module")
 def internvl(tmp_path_factory):
     """Configuration, encoder and policy of a family whose pictures are tiles."""
@@ -108,6 +126,21 @@ def test_vllm_gets_pictures_as_they_came_and_the_text_alone(internvl):
     assert expanded == prompt.input_ids.tolist()
     # the pixel limits are of another layout
     assert engine_options(config, encoder)["mm_processor_kwargs"] == {"use_fast": False}
+
+
+def test_where_files_name_no_mean_the_processor_normalises_and_not_the_model(tmp_path):
+    """vLLM would look for it in the files alone, and give the model values of 0 to 255."""
+    folder = write_plain_checkpoint(tmp_path / "model", "glm4v", vllm=True)
+    config, encoder, _ = at_hand(folder)
+    command, _ = server_command(config, encoder, "http://node7:8123", "secret")
+    assert "--no-mm-device-do-normalize" in command
+    # GLM counts the pixels of both frames of a patch
+    [size] = json.loads(command[command.index("--mm-processor-kwargs") + 1]).values()
+    assert size["shortest_edge"] == 2 * config.data.min_pixels
+    file = folder / "preprocessor_config.json"
+    named = json.loads(file.read_text()) | {"image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    file.write_text(json.dumps(named))
+    assert "mm_device_do_normalize" not in engine_options(config, encoder)
 
 
 def run_lengths(flags):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, SiglipVisionModel
+from transformers import GenerationConfig
 
 from papo_fast.model.four_bit import four_bit_layers
 from papo_fast.model.lora import BASE, adapted_layers, is_adapter, merged, merged_weight
@@ -59,9 +59,8 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+    """Names and weights as in checkpoints, whole and in `dtype`, one at a time, for a sampler.
 
-    The weights of a SigLIP tower have a level more in checkpoints than in models of transformers 5.
     Adapters are merged. Every rank of a sharded model takes part, from the first weight to the
     last.
     """
@@ -70,15 +69,7 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
         return whole(weight.detach())
 
     layers = adapted_layers(model)
-    modules = model.named_modules()
-    towers = [f"{name}." for name, module in modules if isinstance(module, SiglipVisionModel)]
-
-    def published(name: str) -> str:
-        for tower in towers:
-            if name.startswith(tower):
-                return f"{tower}vision_model.{name.removeprefix(tower)}"
-        return name
-
+    published = _published(model)
     for name, weight in model.named_parameters():
         layer = layers.get(name.partition(BASE)[0])
         if is_adapter(name):
@@ -87,10 +78,31 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
             weight = merged_weight(layer, weight, detached)
         else:
             weight = detached(weight.to(dtype))
-        yield published(name.replace(BASE, "")), weight.to(dtype)
+        yield published(name.replace(BASE, ""), weight.to(dtype))
     for name, four_bits in four_bit_layers(model).items():
         layer = layers.get(name.removesuffix(BASE))
         weight = four_bits.weight
         if layer is not None:
             weight = merged_weight(layer, weight, detached)
-        yield published(f"{name.removesuffix(BASE)}.weight"), weight.to(dtype)
+        yield published(f"{name.removesuffix(BASE)}.weight", weight.to(dtype))
+
+
+def _published(model: nn.Module) -> Callable[[str, Tensor], tuple[str, Tensor]]:
+    """What turns a weight of `model` and its name into those of published checkpoints.
+
+    Where transformers 5 has others, it changes them as it loads a file, and vLLM knows the file's.
+    """
+
+    def under(kind: str) -> tuple[str, ...]:
+        return tuple(f"{n}." for n, m in model.named_modules() if type(m).__name__ == kind)
+
+    towers, experts = under("SiglipVisionModel"), under("Qwen3VLMoeTextExperts")
+
+    def published(name: str, weight: Tensor) -> tuple[str, Tensor]:
+        for tower in filter(name.startswith, towers):
+            name = f"{tower}vision_model.{name.removeprefix(tower)}"
+        if name.startswith(experts):
+            weight = weight.transpose(1, 2).contiguous()
+        return name, weight
+
+    return published

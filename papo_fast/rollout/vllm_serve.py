@@ -62,13 +62,14 @@ def server_command(
     }
     if on_cpu:
         options |= cpu_options(config, encoder)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command, switches = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"], []
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            command += [flag if value else flag.replace("--", "--no-", 1)]
+            switches.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    command += switches
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches

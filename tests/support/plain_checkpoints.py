@@ -195,19 +195,29 @@ PLAIN = {
 
 
 def as_published(model: torch.nn.Module, file: Path) -> None:
-    """Give a SigLIP tower's weights the names of published checkpoints, which have a level more."""
-    if isinstance(getattr(model.model, "vision_tower", None), SiglipVisionModel):
-        weights = load_file(file)
-        new = {n.replace("vision_tower.", "vision_tower.vision_model.", 1): w
-               for n, w in weights.items()}  # fmt: skip
-        save_file(new, file, metadata={"format": "pt"})
+    """Names and weights as published checkpoints have them: models made here are saved otherwise.
+
+    Names of a SigLIP tower have a level more, and matrices of Qwen3-VL-MoE's experts are turned.
+    """
+    deeper = isinstance(getattr(model.model, "vision_tower", None), SiglipVisionModel)
+    turned = model.config.model_type == "qwen3_vl_moe"
+    if not deeper and not turned:
+        return
+    published = {}
+    for name, weight in load_file(file).items():
+        if deeper:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if turned and ".mlp.experts." in name:
+            weight = weight.transpose(1, 2).contiguous()
+        published[name] = weight
+    save_file(published, file, metadata={"format": "pt"})
 
 
 def for_vllm(family: Family) -> Family:
     """The family as vLLM's CPU build takes it.
 
     That has attention for heads of 32 and more, experts whose widths 32 divides, and new weights
-    for a head alone that is not the embedding's weight too.
+    for a head alone that is not the embedding's weight too. It asks GLM-4.5V for `use_qk_norm`.
     """
     text = family.text | {"hidden_size": 64, "head_dim": 32}
     if "mrope_section" in (rope := text.get("rope_parameters", {})):
@@ -215,7 +225,9 @@ def for_vllm(family: Family) -> Family:
         text["rope_parameters"] = rope | {"mrope_section": sections}
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if name in text:
-            text[name] = 32
+            text[name] = 96  # neither it nor its double is the hidden size
+    if "n_routed_experts" in text:
+        text["use_qk_norm"] = False
     out = {"out_hidden_size": 64} if "out_hidden_size" in family.vision else {}
     top = family.top | {"tie_word_embeddings": False}
     return replace(family, text=text, vision=family.vision | out, top=top)
