@@ -356,7 +356,12 @@ def test_caps_and_scales_of_the_logits_are_part_of_the_statistics(setting, tiny,
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("gemma3", "no token of a picture see"), ("internvl", "keeps the old head")]
+    ("name", "why"),
+    [
+        ("gemma3", "no token of a picture see"),
+        ("glm4v_moe", "its experts compute something else"),
+        ("internvl", "keeps the old head"),
+    ],
 )
 def test_vllm_is_refused_where_it_does_not_sample_from_the_policy(name, why, tiny, tmp_path):
     config = small(get_preset("grpo"), tiny(name), "", tmp_path)

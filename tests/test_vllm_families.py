@@ -55,8 +55,6 @@ FAMILIES = [
     pytest.param("idefics3", marks=RARE),
     pytest.param("llava_onevision", marks=RARE),
     "glm4v",
-    pytest.param("glm4v_moe", marks=RARE),
-    pytest.param("qwen3_vl_moe", marks=RARE),
 ]
 
 

@@ -14,11 +14,15 @@ from papo_fast.rollout.hf import HFRollout
 from papo_fast.rollout.plain import PlainRollout
 from papo_fast.rollout.protocol import RolloutEngine
 
+_EXPERTS = "on the CPU its experts compute something else once they are given new weights"
 NOT_ON_CPU = {
     "gemma3": "on the CPU its attention lets no token of a picture see those behind it, as the "
-    "model's does"
+    "model's does",
+    "qwen3_vl_moe": _EXPERTS,
+    "qwen3_5_moe": _EXPERTS,
+    "glm4v_moe": _EXPERTS,
 }
-"""Family → why vLLM's CPU build is refused."""
+"""Family → why the CPU build of vLLM 0.32 is refused."""
 
 
 def engine_class(name: str) -> type[RolloutEngine]:

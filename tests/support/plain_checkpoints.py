@@ -217,7 +217,7 @@ def for_vllm(family: Family) -> Family:
     """The family as vLLM's CPU build takes it.
 
     That has attention for heads of 32 and more, experts whose widths 32 divides, and new weights
-    for a head alone that is not the embedding's weight too. It asks GLM-4.5V for `use_qk_norm`.
+    for a head alone that is not the embedding's weight too.
     """
     text = family.text | {"hidden_size": 64, "head_dim": 32}
     if "mrope_section" in (rope := text.get("rope_parameters", {})):
@@ -226,8 +226,6 @@ def for_vllm(family: Family) -> Family:
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if name in text:
             text[name] = 96  # neither it nor its double is the hidden size
-    if "n_routed_experts" in text:
-        text["use_qk_norm"] = False
     out = {"out_hidden_size": 64} if "out_hidden_size" in family.vision else {}
     top = family.top | {"tie_word_embeddings": False}
     return replace(family, text=text, vision=family.vision | out, top=top)
