@@ -94,7 +94,10 @@ def _published(model: nn.Module) -> Callable[[str, Tensor], tuple[str, Tensor]]:
     """
 
     def under(kind: str) -> tuple[str, ...]:
-        return tuple(f"{n}." for n, m in model.named_modules() if type(m).__name__ == kind)
+        def is_one(module: nn.Module) -> bool:  # FSDP derives a class of its own
+            return any(base.__name__ == kind for base in type(module).__mro__)
+
+        return tuple(f"{name}." for name, module in model.named_modules() if is_one(module))
 
     towers, experts = under("SiglipVisionModel"), under("Qwen3VLMoeTextExperts")
 
