@@ -24,6 +24,7 @@ from papo_fast.consoles import make_console, outlive_readers
 from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate_checkpoint
 from papo_fast.hand_over import Given, hand_over
+from papo_fast.model.choice import load_encoder
 from papo_fast.parallel import (
     gather,
     is_main,
@@ -203,7 +204,8 @@ def serve(config: Config, console: Console) -> None:
 
         config = prepare(config, Progress(console))
     warn_of_open_address(urls[0])
-    command, environment = server_command(config, urls[0], token)
+    encoder = load_encoder(config.model, config.data)
+    command, environment = server_command(config, encoder, urls[0], token)
     environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     console.print(f"vLLM serves {config.model.path} at {urls[0]}")
     os.execve(command[0], command, environment)

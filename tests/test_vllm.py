@@ -174,7 +174,7 @@ def test_temperatures_that_vllm_would_change_or_refuse_are_named(temperature):
     preset = get_preset("tiny")
     hot = replace(preset, rollout=replace(preset.rollout, temperature=temperature))
     with pytest.raises(InputError, match=f"rollout.temperature is {temperature}"):
-        engine_options(hot)
+        engine_options(hot, None)
 
 
 def test_without_vllm_the_engine_says_how_to_install_it(tmp_path, monkeypatch):

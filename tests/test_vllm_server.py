@@ -133,8 +133,8 @@ def at(config, *urls, **changes):
 
 
 def test_the_server_is_started_with_what_a_run_checks_for(model):
-    config, _, _ = model
-    command, environment = server_command(config, "http://node7:8123", "secret")
+    config, encoder, _ = model
+    command, environment = server_command(config, encoder, "http://node7:8123", "secret")
     options = dict(zip(command[3::2], command[4::2], strict=False))
     for flag, value in {
         "--host": "node7",
@@ -151,7 +151,7 @@ def test_the_server_is_started_with_what_a_run_checks_for(model):
     assert not any("secret" in word for word in command), "everybody can read a command line"
     for url in ("https://node7:8123", "http://node7", "node7:8123"):
         with pytest.raises(InputError, match="not of the form http://HOST:PORT"):
-            server_command(config, url, "secret")
+            server_command(config, encoder, url, "secret")
     with pytest.raises(InputError, match="start each with its own URL"):
         serve(at(config, "http://a:1", "http://b:1"), Console(quiet=True))
 

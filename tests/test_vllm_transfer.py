@@ -216,10 +216,10 @@ def test_vllm_has_the_paths_options_and_methods_that_are_used(monkeypatch):
 
 
 def test_a_server_is_started_for_the_transfer_of_the_run(tmp_path):
-    config, _, _ = untrained(tmp_path, engine="vllm_server")
+    config, encoder, _ = untrained(tmp_path, engine="vllm_server")
     for kind in ("disk", "nccl", "ipc"):
         there = with_rollout(config, server_transfer=kind)
-        command, environment = server_command(there, "http://node7:8123", "secret")
+        command, environment = server_command(there, encoder, "http://node7:8123", "secret")
         given = "--weight-transfer-config" in command
         assert given == (kind != "disk")
         if given:

@@ -38,6 +38,7 @@ from papo_fast.data.noise import (
 )
 from papo_fast.data.patch_grid import PatchGrid, black_pixel
 from papo_fast.data.pictures import to_rgb
+from papo_fast.data.plain_encoder import PlainPrompt
 from papo_fast.data.prompts import Prompt
 from papo_fast.data.tiles import Tiles, block_of
 from papo_fast.errors import InputError
@@ -337,9 +338,8 @@ class PromptCorruption:
         encoded = prompt.encoded
         if not encoded.has_pictures or self.kind == "attention":
             return None
-        on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
-        if on_images is not None:
-            corrupted, _ = self.encoder.process_images(on_images(prompt.images, seed))
+        if self.takes_pictures:
+            corrupted, _ = self.encoder.process_images(self.pictures(prompt, seed, progress))
             return corrupted
         pixels: Any = encoded.pixel_values
         grid: Any = encoded.image_grid_thw  # None where pictures are tiles
@@ -351,6 +351,26 @@ class PromptCorruption:
         tiles = self.encoder.tiles
         return corrupted if tiles is None else tiles.keep_padding(pixels, corrupted)
 
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it changes raw pictures, and not what a processor has made of them."""
+        return self.kind == "diffusion" or self.on_images is not None
+
+    def pictures(self, prompt: Prompt, seed: int, progress: float = 0.0) -> list[Image.Image]:
+        """The prompt's corrupted pictures as they are before the processor.
+
+        Raises `InputError` where it changes what the processor has made of them.
+        """
+        if not self.takes_pictures:
+            raise InputError(
+                f"corruption.kind is {self.kind}, which changes what the image processor of "
+                f"{self.encoder.model_path} has made of a picture, so that vLLM cannot be given "
+                "the corrupted picture: use official or diffusion"
+            )
+        on_images = self._diffusion(progress) if self.kind == "diffusion" else self.on_images
+        assert on_images is not None
+        return on_images(prompt.images, seed)
+
     def prompt(self, prompt: Prompt, seed: int) -> Prompt:
         """The prompt with corrupted pictures, to sample from; without any for `attention`."""
         encoded = prompt.encoded
@@ -358,8 +378,10 @@ class PromptCorruption:
             return prompt
         if self.kind == "attention":
             return replace(prompt, encoded=without_pictures(encoded))
-        later: Any = Later(partial(self, prompt, seed))
-        return replace(prompt, encoded=replace(encoded, pixel_values=later))
+        changed: dict[str, Any] = {"pixel_values": Later(partial(self, prompt, seed))}
+        if isinstance(encoded, PlainPrompt):
+            changed["images"] = partial(self.pictures, prompt, seed)
+        return replace(prompt, encoded=replace(encoded, **changed))
 
     def picture(self, prompt: Prompt, seed: int) -> Image.Image | None:
         """The first corrupted picture as the model gets it, for people to look at."""

@@ -40,13 +40,8 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qw
             "glm4v", "glm4v_moe")  # fmt: skip
 """Those that the fast path takes, whose processors cut pictures into the same rows."""
 PLACEHOLDER = "<image>"
-_VISION_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                  "<|video_pad|>")  # fmt: skip
 
 
 class PromptTooLong(InputError):
@@ -72,6 +67,7 @@ class PromptEncoder:
         banned_token_ids: ids that must never be sampled, sorted: the vision ids, ids of the model's
             vocabulary that the tokenizer does not have, and the pad id unless it ends responses.
         tiles: how pictures are laid out, where they are tiles and not rows of patches.
+        pixel_limits: the image processor's `size` where `data` decides it, else None.
         not_corrupted_by: kinds of corruption that this layout of pictures does not have.
 
     Raises:
@@ -80,6 +76,7 @@ class PromptEncoder:
 
     families = FAMILIES
     tiles: Tiles | None = None
+    pixel_limits: dict[str, int] | None = None
     not_corrupted_by: tuple[str, ...] = ()
     _smaller_pictures = "lower --data.max-pixels"
 
@@ -130,9 +127,9 @@ class PromptEncoder:
         frames = self.image_processor.temporal_patch_size if "glm" in config.model_type else 1
         # Checkpoints carry the limits as min_pixels/max_pixels or as size; transformers 5 reads
         # only `size`, and lets old keys override a `size` given to from_pretrained.
-        self.image_processor.size = SizeDict(
-            shortest_edge=frames * data.min_pixels, longest_edge=frames * data.max_pixels
-        )
+        edges = frames * data.min_pixels, frames * data.max_pixels
+        self.pixel_limits = dict(zip(("shortest_edge", "longest_edge"), edges, strict=True))
+        self.image_processor.size = SizeDict(**self.pixel_limits)
 
     def check_size(self, problem: str, n_images: int) -> None:
         """Raise `PromptTooLong` where no tokenisation could fit, in no time.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class PlainPrompt(EncodedPrompt):
     """Further inputs of the model, (1, L): one number per token."""
     pictures: dict[str, Tensor]
     """Further inputs of the model that describe the pictures, `image_grid_thw` included."""
+    text_ids: Tensor
+    """(S,) int64: the tokens of the chat template alone, one or a few for each picture."""
+    images: Callable[[], list[Image.Image]]
+    """The pictures as they were before the processor. Raises `InputError` where there are none,
+    because tiles were changed."""
 
 
 class PlainEncoder(PromptEncoder):
@@ -93,7 +99,8 @@ class PlainEncoder(PromptEncoder):
     def encode(self, problem: str, images: Sequence[Image.Image]) -> PlainPrompt:
         """As `PromptEncoder.encode`, by the processor."""
         self.check_size(problem, len(images))
-        found = self._processed(self._chat_text(problem, len(images)), images)
+        text = self._chat_text(problem, len(images))
+        found = self._processed(text, images)
         ids = found.pop("input_ids")[0]
         found.pop("attention_mask", None)
         self._check_length(ids)
@@ -107,6 +114,10 @@ class PlainEncoder(PromptEncoder):
             image_grid_thw=found.get("image_grid_thw"),
             tokens=tokens,
             pictures=found,
+            text_ids=self.tokenizer(text, return_tensors="pt", **self._first_token(text))[
+                "input_ids"
+            ][0],
+            images=partial(list, images),
         )
 
     def process_images(self, images: Sequence[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
@@ -133,9 +144,7 @@ class PlainEncoder(PromptEncoder):
             if 0 in image.size:
                 raise InputError(f"image {number} has no pixels; expected at least 1x1")
         options: dict[str, Any] = {"return_tensors": "pt", "return_mm_token_type_ids": True}
-        # as the processor's own chat method does, for a template that writes the first token
-        if self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token):
-            options["add_special_tokens"] = False
+        options |= self._first_token(text)
         try:
             pictures = [[to_rgb(image) for image in images]] if images else None
             found = self.processor(text=[text], images=pictures, **options)
@@ -145,6 +154,11 @@ class PlainEncoder(PromptEncoder):
                 f"images: {first_line(error)}"
             ) from error
         return {name: torch.as_tensor(value) for name, value in found.items()}
+
+    def _first_token(self, text: str) -> dict[str, bool]:
+        """Options under which a tokenizer does not repeat the first token that a template wrote."""
+        bos = self.tokenizer.bos_token  # as the processor's own chat method looks at it
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
     def _vision_ids(self, config: Any) -> set[int]:
         """By the tables of configuration, processor and tokenizer."""

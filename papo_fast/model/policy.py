@@ -357,7 +357,7 @@ class Policy(nn.Module):
                 mine.copy_(whole(theirs))
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as in the checkpoint and whole weights in `dtype` (see `saving.whole_weights`)."""
+        """Names and whole weights as in checkpoints, in `dtype` (see `saving.whole_weights`)."""
         return whole_weights(self.model, self.dtype)
 
     def whole_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:

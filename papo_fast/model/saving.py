@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def whole_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Names as in the checkpoint and whole weights in `dtype`, one at a time, for a sampler.
+    """Names and weights as in checkpoints, whole and in `dtype`, one at a time, for a sampler.
 
     Adapters are merged. Every rank of a sharded model takes part, from the first weight to the
     last.
@@ -79,6 +79,7 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
         return whole(weight.detach())
 
     layers = adapted_layers(model)
+    published = _published(model)
     for name, weight in model.named_parameters():
         layer = layers.get(name.partition(BASE)[0])
         if is_adapter(name):
@@ -87,10 +88,34 @@ def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, T
             weight = merged_weight(layer, weight, detached)
         else:
             weight = detached(weight.to(dtype))
-        yield name.replace(BASE, ""), weight.to(dtype)
+        yield published(name.replace(BASE, ""), weight.to(dtype))
     for name, four_bits in four_bit_layers(model).items():
         layer = layers.get(name.removesuffix(BASE))
         weight = four_bits.weight
         if layer is not None:
             weight = merged_weight(layer, weight, detached)
-        yield f"{name.removesuffix(BASE)}.weight", weight.to(dtype)
+        yield published(f"{name.removesuffix(BASE)}.weight", weight.to(dtype))
+
+
+def _published(model: nn.Module) -> Callable[[str, Tensor], tuple[str, Tensor]]:
+    """What turns a weight of `model` and its name into those of published checkpoints.
+
+    Where transformers 5 has others, it changes them as it loads a file, and vLLM knows the file's.
+    """
+
+    def under(kind: str) -> tuple[str, ...]:
+        def is_one(module: nn.Module) -> bool:  # FSDP derives a class of its own
+            return any(base.__name__ == kind for base in type(module).__mro__)
+
+        return tuple(f"{name}." for name, module in model.named_modules() if is_one(module))
+
+    towers, experts = under("SiglipVisionModel"), under("Qwen3VLMoeTextExperts")
+
+    def published(name: str, weight: Tensor) -> tuple[str, Tensor]:
+        for tower in filter(name.startswith, towers):
+            name = f"{tower}vision_model.{name.removeprefix(tower)}"
+        if name.startswith(experts):
+            weight = weight.transpose(1, 2).contiguous()
+        return name, weight
+
+    return published

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import AutoConfig
 
 from papo_fast.config import Config
 from papo_fast.data.encoded import EncodedPrompt
@@ -46,13 +45,10 @@ class VLLMRollout:
         prepare_this_process(on_cpu=on_cpu)
         from vllm import LLM
 
-        path = config.model.path
-        options = engine_options(config) | {"model": path, "seed": 0, "use_tqdm_on_load": False}
+        options = engine_options(config, encoder)
+        options |= {"model": config.model.path, "seed": 0, "use_tqdm_on_load": False}
         if on_cpu:
-            text_config = AutoConfig.from_pretrained(
-                path, trust_remote_code=config.model.trust_remote_code
-            ).text_config
-            options |= cpu_options(config, text_config)
+            options |= cpu_options(config, encoder)
         else:
             options["enable_sleep_mode"] = True
         if world_size() > 1:

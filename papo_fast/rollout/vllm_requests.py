@@ -1,8 +1,10 @@
 """What both vLLM engines share: prompts and sampling as vLLM takes them, answers as we do.
 
-A prompt goes over as token ids and pictures. The pictures are the patches of the prompt put
-together again, already resized, so that vLLM's own processor has nothing left to change in them;
-the prompt's ids that it reports back must be ours. Weights, see `Policy.whole_weights`.
+A prompt goes over as token ids and pictures, and vLLM's own processor turns both into what its
+model takes; the prompt's ids that it reports back must be ours. Where pictures are rows of patches,
+these are put together again, already resized, so that nothing is left to change in them. Tiles
+cannot be put together: there the pictures go over as the data has them, and vLLM's processor is
+told to resize them as ours does. Weights, see `Policy.whole_weights`.
 """
 
 from __future__ import annotations
@@ -12,10 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from transformers import AutoConfig
+from transformers.image_processing_base import ImageProcessingMixin
 
 from papo_fast.config import Config
 from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.data.encoder import PromptEncoder
+from papo_fast.data.pictures import to_rgb
+from papo_fast.data.plain_encoder import PlainPrompt
 from papo_fast.errors import InputError
 from papo_fast.machine import gpu_names, install_command
 from papo_fast.model.family import Decoder
@@ -37,8 +43,11 @@ def require_vllm() -> None:
         )
 
 
-def engine_options(config: Config) -> dict[str, Any]:
+def engine_options(config: Config, encoder: PromptEncoder) -> dict[str, Any]:
     """vLLM's engine arguments that make it sample what the policy scores.
+
+    Args:
+        encoder: of `config.model.path`.
 
     Raises `InputError` for a temperature that vLLM does not take as it is.
     """
@@ -61,23 +70,45 @@ def engine_options(config: Config) -> dict[str, Any]:
         # not the checkpoint's own sampling options
         "generation_config": "vllm",
         "limit_mm_per_prompt": {"video": 0},
-        "mm_processor_kwargs": {
-            "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
-        },
+        "mm_processor_kwargs": _processor_options(encoder),
+        **_normalisation(encoder),
     }
 
 
-def cpu_options(config: Config, text_config: Any) -> dict[str, Any]:
+def _processor_options(encoder: PromptEncoder) -> dict[str, Any]:
+    """Options under which vLLM's image processor makes of a picture what ours makes of it."""
+    if encoder.pixel_limits is not None:
+        return {"size": encoder.pixel_limits}
+    # Pillow's resizing, and not torchvision's, which rounds otherwise. transformers calls this
+    # backend="pil" now, but with that a family's processor of videos does not load.
+    return {"use_fast": False}
+
+
+def _normalisation(encoder: PromptEncoder) -> dict[str, bool]:
+    """Leave it to the processor where a checkpoint does not name the numbers.
+
+    vLLM 0.32 normalises pictures of GLM and Qwen in the model, by what preprocessor_config.json
+    says. It knows no defaults of the processor's class, and the model would get values of 0 to 255.
+    """
+    named, _ = ImageProcessingMixin.get_image_processor_dict(encoder.model_path)
+    known = {"image_mean", "image_std"} <= named.keys()
+    return {} if known else {"mm_device_do_normalize": False}
+
+
+def cpu_options(config: Config, encoder: PromptEncoder) -> dict[str, Any]:
     """Engine arguments for machines without a GPU.
 
     No compiler is needed and no more cache is taken than can be used. A step has room for all
     prompts whole: vLLM cannot take back the draw of a prompt that was cut where the request has a
     seed and the device is the CPU (`CPU Generator does not use offset`).
     """
-    options = engine_options(config)
+    options = engine_options(config, encoder)
+    config_of_model = AutoConfig.from_pretrained(
+        config.model.path, trust_remote_code=config.model.trust_remote_code
+    )
     sequences, length = options["max_num_seqs"], options["max_model_len"]
     width = 2 if config.model.dtype == "bfloat16" else 4
-    per_token = Decoder.of(text_config).cached * width
+    per_token = Decoder.of(config_of_model.get_text_config()).cached * width
     blocks = -(-length // CPU_BLOCK)
     return {
         "enforce_eager": True,
@@ -98,10 +129,16 @@ class RequestFormat:
         self.encoder = encoder
 
     def prompt(self, prompt: EncodedPrompt) -> tuple[list[int], list[Image.Image]]:
-        """Token ids with one image-pad id per picture, as vLLM expands them, and the pictures."""
+        """Token ids as vLLM's processor expands them, and the pictures.
+
+        Raises `InputError` where tiles were corrupted, which are no pictures any more.
+        """
         encoder, ids = self.encoder, prompt.input_ids.tolist()
         if not prompt.has_pictures:
             return ids, []
+        if encoder.tiles is not None and isinstance(prompt, PlainPrompt):
+            return prompt.text_ids.tolist(), [to_rgb(picture) for picture in prompt.images()]
+        # one image-pad id for each picture
         lengths = prompt.image_grid_thw.prod(dim=1) // encoder.merge_size**2
         runs, short, i = iter(lengths.tolist()), [], 0
         while i < len(ids):
@@ -132,7 +169,7 @@ class RequestFormat:
             raise InputError(
                 f"{who} turned a prompt of {len(ours)} tokens into {len(theirs or ())} others: its "
                 "checkpoint or its limits on pictures are not those of this run (model.path, "
-                "data.min_pixels, data.max_pixels)"
+                "data.min_pixels, data.max_pixels), or it cuts pictures otherwise"
             )
 
     def completion(self, token_ids: Sequence[int], logprobs: Sequence[float], reason: str):

@@ -25,9 +25,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from transformers import AutoConfig
 
 from papo_fast.config import Config
+from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
 from papo_fast.parallel import pick_device
 from papo_fast.rollout import vllm_guard
@@ -39,20 +39,23 @@ from papo_fast.setting_bounds import check_urls
 _log = logging.getLogger(__name__)
 
 
-def server_command(config: Config, url: str, token: str) -> tuple[list[str], dict[str, str]]:
+def server_command(
+    config: Config, encoder: PromptEncoder, url: str, token: str
+) -> tuple[list[str], dict[str, str]]:
     """Arguments and environment of vLLM's OpenAI-compatible server at `url`.
 
-    `url` is of the form http://HOST:PORT, or unix:PATH for a socket in a folder that is there.
+    `encoder` is that of `config.model.path`. `url` is of the form http://HOST:PORT, or unix:PATH
+    for a socket in a folder that is there.
     """
-    address, path = urlsplit(url), config.model.path
+    address = urlsplit(url)
     if address.scheme == vllm_guard.SOCKET:
         host, place = "localhost", {"uds": address.path}
     else:
         check_urls((url,))
         host, place = address.hostname or "", {"host": address.hostname, "port": address.port}
     on_cpu = pick_device(config.device).type == "cpu"
-    options = engine_options(config) | {
-        "model": path,
+    options = engine_options(config, encoder) | {
+        "model": config.model.path,
         **place,
         "middleware": vllm_guard.MIDDLEWARE,
         "tensor_parallel_size": config.rollout.tensor_parallel,
@@ -64,17 +67,15 @@ def server_command(config: Config, url: str, token: str) -> tuple[list[str], dic
     if transfer != "disk":
         options["weight_transfer_config"] = {"backend": transfer}
     if on_cpu:
-        text_config = AutoConfig.from_pretrained(
-            path, trust_remote_code=config.model.trust_remote_code
-        ).text_config
-        options |= cpu_options(config, text_config)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        options |= cpu_options(config, encoder)
+    command, switches = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"], []
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            command += [flag] if value else []
+            switches.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            command += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    command += switches
     environment = dict(os.environ)
     set_environment(environment, on_cpu=on_cpu)
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # loading weights, resetting caches
@@ -145,12 +146,14 @@ class OwnServer:
         RolloutError: it does not start within `rollout.server_timeout`; names its log.
     """
 
-    def __init__(self, config: Config, log: Path, answers: Callable[[str], bool]):
+    def __init__(
+        self, config: Config, encoder: PromptEncoder, log: Path, answers: Callable[[str], bool]
+    ):
         require_vllm()
         self.folder = _folder_for_a_socket()
         self.url = f"{vllm_guard.SOCKET}:{self.folder / 'vllm'}"
         self.token = vllm_guard.new_token()
-        command, environment = server_command(config, self.url, self.token)
+        command, environment = server_command(config, encoder, self.url, self.token)
         # torchrun's variables are of the run's processes
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)

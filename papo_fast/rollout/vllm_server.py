@@ -74,7 +74,7 @@ class VLLMServerRollout:
                 require_vllm()  # here too, and not in the servers alone
             if not urls and is_main():
                 log = run_dir / "vllm_server.log"
-                self.own = OwnServer(config, log, lambda url: Server(url, 5.0).is_ready())
+                self.own = OwnServer(config, encoder, log, lambda url: Server(url, 5.0).is_ready())
                 atexit.register(self.close)
                 urls, token = (self.own.url,), self.own.token
             elif is_main() and rollout.server_token_file:

@@ -7,13 +7,14 @@ without the part for videos.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionModel
 
 from support.family_checkpoints import CHAT_TEMPLATE, byte_tokenizer, spread
 
@@ -127,10 +128,12 @@ HYBRID = {
 PLAIN = {
     "gemma3": Family(
         image="<start_of_image>",
-        special=("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
+        # vLLM looks for the words of one to four line breaks, which Gemma's vocabulary has
+        special=("<start_of_image>", "<image_soft_token>", "<end_of_image>",
+                 *("\n" * n for n in range(1, 5))),
         text=TEXT | {"sliding_window": 16, "query_pre_attn_scalar": 16,
                      "layer_types": ["sliding_attention", "full_attention"]},
-        vision=VISION | {"image_size": 56, "patch_size": 14},
+        vision=VISION | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
         ids={"image_token_id": "<image_soft_token>", "boi_token_index": "<start_of_image>",
              "eoi_token_index": "<end_of_image>"},
         image_processor=HALF | {"image_processor_type": "Gemma3ImageProcessor",
@@ -191,9 +194,50 @@ PLAIN = {
 }  # fmt: skip
 
 
-def write_plain_checkpoint(path: Path, name: str) -> Path:
-    """A checkpoint of the family as its processor and its model read it."""
-    family = PLAIN[name]
+def as_published(model: torch.nn.Module, file: Path) -> None:
+    """Names and weights as published checkpoints have them: models made here are saved otherwise.
+
+    Names of a SigLIP tower have a level more, and matrices of Qwen3-VL-MoE's experts are turned.
+    """
+    deeper = isinstance(getattr(model.model, "vision_tower", None), SiglipVisionModel)
+    turned = model.config.model_type == "qwen3_vl_moe"
+    if not deeper and not turned:
+        return
+    published = {}
+    for name, weight in load_file(file).items():
+        if deeper:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if turned and ".mlp.experts." in name:
+            weight = weight.transpose(1, 2).contiguous()
+        published[name] = weight
+    save_file(published, file, metadata={"format": "pt"})
+
+
+def for_vllm(family: Family) -> Family:
+    """The family as vLLM's CPU build takes it.
+
+    That has attention for heads of 32 and more, experts whose widths 32 divides, and new weights
+    for a head alone that is not the embedding's weight too.
+    """
+    text = family.text | {"hidden_size": 64, "head_dim": 32}
+    if "mrope_section" in (rope := text.get("rope_parameters", {})):
+        sections = [2 * n for n in rope["mrope_section"]]
+        text["rope_parameters"] = rope | {"mrope_section": sections}
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        if name in text:
+            text[name] = 96  # neither it nor its double is the hidden size
+    out = {"out_hidden_size": 64} if "out_hidden_size" in family.vision else {}
+    top = family.top | {"tie_word_embeddings": False}
+    return replace(family, text=text, vision=family.vision | out, top=top)
+
+
+def write_plain_checkpoint(path: Path, name: str, *, vllm: bool = False) -> Path:
+    """A checkpoint of the family as its processor and its model read it.
+
+    Args:
+        vllm: of `for_vllm`.
+    """
+    family = for_vllm(PLAIN[name]) if vllm else PLAIN[name]
     template = CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", family.image)
     tokenizer = byte_tokenizer((*CHAT, *family.special), template, family.named)
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in family.ids.items()}
@@ -212,6 +256,7 @@ def write_plain_checkpoint(path: Path, name: str) -> Path:
         model = AutoModelForImageTextToText.from_config(config)
         spread(model)
     model.save_pretrained(path)
+    as_published(model, path / "model.safetensors")
     tokenizer.save_pretrained(path)
     (path / "preprocessor_config.json").write_text(json.dumps(family.image_processor))
     settings = {"processor_class": family.processor, **family.processor_settings}

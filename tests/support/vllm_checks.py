@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from papo_fast.config import CorruptionConfig
+from papo_fast.data.corruption import PromptCorruption
 from papo_fast.digits.model import build_checkpoint
 from papo_fast.model.choice import load_encoder, load_policy
 from papo_fast.model.policy import inference
@@ -37,14 +39,14 @@ def untrained(folder, **rollout):
     return at_hand(folder, **rollout)
 
 
-def at_hand(folder, **rollout):
+def at_hand(folder, max_prompt_length=300, **rollout):
     """Configuration, encoder and policy of the checkpoint in `folder`."""
     preset = both_streams(get_preset("tiny"))  # it weighs the rollout, which official does not
     config = replace(
         preset,
         device="cpu",
         model=replace(preset.model, path=str(folder)),
-        data=replace(preset.data, max_prompt_length=300),
+        data=replace(preset.data, max_prompt_length=max_prompt_length),
         rollout=replace(preset.rollout, batch_size=32, **rollout),
         digits=replace(preset.digits, enabled=False),
     )
@@ -87,22 +89,23 @@ def differences(policy, prompts, groups, temperature=0.7):
     return (stats.logprobs - theirs).abs()
 
 
-def disturb(policy, scale, only=""):
-    """Change weights, as an update would but far more."""
+def disturb(policy, scale, parts=("vision", "language")):
+    """Change the weights of these parts, as an update would but far more."""
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
-            if only in name:
+            part = "vision" if "vis" in name else "language"
+            if part in parts:
                 weight.mul_(1 + scale * torch.randn_like(weight))
 
 
-def check_agreement_after_every_sync(engine, policy, encoder):
+def check_agreement_after_every_sync(engine, policy, encoder, prompts=None):
     """< 1e-4 after each of several syncs, where the weights before were > 1e-2 away."""
-    prompts = mixed_prompts(encoder)
+    prompts = prompts or mixed_prompts(encoder)
     engine.load_weights(policy)
     groups = sample(engine, prompts)
     worst = [differences(policy, prompts, groups).max().item()]
-    for only in ("", "visual", "language_model"):
-        disturb(policy, 0.2, only)
+    for parts in (("vision", "language"), ("vision",), ("language",)):
+        disturb(policy, 0.2, parts)
         stale = differences(policy, prompts, groups)
         assert stale.max() > 1e-2, "the check cannot tell old weights from new ones"
         engine.load_weights(policy)
@@ -110,6 +113,18 @@ def check_agreement_after_every_sync(engine, policy, encoder):
         worst.append(differences(policy, prompts, groups).max().item())
     print("sampler and trainer differ by up to", [f"{x:.1e}" for x in worst])
     assert max(worst) < 1e-4
+
+
+def check_corrupted_pictures(engine, policy, encoder):
+    """Samples given raw pictures with black squares are those of the policy given these."""
+    corrupt = PromptCorruption(CorruptionConfig(kind="official", ratio=0.5), encoder)
+    prompts, real = [], []
+    for i, images in enumerate(([picture(1, (100, 60))], [picture(3)])):
+        real.append(encoder.encode("1+1?", images))
+        prompts.append(corrupt.prompt(replace(as_prompt(real[-1]), images=images), i).encoded)
+    groups = sample(engine, prompts)
+    assert differences(policy, real, groups).max() > 1e-2, "the real pictures would do as well"
+    assert differences(policy, prompts, groups).max() < 1e-4
 
 
 def check_bans(engine, policy, encoder):
