@@ -371,6 +371,16 @@ def test_vllm_is_refused_where_it_does_not_sample_from_the_policy(name, why, tin
         make_engine(config, policy, encoder, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl_moe"])
+def test_a_sampler_is_told_the_shapes_that_it_gets(name, tiny):
+    """Under the names of published checkpoints, which are not those of the model in memory."""
+    _, policy = loaded(tiny(name))
+    got = {name: tuple(weight.shape) for name, weight in policy.whole_weights()}
+    assert list(policy.whole_shapes()) == list(got.items())
+    in_memory = {n: tuple(p.shape) for n, p in policy.model.named_parameters()}
+    assert got != in_memory and got.keys() & in_memory.keys()
+
+
 def test_weights_that_two_layers_share_stay_one_without_values(tiny):
     """Else one process gathers one weight more than the others."""
     model = AutoModelForImageTextToText.from_pretrained(tiny("internvl"), dtype=torch.float32)

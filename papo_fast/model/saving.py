@@ -60,12 +60,18 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 def whole_shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of `whole_weights`, in the same order, with nothing gathered."""
+    published = _published(model)
+
+    def known(name: str, *shape: int) -> tuple[str, tuple[int, ...]]:
+        name, weight = published(name, torch.empty(shape, device="meta"))
+        return name, tuple(weight.shape)
+
     for name, weight in model.named_parameters():
         if not is_adapter(name):
-            yield name.replace(BASE, ""), tuple(weight.shape)
+            yield known(name.replace(BASE, ""), *weight.shape)
     for name, four_bits in four_bit_layers(model).items():
         shape = (four_bits.out_features, four_bits.in_features)
-        yield f"{name.removesuffix(BASE)}.weight", shape
+        yield known(f"{name.removesuffix(BASE)}.weight", *shape)
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
