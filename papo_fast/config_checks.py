@@ -250,7 +250,7 @@ def check_objective(objective: ObjectiveConfig) -> None:
     if terms.kl_prcp_direction == "reverse" and terms.kl_prcp_estimator != "exact":
         raise InputError(
             "objective.kl_prcp_direction is reverse, which exists as an exact term only: set "
-            "objective.kl_prcp_estimator to exact"
+            "objective.kl_prcp_estimator to exact, or objective.kl_prcp_direction to forward"
         )
     if terms.weighs_on != "none":
         _check_weights(terms)

@@ -140,7 +140,7 @@ def test_overlap_is_refused_where_it_would_be_wrong():
     tiny = get_preset("tiny")
 
     def overlapped(parity="ours", **rollout):
-        objective = replace(tiny.objective, parity=parity)
+        objective = replace(tiny.objective, parity=parity, kl_prcp_direction="forward")
         rollout = {"overlap": True, "engine": "vllm_server"} | rollout
         return replace(tiny, objective=objective, rollout=replace(tiny.rollout, **rollout))
 
