@@ -29,6 +29,7 @@ from support.vllm_checks import (
     mixed_prompts,
     needs_vllm,
     picture,
+    run_alone,
     sample,
     untrained,
 )
@@ -73,17 +74,7 @@ engine.close()
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_the_other_families_agree_too(family, tmp_path):
-    """In a process of its own, since an engine is already in this one."""
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, "-c", FAMILY, str(tmp_path), family],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_alone(FAMILY, tmp_path, family)
 
 
 @needs_vllm

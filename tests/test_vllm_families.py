@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +17,7 @@ from papo_fast.rollout.vllm_requests import RequestFormat, engine_options
 from papo_fast.rollout.vllm_serve import server_command
 from support.groups import as_prompt
 from support.plain_checkpoints import write_plain_checkpoint
-from support.vllm_checks import at_hand, needs_vllm, picture
+from support.vllm_checks import at_hand, needs_vllm, picture, run_alone
 
 pytestmark = pytest.mark.xdist_group("vllm")  # one process, one engine at a time
 
@@ -58,30 +54,16 @@ FAMILIES = [
 ]
 
 
-def run(folder, family, engine):
-    """In a process of its own, since there may be an engine in this one."""
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, here.parent / "kernels")))
-    done = subprocess.run(
-        [sys.executable, "-c", FAMILY, str(folder), family, engine],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @needs_vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_and_trainer_agree(family, tmp_path):
-    run(tmp_path, family, "vllm")
+    run_alone(FAMILY, tmp_path, family, "vllm")
 
 
 @needs_vllm
 @RARE
 def test_sampler_and_trainer_agree_over_a_server_too(tmp_path):
-    run(tmp_path, "internvl", "vllm_server")
+    run_alone(FAMILY, tmp_path, "internvl", "vllm_server")
 
 
 @pytest.mark.parametrize(

