@@ -63,8 +63,8 @@ def _add_part(run, at, total, all_at_once):
 
 
 def _words_of_a_block(rows, vocab, width):
-    fewest = min(BLOCK_ELEMENTS // rows, WEIGHT_ELEMENTS // max(1, width))
-    return min(vocab, max(LEAST_WORDS, fewest))
+    that_fit = min(BLOCK_ELEMENTS // rows, WEIGHT_ELEMENTS // max(1, width))
+    return min(vocab, max(LEAST_WORDS, that_fit))
 
 
 def _logits(run, states, words, room):
