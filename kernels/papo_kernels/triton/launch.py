@@ -18,17 +18,15 @@ TILE = 32
 EVEN = 64
 
 
-# What each kernel goes by; `bench/gpu.sh` tries others. `stats` has STEPS x LANES words at a time.
-# Of one stream it takes half the registers, so that twice the threads find room.
+# What each kernel goes by; `bench/gpu.sh` tries others.
 LAUNCHES = {
-    "stats": dict(BLOCK_N=1, STEPS=4, LANES=512, num_warps=4),
-    "stats_one": dict(BLOCK_N=1, STEPS=4, LANES=1024, num_warps=8),
+    "stats": dict(BLOCK_N=1, STEPS=1, LANES=512, num_warps=16),
     "sort": dict(BLOCK_N=32, num_warps=4),
-    "levels": dict(BLOCK_N=8, BLOCK_V=128, num_warps=2),
+    "levels": dict(BLOCK_V=64, num_warps=4),
     "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
     "dz_listed": dict(BLOCK_N=1, BLOCK_V=512, num_warps=4),
-    "sift": dict(BLOCK=2048, BLOCK_V=512, num_warps=4),
-    "list": dict(BLOCK_V=512, num_warps=4),
+    "count": dict(BLOCK=2048, num_warps=4),
+    "list": dict(BLOCK=2048, BLOCK_V=1024, num_warps=8),
     "drop": dict(BLOCK_N=1, BLOCK=512, num_warps=4),
     "flatten": dict(BLOCK=512, num_warps=4),
     "tally": dict(BLOCK=512, num_warps=4),
@@ -39,15 +37,11 @@ LAUNCHES = {
     "outside": dict(BLOCK=256, num_warps=4),
     "add_rows": dict(BLOCK_N=2, BLOCK_D=1024, num_warps=4),
     "count_levels": dict(BLOCK_V=2048, num_warps=4),
+    "choose_words": dict(BLOCK_T=64, BLOCK_V=128, num_warps=4),
 }
 if INTERPRETED:  # a small block takes it as long as a large one
-    sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=256, STEPS=2, LANES=1024, BLOCK_K=16)
+    sizes = dict(BLOCK_N=64, BLOCK_V=2048, BLOCK_D=256, STEPS=2, LANES=256, BLOCK_K=16, BLOCK_T=64)
     LAUNCHES = {name: {k: sizes.get(k, v) for k, v in x.items()} for name, x in LAUNCHES.items()}
-
-
-def stats_launch(streams):
-    """What the kernel of statistics goes by for one stream or two."""
-    return LAUNCHES["stats" if streams == 2 else "stats_one"]
 
 
 @dataclass(frozen=True)
@@ -130,32 +124,6 @@ def multiply_add(total, a, b):
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
-class Beside:
-    """A second stream of a GPU, for kernels that leave most of it idle.
-
-    What runs inside `with beside:` comes after all that was launched before it, and at the same
-    time as what is launched next, until `join`. It must not allocate. On the CPU nothing changes.
-    """
-
-    def __init__(self, device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __enter__(self):
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            self._inside = torch.cuda.stream(self._stream)
-            self._inside.__enter__()
-
-    def __exit__(self, *raised):
-        if self._stream is not None:
-            self._inside.__exit__(*raised)
-
-    def join(self):
-        """What is launched from now on comes after what ran beside."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class Asked:

@@ -7,69 +7,21 @@ E entries that are left of them. The list of row r has count[r] places, from sta
 import triton
 import triton.language as tl
 
-from papo_kernels.triton.kernels import likelier_log_prob, logits
+from papo_kernels.triton.kernels import logits
 
-# More words than any row may list.
-MANY = tl.constexpr(2**30)
 # Halvings of the search for the size below which a row's entries are dropped, from 2^-DEPTH to 1.
 HALVINGS, DEPTH = tl.constexpr(12), tl.constexpr(40.0)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "first"])
-def sift_kernel(
-    z_ptr, b_ptr, part_ptr, rows_ptr, targets_ptr, mark_ptr, word_ptr, total_ptr, N, V, rows, first,
-    marks, room, stride_z, listed_from, sharpness, softcap,
-    TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Writes down the words that a row lists, of those that `stats_kernel` marked; a row a program.
-
-    mark: (rows, marks), 32 words each. word: (rows, room), of which the row's words come first.
-    total: (rows,), how many they are; MANY where more are marked than there is room for.
-    """
+@triton.jit
+def count_kernel(mark_ptr, total_ptr, marks, BLOCK: tl.constexpr):
+    """How many words a row lists: total (rows,) of mark (rows, marks); one row a program."""
     r = tl.program_id(0)
-    mine = word_ptr + r.to(tl.int64) * room
-    marked = r * 0
+    total = tl.zeros((BLOCK,), tl.int32)
     for n in range(0, marks, BLOCK):
         at = n + tl.arange(0, BLOCK)
-        marked += tl.sum(ones(tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0)), 0)
-    total = r * 0 + MANY
-    if marked <= room:
-        before = r * 0
-        for n in range(0, marks, BLOCK):
-            at = n + tl.arange(0, BLOCK)
-            mark = tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0)
-            count = ones(mark)
-            place = before + tl.cumsum(count, 0) - count
-            before += tl.sum(count, 0)
-            word = at // LANES * (32 * LANES) + at % LANES
-            for _ in range(tl.max(count, 0)):
-                lowest = mark & -mark
-                # The place of the only bit is the exponent of the number.
-                bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-                tl.store(mine + place, word + bit * LANES, mask=lowest != 0)
-                mark ^= lowest
-                place += 1
-        total = r * 0
-        target = tl.load(targets_ptr + tl.load(rows_ptr + first + r))
-        # one row and one block of words, as `likelier_log_prob` wants them
-        alone = tl.zeros((1,), tl.int64) + r
-        live = tl.zeros((1,), tl.int32) == 0
-        for n in range(0, marked, BLOCK_V):
-            at = n + tl.arange(0, BLOCK_V)
-            tl.debug_barrier()  # words that others wrote can be read
-            col = tl.load(mine + at, mask=at < marked, other=0).to(tl.int64)
-            u = likelier_log_prob(
-                z_ptr, b_ptr, part_ptr + first, alone, live, rows, N, col, at < marked, stride_z,
-                sharpness, softcap, TWO, HAS_BIAS, CAP,
-            )  # fmt: skip
-            likely = tl.sum(((u >= listed_from) | (col[None, :] == target)).to(tl.int32), 0)
-            likely = tl.where(at < marked, likely, 0)
-            place = total + tl.cumsum(likely, 0) - 1
-            tl.debug_barrier()  # words have been read before others take their places
-            tl.store(mine + place, col.to(tl.int32), mask=likely != 0)
-            total += tl.sum(likely, 0)
-    tl.store(total_ptr + r, total)
+        total += ones(tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0))
+    tl.store(total_ptr + r, tl.sum(total, 0))
 
 
 @triton.jit
@@ -82,18 +34,19 @@ def ones(x):
     return (x + (x >> 16)) & 63
 
 
-@triton.jit(do_not_specialize=["N", "rows", "first", "P", "most", "chunk"])
+@triton.jit(do_not_specialize=["rows", "first", "P", "most", "chunk"])
 def list_kernel(
-    z_ptr, b_ptr, rows_ptr, word_ptr, total_ptr, taken_ptr, starts_ptr, counts_ptr, out_word_ptr,
-    logit_ptr, rows, first, P, room, most, chunk, stride_z, sharpness, softcap,
+    z_ptr, b_ptr, rows_ptr, mark_ptr, total_ptr, taken_ptr, starts_ptr, counts_ptr, word_ptr,
+    logit_ptr, rows, first, marks, P, most, chunk, stride_z, sharpness, softcap,
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gives the rows of a chunk places one after the other, and lists their words and logits there.
 
     One row a program. A row with more than `most` words, or for which no places are left, gets
-    none: counts[row] is 0. word and total: as `sift_kernel` left them. taken: (chunks + 1,), places
-    that are taken when a chunk begins. out_word: (P,); logit: (S, P). ROWS is at least `rows`.
+    none: counts[row] is 0. mark: as `levels_kernel` left it, of LANES words a block; total: as
+    `count_kernel` did. taken: (chunks + 1,), places that are taken when a chunk begins. word: (P,);
+    logit: (S, P). ROWS is at least `rows`.
     """
     r = tl.program_id(0)
     other = tl.arange(0, ROWS)
@@ -108,14 +61,29 @@ def list_kernel(
     tl.store(counts_ptr + row, count)
     if r == 0:
         tl.store(taken_ptr + chunk + 1, tl.minimum(taken + tl.sum(total, 0), P))
-    mine = word_ptr + r.to(tl.int64) * room
+    if count > 0:
+        before = start
+        for n in range(0, marks, BLOCK):
+            at = n + tl.arange(0, BLOCK)
+            mark = tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0)
+            number = ones(mark)
+            place = before + tl.cumsum(number, 0) - number
+            before += tl.sum(number, 0)
+            word = at // LANES * (32 * LANES) + at % LANES
+            for _ in range(tl.max(number, 0)):
+                lowest = mark & -mark
+                # The place of the only bit is the exponent of the number.
+                bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                tl.store(word_ptr + place, word + bit * LANES, mask=lowest != 0)
+                mark ^= lowest
+                place += 1
+        tl.debug_barrier()  # words that others wrote can be read
     z_row = z_ptr + r.to(tl.int64) * stride_z
     aug_row = z_ptr + (r + rows).to(tl.int64) * stride_z
     for n in range(0, count, BLOCK_V):
         at = n + tl.arange(0, BLOCK_V)
         live = at < count
-        col = tl.load(mine + at, mask=live, other=0)
-        tl.store(out_word_ptr + start + at, col, mask=live)
+        col = tl.load(word_ptr + start + at, mask=live, other=0)
         z = logits(z_row + col, live, b_ptr, col, live, sharpness, softcap, HAS_BIAS, CAP)
         tl.store(logit_ptr + start + at, z, mask=live)
         if TWO:

@@ -28,8 +28,6 @@ SPARSITY, ROW_SPARSITY = 64, 16
 MOST_WORDS, MOST_KEPT = 4096, 3000
 # Places are 32-bit numbers: so are those of the second stream, and of a chunk that has no room.
 MOST_PLACES = 2**30 - 2**24
-# Words that a row may mark, over those that it may list: marks are made before the sums are known.
-MARKED = 2
 # exp(-NATS) of the budget is the least probability that is listed: 1e-7 at the default budget.
 NATS = 10.2
 
@@ -73,43 +71,32 @@ def parts(saved, n, streams):
 class Writer:
     """Makes the lists of a forward, chunk by chunk.
 
-    The statistics' kernel marks the words that may be likely in `marks`, (chunk_rows, M) int32;
-    `write` comes after it, while the chunk's products are still at hand.
+    `levels_kernel` marks the words that rows list in `marks`, (chunk_rows, M) int32; `write` comes
+    after it, while the chunk's products are still at hand.
     """
 
     def __init__(self, call, operands, chunk_rows, saved):
         device, o = saved.device, operands
         self._call, self._operands = call, o
         self._lists = parts(saved, o.n, call.streams)
-        self._lanes = launch.stats_launch(call.streams)["LANES"]
+        self._lanes = LAUNCHES["levels"]["BLOCK_V"]
         marks = triton.cdiv(o.v, 32 * self._lanes) * self._lanes
         self.marks = torch.empty(chunk_rows, marks, dtype=torch.int32, device=device)
-        self._words = torch.empty(
-            chunk_rows, MARKED * most_words(o.v), dtype=torch.int32, device=device
-        )
         self._totals = torch.empty(chunk_rows, dtype=torch.int32, device=device)
         chunks = triton.cdiv(o.n, chunk_rows)
         self._taken = torch.zeros(chunks + 1, dtype=torch.int32, device=device)
 
-    def write(self, z, order, targets, first, part):
+    def write(self, z, order, first):
         """Lists of the rows that `order` has from `first` on, whose products are `z`."""
         call, o, found = self._call, self._operands, self._lists
-        (chunk_rows, room), count = self._words.shape, len(z) // call.streams
-        head = 1 / call.head.temperature, call.head.softcap or 1.0
-        switches = dict(
-            TWO=call.streams == 2, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None
-        )
-        kernels.sift_kernel[(count,)](
-            z, o.bias, part, order, targets, self.marks, self._words, self._totals, o.n, o.v, count,
-            first, self.marks.shape[1], room, z.stride(0),
-            least_log_prob(call.options.grad_budget), *head, LANES=self._lanes, **switches,
-            **LAUNCHES["sift"],
-        )  # fmt: skip
+        (chunk_rows, marks), count = self.marks.shape, len(z) // call.streams
+        kernels.count_kernel[(count,)](self.marks, self._totals, marks, **LAUNCHES["count"])
         kernels.list_kernel[(count,)](
-            z, o.bias, order, self._words, self._totals, self._taken, found.starts, found.counts,
-            found.words, found.logits, count, first, len(found.words), room, most_words(o.v),
-            first // chunk_rows, z.stride(0), *head, ROWS=triton.next_power_of_2(chunk_rows),
-            **switches, **LAUNCHES["list"],
+            z, o.bias, order, self.marks, self._totals, self._taken, found.starts, found.counts,
+            found.words, found.logits, count, first, marks, len(found.words), most_words(o.v),
+            first // chunk_rows, z.stride(0), 1 / call.head.temperature, call.head.softcap or 1.0,
+            TWO=call.streams == 2, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None,
+            ROWS=triton.next_power_of_2(chunk_rows), LANES=self._lanes, **LAUNCHES["list"],
         )  # fmt: skip
 
 
