@@ -1,6 +1,6 @@
 """Times, memory, kept words and profiles of the Triton kernels; and of the peers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gpu_check
@@ -21,6 +21,8 @@ MAIN_ROWS = ROWS[0]
 MAIN_WIDTH, MAIN_VOCAB = SHAPES[0]
 # Rows whose errors are taken at the main shape, and rows of the logits of bare matmuls.
 ERROR_ROWS, CHUNK_ROWS = 128, 4096
+# Rows of a chunk of Liger's loss: 311 MB of logits in bfloat16.
+EAGER_CHUNK_ROWS = 1024
 # What the interpreter gets instead.
 TINY_ROWS, TINY_WIDTH, TINY_VOCAB = 64, 64, 1000
 BANNED_WORDS = 16
@@ -163,6 +165,10 @@ def peers(run):
     # Those that torch.compile takes long for come last.
     for name in (WHOLE, "TRL chunked, five", "torch linear_cross_entropy", "Liger GRPO"):
         found[name] = WAYS[name]
+    # As it ships, torch 2.11's compiler gives it up on a GPU.
+    found["Liger GRPO, eager"] = replace(
+        WAYS["Liger GRPO"], settings={"compiled": False, "chunk_size": EAGER_CHUNK_ROWS}
+    )
     # A peer that is not there must not cost the time of the states.
     for name, way in list(found.items()):
         reason = way.cannot() or ("needs a GPU" if run.interpreted else "")

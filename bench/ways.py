@@ -174,12 +174,17 @@ def trl_five(case):
     return _detached(outputs | {"kl_prcp": kl}), grads
 
 
-def liger_grpo(case):
-    """Log-probs of both streams in a policy gradient, a token being a sequence of its own."""
+def liger_grpo(case, compiled=True, chunk_size=None):
+    """Log-probs of both streams in a policy gradient, a token being a sequence of its own.
+
+    chunk_size: tokens whose logits are held at a time; None for all.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     n = len(case.targets)
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, chunk_size=n)
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=chunk_size or n
+    )
     mask = torch.ones(n, 1, device=case.hidden.device)
     total = 0
     for x, advantages in (

@@ -134,12 +134,13 @@ class Words:
         )
 
 
-def add(run, at, states, words, done, sums, found, total):
+def add(run, at, states, words, done, sums, found, first, total):
     """Adds the gradients of some words and of the rows `at` to the weight's, and to `found`.
 
     states: `run.states(at)`. done: (R, V) uint8, words to leave out where they are not 0, or None.
     sums: (len(SUMS), N) to add to where words are listed. found: (S R, D) float32 gradients of
-    `run.differentiated(states)`, or None where nobody wants them.
+    `run.differentiated(states)`, or None where nobody wants them. first: these words are the first,
+    and `found` is yet to be written.
     """
     o, span = run.operands, slice(words.start, words.start + words.count)
     listed = None if words.listed is None else words.evened()
@@ -150,7 +151,10 @@ def add(run, at, states, words, done, sums, found, total):
     dz = launch.padded(len(seen), len(weight), o.dtype, states.device)
     _launch_dz(run, at, words, listed, done, z, dz, sums)
     if found is not None:
-        multiply_add(found, dz, weight)
+        if first:
+            multiply(dz, weight, found)
+        else:
+            multiply_add(found, dz, weight)
     if total.weight is not None:
         if listed is None:
             multiply_add(total.weight[span], dz.T, seen)
@@ -189,4 +193,4 @@ def gradients_of_states(run, states, total):
     """Room for gradients of `run.differentiated(states)`, or None where nobody wants them."""
     if total.hidden is None and total.aug_hidden is None:
         return None
-    return torch.zeros_like(run.differentiated(states), dtype=torch.float32)
+    return torch.empty_like(run.differentiated(states), dtype=torch.float32)
