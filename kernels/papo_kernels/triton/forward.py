@@ -82,8 +82,7 @@ def _chunk_rows(vocab):
 
 def _products(o, chunk, z):
     """(streams * R, V) products of the (R,) rows `chunk`: those of the aug stream come last."""
-    streams = [o.full] if o.aug is None else [o.full, o.aug]
-    states = torch.cat([x[chunk] for x in streams])
+    states = launch.rows_of([o.full] if o.aug is None else [o.full, o.aug], chunk)
     z = z[: len(states)]
     multiply(states, o.weight.T, z)
     return z

@@ -155,6 +155,14 @@ def places(mask, count):
     return mask.nonzero_static(size=count).squeeze(1)
 
 
+def rows_of(streams, at):
+    """(S R, D) the (R,) rows `at` of each of some (N, D) tensors, one below the other."""
+    found = streams[0].new_empty(len(streams) * len(at), streams[0].shape[1])
+    for x, part in zip(streams, found.split(len(at)), strict=True):
+        torch.index_select(x, 0, at, out=part)
+    return found
+
+
 def padded(rows, words, dtype, device):
     """Room for (rows, words), with rows that begin at multiples of EVEN elements."""
     return torch.empty(rows, even_up(words), dtype=dtype, device=device)[:, :words]

@@ -53,14 +53,16 @@ def stats_kernel(
         z_row, aug_row, b_ptr, base, base_aug, centre, V, sharpness, softcap, TWO, HAS_BIAS, CAP,
         BLOCK_N, STEPS, LANES,
     )  # fmt: skip
-    # NaN is not below; it stays what it is.
-    low = (tl.sum(s, 1) < HIGHEST_SUM) & (tl.sum(s_aug, 1) < HIGHEST_SUM)
-    if tl.min(low.to(tl.int32), 0) == 0:
-        base = highest(z_row, b_ptr, V, V, softcap, HAS_BIAS, CAP, LANES)
+    # Of NaN it is not true either; that stays what it is.
+    right = (tl.sum(s, 1) < HIGHEST_SUM) & (tl.sum(s_aug, 1) < HIGHEST_SUM)
+    if tl.min(right.to(tl.int32), 0) == 0:
+        found = highest(z_row, b_ptr, V, V, softcap, HAS_BIAS, CAP, LANES)
+        base = tl.where(right, base, found)
         if TWO:
-            base_aug = highest(aug_row, b_ptr, V, V, softcap, HAS_BIAS, CAP, LANES)
+            found_aug = highest(aug_row, b_ptr, V, V, softcap, HAS_BIAS, CAP, LANES)
+            base_aug = tl.where(right, base_aug, found_aug)
             # The target says little of a row in which it is that unlikely.
-            centre = (base - base_aug) * sharpness
+            centre = tl.where(right, centre, (found - found_aug) * sharpness)
         s, a, s_aug, a_aug, drift, drift_aug, terms, terms_aug, gap, gap_aug = sums(
             z_row, aug_row, b_ptr, base, base_aug, centre, V, sharpness, softcap, TWO, HAS_BIAS,
             CAP, BLOCK_N, STEPS, LANES,

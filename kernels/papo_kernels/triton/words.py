@@ -58,7 +58,7 @@ class Backward:
         streams = [self.operands.full]
         if self.wanted.aug_logits:
             streams.append(self.operands.aug)
-        return torch.cat([x[at] for x in streams])
+        return launch.rows_of(streams, at)
 
     def differentiated(self, states):
         """The part of such states whose logits get gradients."""
