@@ -94,7 +94,7 @@ def test_every_worker_of_every_server_gets_the_policys_weights(
                     assert list(worker.loaded) == list(want)
                     for name, weight in want.items():
                         assert torch.equal(worker.loaded[name], weight), name
-            disturb(policy, 0.2)
+            disturb(policy, seed=0)
         join = ["/get_world_size", "/shutdown_weight_transfer_engine"] if kind == "nccl" else []
         join = ["/server_info?config_format=json", *join, "/init_weight_transfer_engine"]
         for _, _, asked in servers:
