@@ -114,8 +114,8 @@ else
 endif
 	@touch $@
 
-# The tests also cover trainers of others and, on the CPU, sampling with vLLM.
+# The tests also cover trainers of others, bitsandbytes and, on the CPU, sampling with vLLM.
 $(TESTS): $(STAMP) $(if $(filter cpu,$(MACHINE)),$(VLLM))
 	@echo 'Installing what the tests compare with (once)'
-	@$(PIP) -e '.[bench,lora]'
+	@$(PIP) -e '.[bench,lora,quant]'
 	@touch $@

@@ -129,11 +129,13 @@ def test_the_plan_of_each_memory_option_is_within_15_percent_of_a_measured_updat
         pytest.importorskip("bitsandbytes", reason="pip install -e '.[quant]'")
     if "lora_rank" in model:
         pytest.importorskip("peft", reason="pip install -e '.[lora]'")
-    update_memory.write_checkpoint(SMALL, tmp_path)
-    plain = update_memory.configuration(SMALL, tmp_path)
-    config = update_memory.configuration(SMALL, tmp_path, model, parallel, train)
-    measured = update_memory.measure(SMALL, config, ranks)
-    plan, before = (update_memory.planned(SMALL, c, ranks) for c in (config, plain))
+    # Of so little memory the code that oneDNN compiles would be a sixth.
+    case = dataclasses.replace(SMALL, response=2 * SMALL.response) if "4 bits" in way else SMALL
+    update_memory.write_checkpoint(case, tmp_path)
+    plain = update_memory.configuration(case, tmp_path)
+    config = update_memory.configuration(case, tmp_path, model, parallel, train)
+    measured = update_memory.measure(case, config, ranks)
+    plan, before = (update_memory.planned(case, c, ranks) for c in (config, plain))
     planned, usual = (sum(p.update.values()) + p.host for p in (plan, before))
     print(f"{way}: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f}, without "
           f"the option {usual / 2**20:.0f}")  # fmt: skip
