@@ -150,6 +150,27 @@ def resources(compiled, target):
     return {"registers": registers, "spills": spills, "shared": shared}
 
 
+def longest_loop(compiled, capability=90):
+    """Instructions of the longest innermost loop, as NVIDIA's assembler makes them."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        assemble = [get_ptxas(capability).path, f"--gpu-name=sm_{capability}a", ptx, "-o", binary]
+        subprocess.run(assemble, capture_output=True, check=True)
+        command = [disassembler, "-c", binary]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line.strip() for line in text.splitlines()]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}
+    jumps = [(i, re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) for i, line in enumerate(lines)]
+    loops = [(labels[m[1]], i) for i, m in jumps if m and labels.get(m[1], i) < i]
+    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return max(sum(line.startswith("/*") for line in lines[a : b + 1]) for a, b in inner)
+
+
 def measure():
     table = {}
     for name, kernel, constants, types, warps in variants():
