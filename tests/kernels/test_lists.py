@@ -40,8 +40,8 @@ def long_lists(monkeypatch):
     monkeypatch.setattr(lists, "ROW_SPARSITY", 2)
 
 
-def saved_lists(case, budget=3e-3):
-    options = (1.0, None, -100, budget, FAST, "", True, False, "call", True)
+def saved_lists(case, budget=3e-3, validate=True):
+    options = (1.0, None, -100, budget, FAST, "", validate, False, "call", True)
     operands = (case.hidden, case.aug_hidden, case.weight, case.bias, case.targets)
     saved = Saved(*torch.ops.papo.token_stats(*operands, *options)[-4:])
     streams = 1 if case.aug_hidden is None else 2
@@ -82,6 +82,19 @@ def test_lists_hold_the_target_and_every_likely_word(aug, monkeypatch):
     print(f"  of {len(counts)} rows {long} have too many words and {late} no room")
     assert len(taken) == len(set(taken)) and max(taken) < lists.places(141, WORDS)
     assert 0 < long < 40 and 0 < late < 80
+
+
+@pytest.mark.parametrize("bad", [WORDS - 41, 1 << 32])
+def test_no_list_holds_a_target_that_is_no_word(bad):
+    """Blocks of words have room beyond the last, and a product's memory holds anything there."""
+    case = policy_case(40, WORDS - 47, sharpness=36.0)
+    want = saved_lists(case).counts
+    row = int((want > 0).nonzero()[0])
+    case.targets[row] = bad
+    found = saved_lists(case, validate=False)
+    words = found.words[found.starts[row] :][: found.counts[row]]
+    assert len(words) and (words < WORDS - 47).all()
+    assert found.counts[row] <= want[row]  # nor another word in its place
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ def levels_kernel(
     live = position < rows
     r = tl.load(at_ptr + position, mask=live, other=0)
     target = tl.load(cut_ptr + first + position, mask=live, other=0)
-    target = tl.load(targets_ptr + target, mask=live, other=-1).to(tl.int32)[:, None]
+    target = tl.load(targets_ptr + target, mask=live, other=-1)
+    # A target that nobody checked may stand beyond the last word, where blocks have room.
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)[:, None]
     peak, log_sum = normaliser(part_ptr + first + r, N, live)
     peak_aug, log_sum_aug = peak, log_sum
     if TWO:
