@@ -92,6 +92,80 @@ def test_a_sure_rows_entropy_keeps_its_digits():
         )
 
 
+@backends
+def test_a_kl_close_to_0_sees_a_word_that_only_the_other_stream_has(backend):
+    """The aug stream's first words are 60 nats above the target, and what counts is 5 above them.
+
+    The KL was 0: the factor between the streams' sums was cut off at 40 nats.
+    """
+    logits = torch.full((3, 4200), -20.0)
+    logits[:, 100], logits[:, 4000] = 0, 65
+    aug = logits.clone()
+    aug[:, 1] = 60
+    case = Case(logits, torch.eye(4200), torch.full((3,), 100), aug)
+    check(statistic_errors(case, token_stats, backend=backend), 1e-5)
+
+
+@backends
+@pytest.mark.parametrize("height", [-1e4, 1e4])
+def test_a_temperature_leaves_large_logits_their_digits(backend, height):
+    """Both streams are sure of one word. Rounded peaks that were scaled made a KL of 1e-4 to 1e-3.
+
+    Targets are far from that word, and differ between the streams.
+    """
+    g = torch.Generator().manual_seed(0)
+    peaks = height + 4 * torch.randn(2, 40, generator=g)
+    logits = (peaks - 30)[..., None].repeat(1, 1, 70)
+    logits[..., 3] = peaks
+    logits[..., 7] -= torch.tensor([[0.0], [5.0]])
+    case = Case(logits[0], torch.eye(70), torch.full((40,), 7), logits[1], temperature=0.7)
+    stats = case.call(token_stats, backend=backend)
+    want = Oracle(case).statistics()
+    names = ("entropy", "aug_entropy", "kl_prcp", "kl_reverse")
+    check({name: statistic_error(getattr(stats, name), want[name]) for name in names}, 1e-5)
+
+
+@backends
+def test_an_unlikely_target_costs_a_kl_no_digits(backend):
+    """z - z_aug of it is hundreds of nats from the mean, and sums lose what that takes."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40, 5, generator=g)
+    aug = logits + torch.randn(40, 5, generator=g)
+    logits[:, 4] -= 9
+    aug[:, 4] -= 12
+    case = Case(logits, torch.eye(5), torch.full((40,), 4), aug, temperature=1e-2)
+    stats, want = case.call(token_stats, backend=backend), Oracle(case).statistics()
+    names = ("kl_prcp", "kl_reverse")
+    check({name: statistic_error(getattr(stats, name), want[name]) for name in names}, 1e-5)
+
+
+@backends
+def test_a_word_of_nearly_half_the_mass_is_not_taken_for_the_peak(backend):
+    """Logits of 10^5 after temperature round to 0.4 %, by which the word has more than half.
+
+    Two words in another lane have more together, and Triton's peak is one of them: the word got
+    the probability of that one, which is off by a fifth.
+    """
+    step = 2.0**-10  # of float32 there
+    peak = 1e4 + torch.arange(64) * 37 * step
+    logits = (peak - 50)[:, None].repeat(1, 70)
+    logits[:, 0], logits[:, 4], logits[:, 5] = peak, peak - 21 * step, peak - 172 * step
+    case = Case(logits, torch.eye(70), torch.zeros(64).long(), temperature=0.1)
+    upstream = {"logprobs": torch.ones(64)}
+    got = case.gradients(token_stats, upstream, ("hidden",), backend=backend, grad_budget=0.0)
+    check(errors_of(got, Oracle(case).gradients(upstream)), 1e-2)
+
+
+@backends
+def test_nan_shows_where_no_other_word_is_beside_it(backend):
+    """A lane that has no other word than one of NaN took itself for banned: log-probs were inf."""
+    case = make_case(5, 16, 301, seed=3)
+    case.weight[300] = torch.nan
+    stats = case.call(token_stats, backend=backend)
+    for name in OUTPUTS:
+        assert getattr(stats, name).isnan().all(), name
+
+
 # ---- Strides of the gradients
 
 LAYOUTS = {

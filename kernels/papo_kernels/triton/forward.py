@@ -62,7 +62,9 @@ def _forward(call, o, keep_levels):
         if writer is not None:
             _take_levels(call, o, products, targets, order, first, part, cut, levels, writer.marks)
             writer.write(products, order, first)
-    found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v)
+    # As kernels have it: 32 bits.
+    sharpness = torch.tensor(1 / call.head.temperature, dtype=torch.float32).item()
+    found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v, sharpness)
     live = (targets != call.options.ignore_index)[order]
     stats = torch.stack([found[name] for name in named])
     saved[:, order] = torch.where(live, stats, 0)
@@ -119,18 +121,20 @@ def _take_levels(call, o, z, targets, order, first, part, cut, levels, marks):
     )  # fmt: skip
 
 
-def combine(part, targets, vocab):
+def combine(part, targets, vocab, sharpness):
     """Row statistics by name, (N,) each, from the (N,) sums that `kernels.PARTS` lists.
 
-    The arithmetic is float64, so that differences keep the bits that the sums have.
+    The arithmetic is float64, so that differences keep the bits that the sums have. But peaks are
+    multiplied by `sharpness` in float32, as the backward does with the logits beside them.
     """
+    scaled = {name: part[name] * sharpness for name in ("peak", "aug_peak") if name in part}
     part = {name: x.double() for name, x in part.items()}
     valid = (targets >= 0) & (targets < vocab)
     stats, totals = {}, {}
     for prefix in ("", "aug_") if "aug_peak" in part else ("",):
-        peak, total = part[prefix + "peak"], part[prefix + "others"] + 1
+        peak, total = part[prefix + "peak"] * sharpness, part[prefix + "others"] + 1
         log_sum, logit = total.log(), part[prefix + "target"]
-        logit = torch.where(logit <= kernels.LOG_ZERO.value, -torch.inf, logit)
+        logit = torch.where(logit <= kernels.LOG_ZERO.value, -torch.inf, logit * sharpness)
         totals[prefix] = total
         stats |= {
             prefix + "peak": peak,
@@ -140,7 +144,7 @@ def combine(part, targets, vocab):
         }
     if "drift" in part:
         stats |= _compare(part, stats, totals)
-    return {name: x.float() for name, x in stats.items()}
+    return {name: x.float() for name, x in (stats | scaled).items()}
 
 
 def _compare(part, stats, totals):

@@ -16,11 +16,13 @@ from papo_kernels.rows import BY_LOGIT, saved_names
 LOG_ZERO = tl.constexpr(reference.LOG_ZERO)
 LOG_HALF = tl.constexpr(equations.LOG_HALF)
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG_TWO = tl.constexpr(0.6931471805599453)
 # log 2, whose first part has few enough bits that its multiples are exact.
 LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440054690583e-4)
 LEVELS_PER_NAT = tl.constexpr(float(certificate.LEVELS_PER_NAT))
 # The sums of `stats_kernel`, as they stand in (F, N); one stream has the first four. `peak` is the
-# logit of the likeliest word if that has more than half of the mass, else of one that is likely.
+# logit of the likeliest word if that has more than half of the mass, else of one that is likely. It
+# and `target`, the target's, are before temperature: times `sharpness`, large ones lose digits.
 # With e = exp(z - peak), `others` is sum e - 1 and `weighted` is sum e (z - peak). With x = z -
 # z_aug less `centre`, which is near to its mean, `drift` is sum e x, `aug_drift` is sum e_aug x and
 # `terms` is sum e (exp(-x) - 1 + x). The gaps are sum e |z - z_aug| and sum e_aug |z - z_aug|.
@@ -164,10 +166,10 @@ def levels_kernel(
     target = tl.load(targets_ptr + target, mask=live, other=-1)
     # A target that nobody checked may stand beyond the last word, where blocks have room.
     target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)[:, None]
-    peak, log_sum = normaliser(part_ptr + first + r, N, live)
+    peak, log_sum = normaliser(part_ptr + first + r, N, live, sharpness)
     peak_aug, log_sum_aug = peak, log_sum
     if TWO:
-        peak_aug, log_sum_aug = normaliser(part_ptr + AUG_PART * N + first + r, N, live)
+        peak_aug, log_sum_aug = normaliser(part_ptr + AUG_PART * N + first + r, N, live, sharpness)
     z_row = z_ptr + r[:, None].to(tl.int64) * stride_z
     aug_row = z_ptr + (rows + r)[:, None].to(tl.int64) * stride_z
     lane = tl.arange(0, BLOCK_V)
@@ -201,12 +203,12 @@ def levels_kernel(
 
 
 @triton.jit
-def normaliser(part, N, live):
+def normaliser(part, N, live, sharpness):
     """A stream's peaks and logs of sums relative to them; part: where the peak stands in PARTS.
 
     Relative to the peak of a row that is not live, no word is likely.
     """
-    peak = tl.load(part, mask=live, other=-LOG_ZERO)
+    peak = tl.load(part, mask=live, other=-LOG_ZERO) * sharpness
     return peak[:, None], tl.log(tl.load(part + N, mask=live, other=0.0) + 1.0)[:, None]
 
 
@@ -216,8 +218,9 @@ def log_prob(z, stat, N, live, keep):
     peak = tl.load(stat, mask=live, other=0.0)[:, None]
     log_sum = tl.load(stat + LOG_SUM * N, mask=live, other=0.0)[:, None]
     log_p = (z - peak) - log_sum
-    # the peak, whatever rounding did: see `equations.log_probs_again`
-    log_p = tl.where(log_p > LOG_HALF, -log_sum, log_p)
+    # the peak, whatever rounding did: see `equations.log_probs_again`. Where no word has more than
+    # half of the mass, `peak` may be another one's.
+    log_p = tl.where((log_p > LOG_HALF) & (log_sum < LOG_TWO), -log_sum, log_p)
     log_p = tl.where(log_p <= LOG_ZERO, LOG_ZERO, log_p)
     return log_p, tl.where(keep, tl.exp(log_p), 0.0)
 

@@ -16,8 +16,11 @@ from papo_kernels.triton.kernels import AUG_PART, LOG2E, LOG_ZERO, capped
 
 # Words that a lane loads at once: 16 bytes.
 WIDE = tl.constexpr(4)
-# Nats between the streams beyond which a KL needs no second-order terms.
-FAR = tl.constexpr(40.0)
+# Nats by which one stream's sums may be above the other's in second-order terms of a KL. More than
+# HIGHEST_SUM has, so that what is cut off here is never close to 0; float32 ends at 88.
+FAR = tl.constexpr(85.0)
+# Nats below the first words' highest logit from which on a target is unlikely.
+FAR_BELOW = tl.constexpr(16.0)
 # Sums from here on are too close to the end of float32.
 HIGHEST_SUM = tl.constexpr(2.0**100)
 
@@ -46,9 +49,10 @@ def stats_kernel(
         logit_aug = of_target(aug_row, b_ptr, target, V, softcap, HAS_BIAS, CAP)
         base_aug = highest(aug_row, b_ptr, LANES * WIDE, V, softcap, HAS_BIAS, CAP, LANES)
         base_aug = tl.maximum(logit_aug, base_aug)
-        # z - z_aug of a word that was drawn from p: near to the mean over p
-        both = (logit > LOG_ZERO) & (logit_aug > LOG_ZERO)
-        centre = tl.where(both, (logit - logit_aug) * sharpness, 0.0)
+        # z - z_aug of a word that was drawn from p: near to the mean over p. A target that was not
+        # drawn says little, nor does one that is banned.
+        below = tl.maximum(base - logit, base_aug - logit_aug) * sharpness
+        centre = tl.where(below < FAR_BELOW, logit - logit_aug, base - base_aug) * sharpness
     s, a, s_aug, a_aug, drift, drift_aug, terms, terms_aug, gap, gap_aug = sums(
         z_row, aug_row, b_ptr, base, base_aug, centre, V, sharpness, softcap, TWO, HAS_BIAS, CAP,
         BLOCK_N, STEPS, LANES,
@@ -79,7 +83,7 @@ def stats_kernel(
         )  # fmt: skip
         tl.store(out + 8 * N, tl.sum(drift, 1) * scale, mask=live)
         tl.store(out + 9 * N, tl.sum(drift_aug, 1) * scale_aug, mask=live)
-        # e exp(-x) is e_aug by this much; far policies overflow, and their terms are not used
+        # e exp(-x) is e_aug by this much; far policies' terms overflow, and are not used
         over = tl.exp2(tl.minimum((base_aug - base) * sharpness + centre, FAR) * LOG2E)
         terms = (tl.sum(terms, 1) + over * tl.sum(terms_aug, 1)) * scale
         tl.store(out + 10 * N, terms, mask=live)
@@ -220,9 +224,9 @@ def store_stream(
     a_else = tl.sum(tl.where(elsewhere, a, 0.0), 1)
     others = tl.sum(e, 1) + scale * s_else
     weighted = tl.sum(e * away, 1) + scale * (a_else - rise * s_else)
-    none = peak <= LOG_ZERO
-    tl.store(out, tl.where(none, LOG_ZERO, peak * sharpness), mask=live)
+    none = (peak <= LOG_ZERO) & (others == others)  # a lane may have NaN beside banned words alone
+    tl.store(out, tl.where(none, LOG_ZERO, peak), mask=live)
     tl.store(out + N, tl.where(none, -1.0, others), mask=live)
     tl.store(out + 2 * N, tl.where(none, 0.0, weighted * sharpness), mask=live)
-    tl.store(out + 3 * N, tl.where(logit <= LOG_ZERO, LOG_ZERO, logit * sharpness), mask=live)
+    tl.store(out + 3 * N, logit, mask=live)
     return scale
