@@ -6,6 +6,8 @@ not change (NF4: Dettmers et al., arXiv 2305.14314). Codes and scales are plain 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,9 @@ def quantize_4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, two in a byte, and scales (blocks,) float32 of a weight of any shape."""
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK_4, quant_type="nf4")
-    return codes, state.absmax
+    blocks = _blocks(weight.flatten(), BLOCK_4)
+    codes, state = quantize_4bit(blocks, blocksize=BLOCK_4, quant_type="nf4")
+    return codes[: -(-weight.numel() // 2)].contiguous(), state.absmax
 
 
 def dequantize_4(
@@ -63,10 +66,19 @@ def dequantize_4(
     """The weight of this shape and dtype that `quantize_4` made codes and scales of."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
+    # A row is a block: of other rows bitsandbytes 0.50 makes wrong numbers on the CPU.
     state = QuantState(
-        absmax=scales, shape=torch.Size(shape), blocksize=BLOCK_4, quant_type="nf4", dtype=dtype
-    )
-    return dequantize_4bit(codes, state)
+        absmax=scales, shape=torch.Size((len(scales), BLOCK_4)), blocksize=BLOCK_4,
+        quant_type="nf4", dtype=dtype,
+    )  # fmt: skip
+    found = dequantize_4bit(_blocks(codes.flatten(), BLOCK_4 // 2).view(-1, 1), state)
+    return found.flatten()[: math.prod(shape)].view(shape)
+
+
+def _blocks(flat: Tensor, size: int) -> Tensor:
+    """(blocks, size) of (n,) numbers, with zeros behind them."""
+    spare = -len(flat) % size
+    return (torch.nn.functional.pad(flat, (0, spare)) if spare else flat).view(-1, size)
 
 
 def bytes_4(numbers: int) -> int:

@@ -42,6 +42,15 @@ def needs(option):
         pytest.importorskip("peft", reason="pip install -e '.[lora]'")
 
 
+# The table of Dettmers et al., arXiv 2305.14314, appendix E.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
 def weights_of(dtype, seed=0):
     torch.manual_seed(seed)
     shapes = ((96, 200), (300,), (7, 3, 2, 5, 5))
@@ -358,6 +367,26 @@ def test_frozen_weights_in_4_bits_are_small_and_near_and_adapters_learn(job, fou
     # another base model: losses are near, not equal
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.05
     assert any(not torch.equal(a, b) for a, b in zip(before, updater.parameters, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (40, 96), (300, 70), (31, 33), (7, 5), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_4_bits_are_the_nearest_of_16_numbers_whatever_the_width(shape, dtype):
+    """On the CPU bitsandbytes itself is off by a fifth where rows are no whole number of blocks."""
+    needs("4-bit LoRA")
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    codes, scales = blockwise.quantize_4(weight)
+    back = blockwise.dequantize_4(codes, scales, shape, dtype)
+    assert back.shape == shape and back.dtype == dtype
+    assert codes.nbytes + scales.nbytes == blockwise.bytes_4(weight.numel())
+    largest = scales.repeat_interleave(blockwise.BLOCK_4)[: weight.numel()].view(shape)
+    shares = back.float() / largest
+    numbers = shares.flatten().unique() if dtype == torch.float32 else torch.tensor(NF4)
+    assert torch.isclose(numbers[:, None], torch.tensor(NF4), atol=1e-6).any(1).all()
+    nearest = (weight.float() / largest)[..., None].sub(torch.tensor(NF4)).abs().amin(-1)
+    error = (back.float() - weight.float()).abs() / largest
+    assert (error - nearest).max() < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_a_product_with_4_bits_has_the_gradient_of_the_weight_they_stand_for(four_bits):
