@@ -25,8 +25,8 @@ _add = _sizes("BLOCK_N", "BLOCK_D", "num_warps")
 _entries = _sizes("BLOCK_K", "BLOCK_D", "num_warps")
 # Of each kernel: which time it is judged by, and what is tried beside what it has.
 CANDIDATES = {
-    "stats": ("forward", [_stats(4, 256, 8), _stats(1, 256, 8), _stats(2, 128, 4),
-                          _stats(1, 512, 16), _stats(2, 512, 16)]),
+    "stats": ("forward", [_stats(2, 256, 8), _stats(4, 256, 8), _stats(1, 256, 8),
+                          _stats(2, 128, 4), _stats(2, 512, 16)]),
     "levels": ("both", [_levels(32, 2), _levels(32, 4), _levels(64, 8), _levels(128, 8)]),
     "dz": ("sparse", [_block(1, 1024, 4), _block(1, 512, 4), _block(1, 2048, 8),
                       _block(1, 512, 2)]),

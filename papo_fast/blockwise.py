@@ -32,30 +32,27 @@ def quantize_8(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     rows, columns = values.shape
-    spare = -columns % BLOCK_8
-    padded = torch.nn.functional.pad(values, (0, spare)) if spare else values.contiguous()
-    codes, state = quantize_blockwise(padded, code=code, blocksize=BLOCK_8)
-    return codes.view(rows, columns + spare)[:, :columns], state.absmax.view(rows, -1)
+    filled = _filled(values, BLOCK_8)
+    codes, state = quantize_blockwise(filled, code=code, blocksize=BLOCK_8)
+    return codes.view(filled.shape)[:, :columns], state.absmax.view(rows, -1)
 
 
 def dequantize_8(codes: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     """(R, C) float32 values of codes and scales."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    rows, columns = codes.shape
-    spare = -columns % BLOCK_8
-    padded = torch.nn.functional.pad(codes, (0, spare)) if spare else codes.contiguous()
+    filled = _filled(codes, BLOCK_8)
     values = dequantize_blockwise(
-        padded, absmax=scales.reshape(-1).contiguous(), code=code, blocksize=BLOCK_8
+        filled, absmax=scales.reshape(-1).contiguous(), code=code, blocksize=BLOCK_8
     )
-    return values.view(rows, columns + spare)[:, :columns]
+    return values.view(filled.shape)[:, : codes.shape[1]]
 
 
 def quantize_4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, two in a byte, and scales (blocks,) float32 of a weight of any shape."""
     from bitsandbytes.functional import quantize_4bit
 
-    blocks = _blocks(weight.flatten(), BLOCK_4)
+    blocks = _filled(weight.flatten(), BLOCK_4).view(-1, BLOCK_4)
     codes, state = quantize_4bit(blocks, blocksize=BLOCK_4, quant_type="nf4")
     return codes[: -(-weight.numel() // 2)].contiguous(), state.absmax
 
@@ -71,14 +68,14 @@ def dequantize_4(
         absmax=scales, shape=torch.Size((len(scales), BLOCK_4)), blocksize=BLOCK_4,
         quant_type="nf4", dtype=dtype,
     )  # fmt: skip
-    found = dequantize_4bit(_blocks(codes.flatten(), BLOCK_4 // 2).view(-1, 1), state)
+    found = dequantize_4bit(_filled(codes.flatten(), BLOCK_4 // 2).view(-1, 1), state)
     return found.flatten()[: math.prod(shape)].view(shape)
 
 
-def _blocks(flat: Tensor, size: int) -> Tensor:
-    """(blocks, size) of (n,) numbers, with zeros behind them."""
-    spare = -len(flat) % size
-    return (torch.nn.functional.pad(flat, (0, spare)) if spare else flat).view(-1, size)
+def _filled(x: Tensor, size: int) -> Tensor:
+    """`x` with zeros behind its last dimension, up to a multiple of `size`; contiguous."""
+    spare = -x.shape[-1] % size
+    return torch.nn.functional.pad(x, (0, spare)) if spare else x.contiguous()
 
 
 def bytes_4(numbers: int) -> int:

@@ -89,13 +89,12 @@ def _kernels(tile):
 
 FIXED = {
     "targets_ptr": "*i64", "rows_ptr": "*i64", "at_ptr": "*i64", "cut_ptr": "*i64",
-    "col_ptr": "*i32",
-    "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8", "good_ptr": "*u8",
-    "kept_ptr": "*i32", "mark_ptr": "*i32", "total_ptr": "*i32", "taken_ptr": "*i32",
-    "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32", "word_ptr": "*i32",
-    "out_start_ptr": "*i64", "out_word_ptr": "*i32", "out_row_ptr": "*i32", "row_ptr": "*i32",
-    "order_ptr": "*i64", "often_ptr": "*i32", "column_ptr": "*i32", "listed_from": "fp32",
-    "sharpness": "fp32", "softcap": "fp32",
+    "col_ptr": "*i32", "level_ptr": "*u8", "count_ptr": "*i32", "done_ptr": "*u8",
+    "good_ptr": "*u8", "kept_ptr": "*i32", "mark_ptr": "*i32", "total_ptr": "*i32",
+    "taken_ptr": "*i32", "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32",
+    "word_ptr": "*i32", "out_start_ptr": "*i64", "out_word_ptr": "*i32", "out_row_ptr": "*i32",
+    "row_ptr": "*i32", "order_ptr": "*i64", "often_ptr": "*i32", "column_ptr": "*i32",
+    "listed_from": "fp32", "sharpness": "fp32", "softcap": "fp32",
 }  # fmt: skip
 
 
@@ -130,38 +129,33 @@ def resources(compiled, target):
             for field in ("vgpr_count", "vgpr_spill_count")
         )
         return {"registers": registers, "spills": spills, "shared": shared}
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    capability = TARGETS[target][1]
-    ptxas = get_ptxas(capability)
-    suffix = "a" if capability >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(compiled.asm["ptx"])
-        command = [ptxas.path, "-v", f"--gpu-name=sm_{capability}{suffix}", str(path)]
-        result = subprocess.run(
-            [*command, "-o", str(path.with_suffix(".o"))],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    registers = int(re.search(r"Used (\d+) registers", result.stderr)[1])
-    spills = int(re.search(r"(\d+) bytes spill stores", result.stderr)[1])
+        _, said = assembled(compiled, target, folder)
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spills = int(re.search(r"(\d+) bytes spill stores", said)[1])
     return {"registers": registers, "spills": spills, "shared": shared}
 
 
-def longest_loop(compiled, capability=90):
+def assembled(compiled, target, folder):
+    """The file in `folder` that NVIDIA's assembler makes of a kernel, and what it says."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    capability = TARGETS[target][1]
+    suffix = "a" if capability >= 90 else ""
+    ptx, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+    ptx.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}", ptx]
+    done = subprocess.run([*command, "-o", binary], capture_output=True, text=True, check=True)
+    return binary, done.stderr
+
+
+def longest_loop(compiled, target):
     """Instructions of the longest innermost loop, as NVIDIA's assembler makes them."""
     import triton
-    from triton.backends.nvidia.compiler import get_ptxas
 
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        assemble = [get_ptxas(capability).path, f"--gpu-name=sm_{capability}a", ptx, "-o", binary]
-        subprocess.run(assemble, capture_output=True, check=True)
-        command = [disassembler, "-c", binary]
+        command = [disassembler, "-c", assembled(compiled, target, folder)[0]]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.strip() for line in text.splitlines()]
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line)}

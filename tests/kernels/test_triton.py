@@ -63,11 +63,12 @@ def test_a_pair_of_logits_takes_few_instructions(name, most):
     """Of a Hopper GPU. With a running maximum statistics took 72 to 94, and half the speed."""
     import aot
 
-    [(kernel, constants, types, warps)] = [rest for n, *rest in aot.variants() if n == name]
-    compiled = aot.compile_one(kernel, constants, types, "sm_90", warps)
-    words = constants["LANES"] * constants["STEPS"] * 4 if "LANES" in constants else None
-    words = words or constants["TILE"] * constants["BLOCK_V"]
-    found = aot.longest_loop(compiled) * 32 * warps / words
+    from papo_kernels.triton.stats_kernels import WIDE
+
+    [(kernel, c, types, warps)] = [rest for n, *rest in aot.variants() if n == name]
+    compiled = aot.compile_one(kernel, c, types, "sm_90", warps)
+    pairs = c["STEPS"] * c["LANES"] * WIDE.value if "STEPS" in c else c["TILE"] * c["BLOCK_V"]
+    found = aot.longest_loop(compiled, "sm_90") * 32 * warps / pairs
     print(f"  {name}: {found:.1f} instructions a pair")
     assert found <= most
 

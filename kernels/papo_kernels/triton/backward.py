@@ -122,7 +122,7 @@ def _dense(run, left, total):
             if left.done is not None:
                 span = left.done[:, words.start : words.start + words.count]
                 skip = span[left.group[some]].view(torch.uint8)
-            add(run, at, states, words, skip, run.up, found, not words.start, total)
+            add(run, at, states, words, skip, run.up, found, total)
         total.add_states(run, at, found)
         record(len(at), run.operands.v, run.operands.v, None)
 
@@ -294,8 +294,8 @@ def _add_groups(run, at, more, counts, sums, total):
             continue
         states = run.states(some)
         found = gradients_of_states(run, states, total)
-        for i, piece in enumerate(Words(0, len(words), words).split(size)):
-            add(run, some, states, piece, None, sums, found, i == 0, total)
+        for piece in Words(0, len(words), words).split(size):
+            add(run, some, states, piece, None, sums, found, total)
         total.add_states(run, some, found)
 
 

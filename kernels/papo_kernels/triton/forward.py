@@ -112,7 +112,7 @@ def _take_levels(call, o, z, targets, order, first, part, cut, levels, marks):
     kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
         part, within, order, cut, o.n, count, first, TWO=two, **sort
     )
-    grid = (triton.cdiv(o.v, 32 * blocks["BLOCK_V"]), triton.cdiv(count, launch.TILE))
+    grid = (marks.shape[1] // blocks["BLOCK_V"], triton.cdiv(count, launch.TILE))
     kernels.levels_kernel[grid](
         z, o.bias, within, cut, targets, part, levels, marks, o.n, o.v, count, first,
         marks.shape[1], z.stride(0), lists.least_log_prob(call.options.grad_budget),

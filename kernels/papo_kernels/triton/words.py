@@ -134,13 +134,13 @@ class Words:
         )
 
 
-def add(run, at, states, words, done, sums, found, first, total):
+def add(run, at, states, words, done, sums, found, total):
     """Adds the gradients of some words and of the rows `at` to the weight's, and to `found`.
 
     states: `run.states(at)`. done: (R, V) uint8, words to leave out where they are not 0, or None.
     sums: (len(SUMS), N) to add to where words are listed. found: (S R, D) float32 gradients of
-    `run.differentiated(states)`, or None where nobody wants them. first: these words are the first,
-    and `found` is yet to be written.
+    `run.differentiated(states)`, or None where nobody wants them. The words that start at 0 write
+    them, and the others add to them.
     """
     o, span = run.operands, slice(words.start, words.start + words.count)
     listed = None if words.listed is None else words.evened()
@@ -151,7 +151,7 @@ def add(run, at, states, words, done, sums, found, first, total):
     dz = launch.padded(len(seen), len(weight), o.dtype, states.device)
     _launch_dz(run, at, words, listed, done, z, dz, sums)
     if found is not None:
-        if first:
+        if words.start == 0:
             multiply(dz, weight, found)
         else:
             multiply_add(found, dz, weight)
@@ -190,7 +190,7 @@ def add_rows(total, more, at):
 
 
 def gradients_of_states(run, states, total):
-    """Room for gradients of `run.differentiated(states)`, or None where nobody wants them."""
+    """Room for what `add` finds of `run.differentiated(states)`, or None if nobody wants it."""
     if total.hidden is None and total.aug_hidden is None:
         return None
     return torch.empty_like(run.differentiated(states), dtype=torch.float32)
