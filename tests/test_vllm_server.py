@@ -149,6 +149,13 @@ def test_the_server_is_started_with_what_a_run_checks_for(model):
     assert options["--middleware"] == MIDDLEWARE
     assert environment[TOKEN] == "secret" and environment[HOST] == "node7"
     assert not any("secret" in word for word in command), "everybody can read a command line"
+    # on the CPU the model runs in the engine's own process, unless there are several
+    assert options["--distributed-executor-backend"] == "uni"
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    two = replace(config, rollout=replace(config.rollout, tensor_parallel=2))
+    command, environment = server_command(two, encoder, "http://node7:8123", "secret")
+    assert "--distributed-executor-backend" not in command
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
     for url in ("https://node7:8123", "http://node7", "node7:8123"):
         with pytest.raises(InputError, match="not of the form http://HOST:PORT"):
             server_command(config, encoder, url, "secret")

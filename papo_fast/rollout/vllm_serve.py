@@ -68,6 +68,9 @@ def server_command(
         options["weight_transfer_config"] = {"backend": transfer}
     if on_cpu:
         options |= cpu_options(config, encoder)
+    one_process = on_cpu and config.rollout.tensor_parallel == 1
+    if one_process:
+        options["distributed_executor_backend"] = "uni"
     command, switches = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"], []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -86,6 +89,10 @@ def server_command(
     if "site-packages" not in root and root not in environment.get("PYTHONPATH", ""):
         paths = (environment.get("PYTHONPATH"), root)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if one_process:
+        # Else vLLM runs the model in a process of its own, to pin threads, and waits for each step
+        # in a loop that never sleeps: half a core, which the trainer could use.
+        environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if on_cpu and config.threads:
         environment.setdefault("OMP_NUM_THREADS", str(config.threads))
     return command, environment
