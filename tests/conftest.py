@@ -69,3 +69,21 @@ def questions(tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     return tmp_path / "train.parquet"
+
+
+@pytest.fixture(scope="module")
+def cpu_time_alone_is_limited():
+    """On a busy machine a second of CPU time can take longer than the clock's own limit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("papo_fast.rewards.scorer.WALL_FACTOR", 600.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def scorer(cpu_time_alone_is_limited):
+    from papo_fast.config import RewardConfig
+    from papo_fast.rewards.scorer import Scorer
+    from support.scoring import LIMIT
+
+    with Scorer(RewardConfig(timeout=LIMIT, workers=2)) as scorer:
+        yield scorer
