@@ -87,3 +87,15 @@ def scorer(cpu_time_alone_is_limited):
 
     with Scorer(RewardConfig(timeout=LIMIT, workers=2)) as scorer:
         yield scorer
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    """Sizes of the published models that plans are tested with, by name."""
+    from papo_fast.config import ModelConfig
+    from papo_fast.planning.sizes import ModelSizes
+    from support.planned import CONFIGS, PUBLISHED
+
+    return {
+        name: ModelSizes.of(ModelConfig(path=str(CONFIGS / f"{name}.json"))) for name in PUBLISHED
+    }
