@@ -11,8 +11,9 @@ Both ways bring a module of functions on tiles, here called `tiles`. It has the 
 - DENSE_SHARE: share of the vocabulary above which a tile is done densely;
 - ROUNDS_WEIGHT: whether `add_gradients` can round the weight's gradient itself;
 
-and the functions `multiply`, `add_products`, `states_of`, `picked_logits`, `differentiate`,
-`drop_least` and `add_gradients`, which `eager/tiles.py` describes.
+and functions that `eager/tiles.py` describes: for tiles `states_of`, `picked_logits`,
+`differentiate`, `drop_least` and `add_gradients`, and for dense rows `multiply`, `d_products`,
+`add_products` and `add_transposed_products`.
 """
 
 from dataclasses import dataclass

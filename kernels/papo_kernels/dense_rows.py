@@ -5,7 +5,7 @@ and a 16-bit gradient of the weight is rounded as soon as its block is summed.
 """
 
 from papo_kernels.certificate import record
-from papo_kernels.equations import TargetPlace, d_products_
+from papo_kernels.equations import TargetPlace
 
 # Logits of a block and of one stream: 8 MiB of float32, which a cache holds.
 BLOCK_ELEMENTS = 1 << 21
@@ -25,7 +25,7 @@ def add_dense(run, rows, total):
 
 
 def _add_part(run, at, total, all_at_once):
-    call, wanted, head = run.call, run.wanted, run.call.head
+    call, wanted, head, tiles = run.call, run.wanted, run.call.head, run.tiles
     states, (s, g) = run.states(at), run.of_rows(at)
     vocab, width = call.weight.shape
     d_states = [
@@ -42,19 +42,17 @@ def _add_part(run, at, total, all_at_once):
             None if x is None else _logits(run, x, words, r)
             for x, r in zip(states, room, strict=True)
         ]
-        target = _place(call, at, words)
-        d_products_(*z, s, g, wanted, target, head)
-        dz = [x if of_it else None for x, of_it in zip(z, (wanted.full, wanted.aug), strict=True)]
+        dz = tiles.d_products(z, s, g, _place(call, at, words), run)
         for grad, d_x in zip(dz, d_states, strict=True):
             if grad is not None and d_x is not None:
-                run.tiles.add_products(call, grad, weight, d_x)
+                tiles.add_products(grad, weight, d_x, head)
         if d_weight is not None:
             # one rounding at the end: sums over rows in 16 bits diverge
             wide = d_weight.dtype == head.dtype
             block = d_weight[words] if wide else weight.new_zeros(weight.shape, dtype=head.dtype)
             for grad, x in zip(dz, states, strict=True):
                 if grad is not None:
-                    run.tiles.add_products(call, grad.T, x, block)
+                    tiles.add_transposed_products(grad, x, block, head)
             if not wide:
                 d_weight[words] = block
         total.add_bias(words, dz)

@@ -78,6 +78,22 @@ def test_rows_on_all_words_go_through_blocks_of_words(processor, dtype, rows, mo
     check({g: gradient_error(got[g], exact[g]) for g in got}, bounds)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_dense_gradients_are_right_whichever_are_asked_for(processor, dtype, softcap):
+    # an odd number of rows and words that fill no vector; a bias that wants nothing is not summed
+    case = make_case(45, 83, 1203, scale=6.0, dtype=dtype, bias=True, softcap=softcap)
+    oracle, everything = Oracle(case), random_upstream(case)
+    operands = ("hidden", "aug_hidden", "weight")
+    for asked in (*((name,) for name in OUTPUTS), ("kl_prcp", "kl_reverse"), OUTPUTS):
+        upstream = {name: everything[name] for name in asked}
+        exact, rounded = oracle.gradients(upstream), oracle.gradients(upstream, rounded=dtype)
+        for wanted in (*((name,) for name in operands), operands):
+            got = case.gradients(token_stats, upstream, wanted, grad_budget=0.0)
+            bounds = {g: 1e-5 + 1.5 * gradient_error(rounded[g], exact[g]) for g in got}
+            check({g: gradient_error(got[g], exact[g]) for g in got}, bounds)
+
+
 @pytest.mark.parametrize("aug", [False, True], ids=["one-stream", "two-streams"])
 @pytest.mark.parametrize("vocab", [1, 15, 16, 33, 4099])
 def test_statistics_and_levels_are_those_of_torch_in_float64(processor, aug, vocab):

@@ -15,7 +15,9 @@ from rich.console import Console
 from papo_fast.config import EvalConfig, RewardConfig
 from papo_fast.launch import train
 from papo_fast.presets import get_preset
+from papo_fast.run.checkpoint import CheckpointStore
 
+SILENT = Console(quiet=True)
 VOLATILE = ("seconds", "sync_seconds", "rollout_seconds", "experience_seconds", "update_seconds")
 
 
@@ -73,3 +75,23 @@ def run(config, report=False):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows]
     return folder, rows, json.loads((folder / "summary.json").read_text())
+
+
+def resumable(checkpoints, questions, folder):
+    """A run of two steps of GRPO without an evaluation, which goes on where it was."""
+    config = small(get_preset("grpo"), checkpoints["qwen2_5_vl"], questions, folder / "runs")
+    return dataclasses.replace(
+        config, name="run", resume=True, data=dataclasses.replace(config.data, test="")
+    )
+
+
+def with_train(config, **changes):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def steps_of(folder):
+    return [json.loads(x)["step"] for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints_of(folder):
+    return [saved.step for saved in CheckpointStore(folder / "checkpoints").saved()]

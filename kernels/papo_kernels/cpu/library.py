@@ -8,6 +8,7 @@ import functools
 import logging
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,8 @@ def product(x, weight, out):
         return False
     if not multiplies_bf16():
         return False
-    _product(x, weight, False, out, False)
+    pairs = _pairs(x)
+    _product(pairs, pairs.stride(), weight, False, out, False)
     return True
 
 
@@ -80,16 +82,80 @@ def add_product(x, y, out):
 
     Only where `multiplies_bf16`. Rows of y and of out are contiguous each.
     """
-    _product(x, y, True, out, True)
+    pairs = _pairs(x)
+    _product(pairs, pairs.stride(), y, True, out, True)
 
 
-def _product(x, y, by_terms, out, add):
-    rows, width = x.shape
-    x = F.pad(x, (0, width % 2)).contiguous()
+def add_product_of_pairs(pairs, y, out):
+    """Adds x.T @ (K, C) y to float32 `out`, where `pairs` holds rows of x as `Halves` does."""
+    _product(pairs.T, pairs.T.stride(), y, True, out, True)
+
+
+def _pairs(x):
+    """(R, D) bfloat16 x as (R, D / 2 rounded up) int32, two columns in each."""
+    if x.shape[1] % 2:
+        x = F.pad(x, (0, 1))
+    return x.contiguous().view(torch.int32)
+
+
+def _product(pairs, strides, y, by_terms, out, add):
+    """x @ y, or x @ y.T unless `by_terms`; `pairs` holds two terms of x in each int32."""
+    terms = y.shape[0] if by_terms else y.shape[1]
     _library().product(
-        x.data_ptr(), rows, x.shape[1] // 2, y.data_ptr(), y.stride(0), by_terms, out.shape[1],
-        width, out.data_ptr(), out.stride(0), add, _threads(),
+        pairs.data_ptr(), len(out), *strides, y.data_ptr(), y.stride(0), by_terms, out.shape[1],
+        terms, out.data_ptr(), out.stride(0), add, _threads(),
     )  # fmt: skip
+
+
+class Halves(NamedTuple):
+    """(R, B) gradients in bfloat16, for products with the weight and with the states."""
+
+    rows: torch.Tensor  # (R, B)
+    pairs: torch.Tensor  # (R / 2 rounded up, B) int32: rows 2 n and 2 n + 1 in each
+
+
+class Block(ctypes.Structure):
+    """As in `cpp/dense.cpp`."""
+
+    _fields_ = [
+        ("z", ctypes.c_void_p),
+        ("half", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p),
+        ("wanted", ctypes.c_int64),
+    ]
+
+
+def dense_gradients(logits, wanted, halves, reverse, fields, targets, head):
+    """Gradients of one or two streams' (R, B) contiguous logits, None where not `wanted`.
+
+    They are (R, B) float32 in the place of the logits, or `Halves`. reverse: whether KL(q || p) has
+    an upstream gradient. fields: (5 or 14, R), which the C++ lists. targets: (R,) int32, where
+    among the words a row's target stands, or -1.
+    """
+    rows, words = logits[0].shape
+    # rows that are a power of two apart would share few lines of a cache
+    stride = words + 16
+    found = [None if not of_it else z for z, of_it in zip(logits, wanted, strict=True)]
+    if halves:
+        found = [
+            Halves(
+                torch.empty(rows, words, dtype=torch.bfloat16),
+                torch.empty(-(-rows // 2), stride, dtype=torch.int32)[:, :words],
+            )
+            if of_it
+            else None
+            for of_it in wanted
+        ]
+    blocks = (Block * len(logits))()
+    for block, z, grad in zip(blocks, logits, found, strict=True):
+        block.z, block.wanted = z.data_ptr(), grad is not None
+        if isinstance(grad, Halves):
+            block.half, block.pairs = (x.data_ptr() for x in grad)
+    _library().dense_gradients(
+        blocks, len(logits), reverse, rows, words, stride, fields.data_ptr(), targets.data_ptr(),
+        head.temperature, head.softcap or 0.0, _threads(),
+    )  # fmt: skip
+    return found
 
 
 class TileLogits(ctypes.Structure):
@@ -256,10 +322,11 @@ def _library():
 
 
 def _declare(library):
-    p, n, i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    p, n, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.statistics.argtypes = [p, p, n, n, p, n, i]
-    library.levels.argtypes = [p, p, p, n, n, n, p, n, p, ctypes.c_float, i]
-    library.product.argtypes = [p, n, n, p, n, i, n, n, p, n, i, i]
+    library.levels.argtypes = [p, p, p, n, n, n, p, n, p, f, i]
+    library.product.argtypes = [p, n, n, n, p, n, i, n, n, p, n, i, i]
+    library.dense_gradients.argtypes = [p, n, i, n, n, n, p, p, f, f, i]
     library.picked_logits.argtypes = [p, i, n, n, p, n, n, i]
     library.picked_gradients.argtypes = [p, i, n, p, n, p, n, i, i, p, i, n, i]
     library.column_gradients.argtypes = [p, p, n, n, i, i, n, p, p, p]

@@ -23,14 +23,40 @@ DENSE_SHARE = 0.85
 ROUNDS_WEIGHT = True
 
 
-def add_products(call, x, y, out):
-    """As in `eager/tiles.py`; where all operands are bfloat16, so are the gradients x."""
+def d_products(z, s, g, target, run):
+    """As in `eager/tiles.py`; `library.Halves` where all operands are bfloat16."""
+    call, wanted = run.call, run.wanted
     operands = (call.hidden, call.aug_hidden, call.weight)
-    halves = all(t is None or t.dtype == torch.bfloat16 for t in operands)
-    if halves and library.multiplies_bf16():
-        library.add_product(x.to(torch.bfloat16), y, out)
+    halves = all(x is None or x.dtype == torch.bfloat16 for x in operands)
+    # a bias sums the gradients, which are not rounded for that
+    halves = halves and not wanted.bias and library.multiplies_bf16()
+    present = tuple(x is not None for x in z)
+    fields = _fields_of_rows(s, g, present, len(target.place))
+    places = torch.where(target.owned, target.place, -1).int()
+    of_them = [x for x, there in zip((wanted.full, wanted.aug), present, strict=True) if there]
+    logits = [x for x in z if x is not None]
+    found = iter(
+        library.dense_gradients(
+            logits, of_them, halves, wanted.kl_reverse, fields, places, call.head
+        )
+    )
+    return [next(found) if there else None for there in present]
+
+
+def add_products(grad, y, out, head):
+    """As in `eager/tiles.py`."""
+    if isinstance(grad, library.Halves):
+        library.add_product(grad.rows, y, out)
     else:
-        call.head.add_products(x, y, out)
+        head.add_products(grad, y, out)
+
+
+def add_transposed_products(grad, y, out, head):
+    """As in `eager/tiles.py`."""
+    if isinstance(grad, library.Halves):
+        library.add_product_of_pairs(grad.pairs, y, out)
+    else:
+        head.add_products(grad.T, y, out)
 
 
 class States(NamedTuple):
@@ -85,7 +111,7 @@ def differentiate(states, candidates, logits, s, g, run):
     call, wanted, z, present = run.call, run.wanted, logits, states.present
     bias = None if call.bias is None else call.bias[candidates.cols]
     call.head.finish(z.T, bias)
-    rows = _rows_for_cpp(states, candidates, s, g, z)
+    rows = _fields_of_rows(s, g, states.present, states.padded)
     targets = torch.full((states.padded,), -1, dtype=torch.int32)
     targets[: states.count] = candidates.place
     both = all(present)
@@ -136,21 +162,22 @@ TWO_STREAM_SUMS = (
 )  # fmt: skip
 
 
-def _rows_for_cpp(states, candidates, s, g, z):
-    """(5 or 14, padded) float32: the fields of the C++'s `struct Rows` for each stream present.
+def _fields_of_rows(s, g, present, padded):
+    """(5 or 14, padded) float32: the fields of the C++'s `Rows` for each stream that is `present`.
 
-    Where both are, the KLs follow, each with its upstream gradient.
+    Where both are, those of its `Kls` follow.
     """
-    nothing = torch.zeros_like(s.full.peak)
+    some = next(x for x, there in zip((s.full, s.aug), present, strict=True) if there)
+    nothing = torch.zeros_like(some.peak)
     fields = []
-    for stream, up, present in zip((s.full, s.aug), (g.full, g.aug), states.present, strict=True):
-        if present:
+    for stream, up, there in zip((s.full, s.aug), (g.full, g.aug), present, strict=True):
+        if there:
             fields += [stream.peak, stream.log_sum, stream.entropy, *up]
-    if all(states.present):
+    if all(present):
         fields += [s.kl_prcp, g.kl_prcp, s.kl_reverse, g.kl_reverse]
-    rows = z.new_zeros(len(fields), states.padded)
+    rows = torch.zeros(len(fields), padded, dtype=torch.float32)
     given = [nothing if x is None else x for x in fields]
-    rows[:, : states.count] = torch.cat(given, 1).T
+    rows[:, : len(nothing)] = torch.cat(given, 1).T
     return rows
 
 

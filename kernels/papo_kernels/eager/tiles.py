@@ -10,7 +10,14 @@ import torch
 
 from papo_kernels import certificate
 from papo_kernels.certificate import WORTH_DROPPING, CandidateSums, StreamSums
-from papo_kernels.equations import TargetPlace, d_logits, log_probs_again, q_minus_p, slope
+from papo_kernels.equations import (
+    TargetPlace,
+    d_logits,
+    d_products_,
+    log_probs_again,
+    q_minus_p,
+    slope,
+)
 from papo_kernels.rows import Head
 
 # torch has no product that serves many tiles at once, so none is tried with or waits for another.
@@ -21,12 +28,26 @@ ROUNDS_WEIGHT = False
 multiply = Head.multiply
 
 
-def add_products(call, x, y, out):
-    """Adds the products of (R, K) x, in the dtype of the arithmetic, with (K, C) y to (R, C) out.
+def d_products(z, s, g, target, run):
+    """Gradients of the products of R rows with B words: of both streams, None where not wanted.
 
-    x are gradients of products, and y the weight or states of the `call`.
+    z: (R, B) logits of both streams, None where nothing needs them; they may be overwritten. s, g:
+    RowStats and Upstream of (R, 1). target: TargetPlace. `add_products` and
+    `add_transposed_products` take what this returns; where the bias wants a gradient it is (R, B).
     """
-    call.head.add_products(x, y, out)
+    wanted = run.wanted
+    d_products_(*z, s, g, wanted, target, run.call.head)
+    return [x if of_it else None for x, of_it in zip(z, (wanted.full, wanted.aug), strict=True)]
+
+
+def add_products(grad, y, out, head):
+    """Adds the products of (R, B) gradients, as `d_products` returns them, with (B, D) y to out."""
+    head.add_products(grad, y, out)
+
+
+def add_transposed_products(grad, y, out, head):
+    """Adds those of the transposed gradients with (R, D) y to (B, D) out."""
+    head.add_products(grad.T, y, out)
 
 
 class States(NamedTuple):

@@ -1,34 +1,7 @@
 // Gradients of the logits of a tile's picked columns, the sums over them that the certificate needs,
 // and which of them matter least. Matrices are (columns, rows of both streams).
 
-#include "vectors.h"
-
-// Statistics and upstream gradients of LANES rows of one stream.
-struct Rows {
-    vf peak, log_sum, entropy, up_logprob, up_entropy;
-    static Rows at(const float *p, int64_t stride)
-    {
-        return {load(p), load(p + stride), load(p + 2 * stride), load(p + 3 * stride),
-                load(p + 4 * stride)};
-    }
-};
-
-// One word's p, log p and p (log p + H), and its gradient without the KL's part.
-// equations.py explains what becomes of a word with more than half of the mass.
-struct Own {
-    vf log_p, p, entropy, dz;
-    Own(vf z, const Rows &s, vi is_target, bool some_target)
-    {
-        vf x = (z - s.peak) - s.log_sum;
-        x = x > LOG_HALF ? -s.log_sum : x;
-        log_p = x < LOG_ZERO ? splat(LOG_ZERO) : x;
-        p = exponential(log_p);
-        entropy = p * (log_p + s.entropy);
-        dz = -s.up_logprob * p;
-        if (some_target) dz = is_target ? -s.up_logprob * q_minus_p(splat(1), p, log_p) : dz;
-        dz -= s.up_entropy * entropy;
-    }
-};
+#include "logit_gradients.h"
 
 // Which of `count` columns are the target of a row.
 static std::vector<char> target_columns(const int32_t *targets, int64_t padded, int64_t count)
@@ -39,7 +12,7 @@ static std::vector<char> target_columns(const int32_t *targets, int64_t padded, 
     return some;
 }
 
-enum { FIELDS = 5, ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
+enum { ONE_STREAM_SUMS = 3, TWO_STREAM_SUMS = 12 };
 
 // As `column_gradients`. AUG: the second stream gets gradients. REVERSE: KL(q || p) has an upstream
 // gradient.
@@ -50,14 +23,10 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
     int64_t stride = STREAMS * padded, stride_g = AUG ? stride : padded;
     std::vector<char> some_target = target_columns(targets, padded, count);
     for (int64_t r = 0; r < padded; r += LANES) {
-        Rows a = Rows::at(rows + r, padded), b = a;
-        vf kl = {}, up_kl = {}, kl_reverse = {}, up_reverse = {};
-        if (STREAMS == 2) {
-            const float *of_kl = rows + 2 * FIELDS * padded + r;
-            b = Rows::at(rows + FIELDS * padded + r, padded);
-            kl = load(of_kl), up_kl = load(of_kl + padded);
-            kl_reverse = load(of_kl + 2 * padded), up_reverse = load(of_kl + 3 * padded);
-        }
+        auto field = [=](int i) { return load(rows + i * padded + r); };
+        Rows a(field, 0), b(field, STREAMS == 2 ? STREAM_FIELDS : 0);
+        Kls kls = {};
+        if (STREAMS == 2) kls = Kls(field);
         vi target;
         memcpy(&target, targets + r, sizeof target);
         vf total[TWO_STREAM_SUMS] = {};
@@ -76,21 +45,19 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
                     continue;
                 }
                 Own q(load(zc + padded), b, is_target, some_target[c]);
-                vf x = q.log_p - p.log_p, gap = q_minus_p(p.p, q.p, x), drift = p.p * x;
-                vf dz = p.dz - up_kl * (drift + p.p * kl), dz_aug = q.dz + up_kl * gap;
+                Both<REVERSE> both(p, q, kls);
                 if (REVERSE) {
-                    vf aug_drift = q.p * x;
-                    dz -= up_reverse * gap;
-                    dz_aug += up_reverse * (aug_drift - q.p * kl_reverse);
-                    part[10] += magnitude(aug_drift), part[11] += aug_drift - gap;
+                    part[10] += magnitude(both.aug_drift);
+                    part[11] += both.aug_drift - both.gap;
                 }
-                part[2] += magnitude(dz);
-                part[6] += magnitude(gap), part[7] += magnitude(drift), part[8] += gap - drift;
-                store(gc, dz);
+                part[2] += magnitude(both.dz);
+                part[6] += magnitude(both.gap), part[7] += magnitude(both.drift);
+                part[8] += both.gap - both.drift;
+                store(gc, both.dz);
                 if (!AUG) continue;
-                part[3] += q.p, part[4] += q.entropy, part[5] += magnitude(dz_aug);
-                part[9] += magnitude(dz + dz_aug);
-                store(gc + padded, dz_aug);
+                part[3] += q.p, part[4] += q.entropy, part[5] += magnitude(both.dz_aug);
+                part[9] += magnitude(both.dz + both.dz_aug);
+                store(gc + padded, both.dz_aug);
             }
             for (int i = 0; i < TWO_STREAM_SUMS; i++) total[i] += part[i];
         }
@@ -102,8 +69,7 @@ static void gradients_of(const float *z, float *g, int64_t count, int64_t padded
 // From logits z (columns, streams * padded) to their gradients g, which have the same shape, or are
 // (columns, padded) where the second of two streams gets none (`aug` is 0).
 // rows: (5, padded) fields of `Rows`; where there are two streams, those of the second follow, and
-// then KL(p || q) and its upstream gradient, and KL(q || p) and its own, which is read where
-// `reverse` is set. targets: (padded,) where among the columns a row's target stands.
+// then those of `Kls`. targets: (padded,) where among the columns a row's target stands.
 // sums: (3 or 12, padded) sums over the columns of
 //   p, p (log p + H), |dz|; the same of q; |q - p|, p |log q - log p|, the KL's terms, |dz + dz_aug|;
 //   q |log q - log p|, the terms of KL(q || p). Those of q, and the last ones, are 0 unless asked for.

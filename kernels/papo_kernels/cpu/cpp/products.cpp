@@ -12,22 +12,56 @@
 
 // ---- Whole products of bfloat16
 
+// Pairs of terms of the left factor, and how far it is to the next row and to the next pair.
+struct Left {
+    const uint32_t *at;
+    int64_t row, pair;
+    Left from(int64_t r, int64_t k) const { return {at + r * row + k * pair, row, pair}; }
+};
+
 #ifdef __AVX512BF16__
 // Every lane is a column of the product: WORDS of them are packed so that one load holds a pair
 // of terms of 16 columns, which ROWS rows of x share.
-enum { ROWS = 12, WORDS = 32, PAIRS = FEATURES / 2 };
+enum { ROWS = 12, WORDS = 32, PAIRS = FEATURES / 2, ROWS_AT_ONCE = 40 * ROWS, PANEL = 16 * WORDS };
+
+// 16 pairs of terms of 16 columns, of which each stands one after the other at w, the other way round.
+static inline void transpose(const uint16_t *w, int64_t stride, uint32_t *packed)
+{
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(w + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    // a[4 i + j] holds columns 4 i to 4 i + 3 of the pairs j, j + 4, j + 8 and j + 12
+    for (int j = 0; j < 4; j++) {
+        __m512i even = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88);
+        __m512i odd = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+        __m512i even_after = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+        __m512i odd_after = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+        uint32_t *to = packed + j * WORDS;
+        _mm512_store_si512(to, _mm512_shuffle_i32x4(even, even_after, 0x88));
+        _mm512_store_si512(to + 4 * WORDS, _mm512_shuffle_i32x4(odd, odd_after, 0x88));
+        _mm512_store_si512(to + 8 * WORDS, _mm512_shuffle_i32x4(even, even_after, 0xdd));
+        _mm512_store_si512(to + 12 * WORDS, _mm512_shuffle_i32x4(odd, odd_after, 0xdd));
+    }
+}
 
 // Each column's terms stand one after the other: w is (columns, d).
 static void pack_columns(const uint16_t *w, int64_t stride, int columns, int64_t d, uint32_t *packed)
 {
-    int64_t whole = d / 2;
-    for (int64_t first = 0; first < whole; first += 16)  // one cache line of each column in turn
-        for (int v = 0; v < columns; v++) {
-            int64_t last = first + 16 < whole ? first + 16 : whole;
-            const uint16_t *from = w + v * stride;
-            for (int64_t k = first; k < last; k++)
-                memcpy(packed + k * WORDS + v, from + 2 * k, 4);
-        }
+    int64_t whole = d / 2, done = columns == WORDS ? whole / 16 * 16 : 0;
+    for (int64_t k = 0; k < done; k += 16)
+        for (int v = 0; v < WORDS; v += 16)
+            transpose(w + v * stride + 2 * k, stride, packed + k * WORDS + v);
+    for (int v = 0; v < columns; v++)
+        for (int64_t k = done; k < whole; k++)
+            memcpy(packed + k * WORDS + v, w + v * stride + 2 * k, 4);
     if (d % 2)
         for (int v = 0; v < columns; v++) packed[whole * WORDS + v] = w[v * stride + d - 1];
     for (int v = columns; v < WORDS; v++)
@@ -47,8 +81,8 @@ static void pack_terms(const uint16_t *w, int64_t stride, int columns, int64_t d
 }
 
 template <int rows>
-static void product_block(const uint32_t *x, int64_t stride_x, const uint32_t *packed, int64_t pairs,
-                  float *z, int64_t stride_z, __mmask16 low, __mmask16 high, bool add)
+static void product_block(Left x, const uint32_t *packed, int64_t pairs, float *z, int64_t stride_z,
+                          __mmask16 low, __mmask16 high, bool add)
 {
     __m512 a[rows], b[rows];
     for (int r = 0; r < rows; r++) a[r] = b[r] = _mm512_setzero_ps();
@@ -56,7 +90,7 @@ static void product_block(const uint32_t *x, int64_t stride_x, const uint32_t *p
         __m512bh w0 = (__m512bh)_mm512_load_si512(packed + k * WORDS);
         __m512bh w1 = (__m512bh)_mm512_load_si512(packed + k * WORDS + 16);
         for (int r = 0; r < rows; r++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x[r * stride_x + k]);
+            __m512bh pair = (__m512bh)_mm512_set1_epi32((int)x.at[r * x.row + k * x.pair]);
             a[r] = _mm512_dpbf16_ps(a[r], pair, w0);
             b[r] = _mm512_dpbf16_ps(b[r], pair, w1);
         }
@@ -71,46 +105,46 @@ static void product_block(const uint32_t *x, int64_t stride_x, const uint32_t *p
     }
 }
 
-static void product_of(const uint32_t *x, int64_t n, int64_t stride_x, const uint16_t *w,
-                       int64_t stride_w, bool by_terms, int64_t columns, int64_t d, float *z,
-                       int64_t stride_z, bool add)
+static void product_of(Left x, int64_t n, const uint16_t *w, int64_t stride_w, bool by_terms,
+                       int64_t columns, int64_t d, float *z, int64_t stride_z, bool add)
 {
-    int64_t all = (d + 1) / 2;
-    uint32_t *packed = (uint32_t *)aligned_alloc(64, all * WORDS * 4);
-    for (int64_t v = 0; v < columns; v += WORDS, z += WORDS) {
+    alignas(64) uint32_t packed[PAIRS * WORDS];
+    auto strip = [&](int64_t first, int64_t last, int64_t v, int64_t k) {
         int some = columns - v < WORDS ? columns - v : WORDS;
+        int64_t terms = d - k < FEATURES ? d - k : FEATURES, pairs = (terms + 1) / 2, r = first;
         if (by_terms)
-            pack_terms(w + v, stride_w, some, d, packed);
+            pack_terms(w + k * stride_w + v, stride_w, some, terms, packed);
         else
-            pack_columns(w + v * stride_w, stride_w, some, d, packed);
+            pack_columns(w + v * stride_w + k, stride_w, some, terms, packed);
         uint32_t mask = some == WORDS ? ~0u : (1u << some) - 1;
         __mmask16 low = mask & 0xffff, high = mask >> 16;
-        for (int64_t k = 0; k < all; k += PAIRS) {
-            int64_t pairs = all - k < PAIRS ? all - k : PAIRS, r = 0;
-            const uint32_t *xk = x + k, *pk = packed + k * WORDS;
-            bool more = add || k > 0;
-#define SWEEP(rows)                                                                          \
-    for (; r + rows <= n; r += rows)                                                         \
-        product_block<rows>(xk + r * stride_x, stride_x, pk, pairs, z + r * stride_z, stride_z, low, \
-                    high, more);
-            SWEEP(ROWS) SWEEP(8) SWEEP(4) SWEEP(1)
-        }
-    }
-    free(packed);
+#define SWEEP(rows)                                                                           \
+    for (; r + rows <= last; r += rows)                                                       \
+        product_block<rows>(x.from(r, k / 2), packed, pairs, z + r * stride_z + v, stride_z, low, \
+                            high, add || k > 0);
+        SWEEP(ROWS) SWEEP(8) SWEEP(4) SWEEP(1)
+    };
+    // The terms of so many rows stay in the second-level cache while the columns of a panel pass,
+    // and so does much of the panel's product while the terms do. To pack anew costs little.
+    for (int64_t r = 0; r < n; r += ROWS_AT_ONCE)
+        for (int64_t c = 0; c < columns; c += PANEL)
+            for (int64_t k = 0; k < d; k += FEATURES)
+                for (int64_t v = c; v < columns && v < c + PANEL; v += WORDS)
+                    strip(r, n - r < ROWS_AT_ONCE ? n : r + ROWS_AT_ONCE, v, k);
 }
 #endif
 
 // z[n, v] = sum over k < d of x[n, k] w[v, k], or of x[n, k] w[k, v] where `by_terms`, or that added
-// to what z holds. Rows of x are `stride_x` pairs of terms, the last pair completed with zero.
-// Returns 1 where the processor does not multiply bfloat16.
-extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_x, const uint16_t *w,
-                       int64_t stride_w, int by_terms, int64_t columns, int64_t d, float *z,
-                       int64_t stride_z, int add, int threads)
+// to what z holds. x holds pairs of terms, `stride_row` apart for rows and `stride_pair` for pairs,
+// the last pair completed with zero. Returns 1 where the processor does not multiply bfloat16.
+extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_row, int64_t stride_pair,
+                       const uint16_t *w, int64_t stride_w, int by_terms, int64_t columns, int64_t d,
+                       float *z, int64_t stride_z, int add, int threads)
 {
 #ifdef __AVX512BF16__
-    split(columns, 64, threads, [=](int64_t first, int64_t last) {
-        product_of(x, n, stride_x, w + (by_terms ? first : first * stride_w), stride_w, by_terms,
-                   last - first, d, z + first, stride_z, add);
+    share(columns, 64, threads, [=](int64_t first, int64_t last) {
+        product_of({x, stride_row, stride_pair}, n, w + (by_terms ? first : first * stride_w),
+                   stride_w, by_terms, last - first, d, z + first, stride_z, add);
     });
     return 0;
 #else

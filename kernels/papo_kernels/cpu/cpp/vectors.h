@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -75,6 +76,14 @@ static inline vf exponential(vf x)
     return tiny ? (vf){} : e;
 }
 
+static inline uint16_t rounded(float x)  // to bfloat16, to nearest, ties to even
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint16_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x == x ? nearest : 0x7fc0;
+}
+
 static inline void split(int64_t count, int64_t grain, int threads,
                   const std::function<void(int64_t, int64_t)> &work)
 {
@@ -89,6 +98,30 @@ static inline void split(int64_t count, int64_t grain, int threads,
     for (int64_t first = each; first < count; first += each)
         others.emplace_back(work, first, first + each < count ? first + each : count);
     work(0, each < count ? each : count);
+    for (auto &t : others) t.join();
+}
+
+// The same in more parts, of which each thread takes the next one when it has done one. torch's own
+// threads wait in a loop for some milliseconds behind each of its operators, and who shares a core with
+// one of them does less.
+static inline void share(int64_t count, int64_t grain, int threads,
+                         const std::function<void(int64_t, int64_t)> &work)
+{
+    enum { PARTS = 8 };
+    int64_t grains = (count + grain - 1) / grain, each = grains / (PARTS * threads);
+    if (threads <= 1 || grains <= 1) {
+        if (count) work(0, count);
+        return;
+    }
+    each = (each > 1 ? each : 1) * grain;
+    std::atomic<int64_t> next(0);
+    auto take = [&] {
+        for (int64_t first; (first = next.fetch_add(each)) < count;)
+            work(first, first + each < count ? first + each : count);
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads && i < grains; i++) others.emplace_back(take);
+    take();
     for (auto &t : others) t.join();
 }
 
