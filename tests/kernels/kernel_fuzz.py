@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from papo_kernels import token_stats
+from papo_kernels import op, token_stats
 from papo_kernels.cpu import library
 
 OUTPUTS = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse")
@@ -306,14 +306,14 @@ def check(case, found, tell=None):
 
 
 @contextlib.contextmanager
-def small_calls_in_cpp(on):
-    """The C++ also for calls that are too small to be worth it."""
-    before = library.LEAST_LOGITS
-    library.LEAST_LOGITS = 0 if on else 1 << 62
+def small_calls_as_large(cpp):
+    """A sparse backward, in C++ or without it, also for calls that are too small to be worth it."""
+    before = library.LEAST_LOGITS, op.DENSE_WEIGHT
+    library.LEAST_LOGITS, op.DENSE_WEIGHT = 0 if cpp else 1 << 62, -1
     try:
         yield
     finally:
-        library.LEAST_LOGITS = before
+        library.LEAST_LOGITS, op.DENSE_WEIGHT = before
 
 
 def fuzz(seeds, backend="torch", tell=print):
@@ -325,7 +325,7 @@ def fuzz(seeds, backend="torch", tell=print):
             wide = torch.float64 in (case.logits.dtype, getattr(case.aug_logits, "dtype", None))
             if wide and backend == "triton":
                 continue
-            with small_calls_in_cpp(cpp):
+            with small_calls_as_large(cpp):
                 found = run(case, backend)
             if found is None:
                 continue
