@@ -18,7 +18,6 @@ from measure import Exact, PeakMemory  # noqa: E402
 from ways import DENSE, ESSENTIAL, FLOOR, OURS, WAYS, WHOLE, Case  # noqa: E402
 
 MIB = 2**20
-CAUGHT = {"capture_output": True, "text": True}
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -174,9 +173,9 @@ def test_the_page_says_what_the_results_say():
     report.into_page("", page)
     images = [report.IMAGES / name for name in ("kernels_rows.png", "kernels_entropy.png")]
     if report.into_page(report.section(json.loads(results.read_text()), images), page) != page:
-        changed = subprocess.run(["git", "status", "--porcelain", results], cwd=BENCH, **CAUGHT)
+        changed = subprocess.check_output(["git", "status", "--porcelain", results], cwd=BENCH)
         # `make bench` writes there, and is no reason for red tests
-        assert changed.stdout, "the page is not that of the results: bench/report.py --write"
+        assert changed, "the page is not that of the results: bench/report.py --write"
         pytest.skip("measured anew here; `python bench/report.py FILE --write` makes the page")
 
 

@@ -72,8 +72,7 @@ def product(x, weight, out):
         return False
     if not multiplies_bf16():
         return False
-    pairs = _pairs(x)
-    _product(pairs, pairs.stride(), weight, False, out, False)
+    _product(_pairs(x), weight, False, out, False)
     return True
 
 
@@ -82,13 +81,12 @@ def add_product(x, y, out):
 
     Only where `multiplies_bf16`. Rows of y and of out are contiguous each.
     """
-    pairs = _pairs(x)
-    _product(pairs, pairs.stride(), y, True, out, True)
+    _product(_pairs(x), y, True, out, True)
 
 
 def add_product_of_pairs(pairs, y, out):
     """Adds x.T @ (K, C) y to float32 `out`, where `pairs` holds rows of x as `Halves` does."""
-    _product(pairs.T, pairs.T.stride(), y, True, out, True)
+    _product(pairs.T, y, True, out, True)
 
 
 def _pairs(x):
@@ -98,12 +96,12 @@ def _pairs(x):
     return x.contiguous().view(torch.int32)
 
 
-def _product(pairs, strides, y, by_terms, out, add):
+def _product(pairs, y, by_terms, out, add):
     """x @ y, or x @ y.T unless `by_terms`; `pairs` holds two terms of x in each int32."""
     terms = y.shape[0] if by_terms else y.shape[1]
     _library().product(
-        pairs.data_ptr(), len(out), *strides, y.data_ptr(), y.stride(0), by_terms, out.shape[1],
-        terms, out.data_ptr(), out.stride(0), add, _threads(),
+        pairs.data_ptr(), len(out), *pairs.stride(), y.data_ptr(), y.stride(0), by_terms,
+        out.shape[1], terms, out.data_ptr(), out.stride(0), add, _threads(),
     )  # fmt: skip
 
 
@@ -135,17 +133,14 @@ def dense_gradients(logits, wanted, halves, reverse, fields, targets, head):
     rows, words = logits[0].shape
     # rows that are a power of two apart would share few lines of a cache
     stride = words + 16
-    found = [None if not of_it else z for z, of_it in zip(logits, wanted, strict=True)]
-    if halves:
-        found = [
-            Halves(
-                torch.empty(rows, words, dtype=torch.bfloat16),
-                torch.empty(-(-rows // 2), stride, dtype=torch.int32)[:, :words],
-            )
-            if of_it
-            else None
-            for of_it in wanted
-        ]
+
+    def place(z):
+        if not halves:
+            return z
+        pairs = torch.empty(-(-rows // 2), stride, dtype=torch.int32)
+        return Halves(torch.empty(rows, words, dtype=torch.bfloat16), pairs[:, :words])
+
+    found = [place(z) if of_it else None for z, of_it in zip(logits, wanted, strict=True)]
     blocks = (Block * len(logits))()
     for block, z, grad in zip(blocks, logits, found, strict=True):
         block.z, block.wanted = z.data_ptr(), grad is not None

@@ -8,7 +8,8 @@
 // One stream's block: (rows, count) logits z, and where their gradients go. They replace z, or are
 // rounded to bfloat16 for the two products that they enter: `half` is (rows, count), and `pairs`
 // holds rows 2 n and 2 n + 1 of each word in one number, (rows / 2 rounded up, stride_pairs).
-// `wanted` is 0 where there are none.
+// They are null for the former, and where the processor does not multiply bfloat16. `wanted` is 0
+// where there are no gradients.
 struct Block {
     float *z;
     uint16_t *half;
@@ -30,18 +31,14 @@ struct Slope {
 
 static inline void put(const Block &to, int64_t at, int64_t some, vf dz)
 {
-    if (!to.half) {
-        memcpy(to.z + at, &dz, some * 4);
+#ifdef __AVX512BF16__
+    if (to.half) {
+        __m256bh nearest = _mm512_cvtneps_pbh((__m512)dz);
+        memcpy(to.half + at, &nearest, some * 2);
         return;
     }
-    uint16_t y[LANES];
-#ifdef __AVX512BF16__
-    __m256bh nearest = _mm512_cvtneps_pbh((__m512)dz);
-    memcpy(y, &nearest, sizeof y);
-#else
-    for (int i = 0; i < LANES; i++) y[i] = rounded(dz[i]);
 #endif
-    memcpy(to.half + at, y, some * 2);
+    memcpy(to.z + at, &dz, some * 4);
 }
 
 template <int STREAMS, bool REVERSE>
@@ -95,7 +92,7 @@ extern "C" void dense_gradients(const Block *blocks, int64_t streams, int revers
                                 const int32_t *targets, float temperature, float softcap, int threads)
 {
     auto work = streams == 1 ? row<1, false> : reverse ? row<2, true> : row<2, false>;
-    share(rows, 2, threads, [=](int64_t first, int64_t last) {
+    split(rows, 2, threads, MANY, [=](int64_t first, int64_t last) {
         for (int64_t n = first; n < last; n += 2) {
             for (int64_t r = n; r < n + 2 && r < last; r++)
                 work(blocks, r, count, fields, rows, targets[r], Slope{temperature, softcap});

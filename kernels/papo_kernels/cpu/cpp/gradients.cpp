@@ -16,6 +16,14 @@ static inline float widen(uint16_t x)  // bfloat16
     return y;
 }
 
+static inline uint16_t rounded(float x)  // to bfloat16, to nearest, ties to even
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint16_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x == x ? nearest : 0x7fc0;
+}
+
 // d_x[r][:] += sum over columns g[c][r] w[at[c]][:], M vectors of features; rows of w are as long.
 template <int R, int M>
 static void state_block(const float *g, int64_t rows, const float *w, const int32_t *at,
@@ -107,7 +115,7 @@ static void gradients_of(Matrix weight, const int64_t *cols, int64_t count,
     enum { M = WIDEST, WIDTH = M * LANES, B = ACCUMULATORS / M };
     int64_t all_rows = 0;
     for (int64_t t = 0; t < n_tiles; t++) all_rows += tiles[t].rows;
-    split((width + WIDTH - 1) / WIDTH * WIDTH, WIDTH, threads, [=](int64_t first, int64_t last) {
+    split((width + WIDTH - 1) / WIDTH * WIDTH, WIDTH, threads, FEW, [=](int64_t first, int64_t last) {
         int64_t stride = last - first < PANEL ? last - first : PANEL;
         // A panel of the weight: WIDTH features of COLUMNS columns, then the next WIDTH features.
         float *w = (float *)aligned_alloc(64, COLUMNS * stride * 4);

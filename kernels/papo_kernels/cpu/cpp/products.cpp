@@ -142,7 +142,7 @@ extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_row, int64_t
                        float *z, int64_t stride_z, int add, int threads)
 {
 #ifdef __AVX512BF16__
-    share(columns, 64, threads, [=](int64_t first, int64_t last) {
+    split(columns, 64, threads, MANY, [=](int64_t first, int64_t last) {
         product_of({x, stride_row, stride_pair}, n, w + (by_terms ? first : first * stride_w),
                    stride_w, by_terms, last - first, d, z + first, stride_z, add);
     });
@@ -311,7 +311,7 @@ static void logits_of(const T *weight, int64_t stride_w, int64_t vocab, const Ti
         }
         bounds[i] = i == threads ? vocab : low;
     }
-    split(threads, 1, threads, [&](int64_t part, int64_t end) {
+    split(threads, 1, threads, FEW, [&](int64_t part, int64_t end) {
         for (; part < end; part++) {
             std::vector<int64_t> at(n_tiles);
             for (int64_t t = 0; t < n_tiles; t++) at[t] = place(t, bounds[part]);

@@ -74,7 +74,7 @@ static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
 extern "C" void statistics(float *z, float *z_aug, int64_t rows, int64_t vocab,
                            float *out, int64_t stride, int threads)
 {
-    share(rows, 1, threads, [=](int64_t first, int64_t last) {
+    split(rows, 1, threads, MANY, [=](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
             float *x = z + r * vocab, *y = z_aug ? z_aug + r * vocab : nullptr;
             Stream a = normaliser(x, vocab), b = y ? normaliser(y, vocab) : Stream{0, 0};
@@ -114,7 +114,7 @@ extern "C" void levels(const float *z, const float *z_aug, const int64_t *order,
                        uint8_t *out, float per_nat, int threads)
 {
     enum { BLOCK = 128 * LANES };
-    share(vocab, BLOCK, threads, [=](int64_t begin, int64_t stop) {
+    split(vocab, BLOCK, threads, MANY, [=](int64_t begin, int64_t stop) {
         vf top[BLOCK / LANES];
         for (int64_t t = 0; t * tile < rows; t++)
             for (int64_t v = begin; v < stop; v += BLOCK) {

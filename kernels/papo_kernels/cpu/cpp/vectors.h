@@ -76,51 +76,29 @@ static inline vf exponential(vf x)
     return tiny ? (vf){} : e;
 }
 
-static inline uint16_t rounded(float x)  // to bfloat16, to nearest, ties to even
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint16_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return x == x ? nearest : 0x7fc0;
-}
+// Work on [0, count) in parts of whole grains, of which each thread takes the next one when it has done
+// one. FEW parts, one for each thread, are for work that sets up something for each part. Else MANY:
+// torch's own threads wait in a loop for some milliseconds behind each of its operators, and who shares
+// a core with one of them does less.
+enum Parts { FEW = 1, MANY = 8 };
 
-static inline void split(int64_t count, int64_t grain, int threads,
-                  const std::function<void(int64_t, int64_t)> &work)
+static inline void split(int64_t count, int64_t grain, int threads, Parts of_a_thread,
+                         const std::function<void(int64_t, int64_t)> &work)
 {
-    int64_t parts = (count + grain - 1) / grain;
-    if (threads > parts) threads = parts;
+    int64_t grains = (count + grain - 1) / grain;
+    if (threads > grains) threads = grains;
     if (threads <= 1) {
         if (count) work(0, count);
         return;
     }
-    int64_t each = (parts + threads - 1) / threads * grain;
-    std::vector<std::thread> others;
-    for (int64_t first = each; first < count; first += each)
-        others.emplace_back(work, first, first + each < count ? first + each : count);
-    work(0, each < count ? each : count);
-    for (auto &t : others) t.join();
-}
-
-// The same in more parts, of which each thread takes the next one when it has done one. torch's own
-// threads wait in a loop for some milliseconds behind each of its operators, and who shares a core with
-// one of them does less.
-static inline void share(int64_t count, int64_t grain, int threads,
-                         const std::function<void(int64_t, int64_t)> &work)
-{
-    enum { PARTS = 8 };
-    int64_t grains = (count + grain - 1) / grain, each = grains / (PARTS * threads);
-    if (threads <= 1 || grains <= 1) {
-        if (count) work(0, count);
-        return;
-    }
-    each = (each > 1 ? each : 1) * grain;
+    int64_t parts = (int64_t)of_a_thread * threads, each = (grains + parts - 1) / parts * grain;
     std::atomic<int64_t> next(0);
     auto take = [&] {
         for (int64_t first; (first = next.fetch_add(each)) < count;)
             work(first, first + each < count ? first + each : count);
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < threads && i < grains; i++) others.emplace_back(take);
+    for (int i = 1; i < threads; i++) others.emplace_back(take);
     take();
     for (auto &t : others) t.join();
 }
