@@ -34,11 +34,12 @@ def variants():
 
 def _kernels(tile):
     from papo_kernels.triton import (
-        account,
+        account_kernels,
         columns,
         gradients,
         kernels,
         list_kernels,
+        plan_kernels,
         stats_kernels,
     )
     from papo_kernels.triton.launch import LAUNCHES
@@ -65,7 +66,7 @@ def _kernels(tile):
     constants = dict(GATHER=False, OWN_WORDS=True, NET=True, SKIP=False, KL_REVERSE=True)
     yield "dz_listed", gradients.dz_kernel, constants | on | plain, {"done_ptr": "*i32"}
     both = dict(FULL=True, AUG=True)
-    yield "drop", list_kernels.drop_kernel, dict(NET=True) | both, {}
+    yield "drop", list_kernels.drop_kernel, dict(NET=True) | both, {"live_ptr": "*u8"}
     yield "flatten", list_kernels.flatten_kernel, dict(STREAMS=2), {}
     states = dict.fromkeys(("weight_ptr", "hidden_ptr", "aug_ptr", "out_aug_ptr"), "*bf16")
     # A launch finds out that features are contiguous.
@@ -76,15 +77,52 @@ def _kernels(tile):
     yield "tally", columns.tally_kernel, {}, {}
     yield "spread", columns.spread_kernel, dict(STREAMS=2), {"out_ptr": "*bf16"}
     found = both | dict(WEIGHT=True, BIAS=True, stride_h_d=1, stride_aug_d=1)
-    yield "d_weight", list_kernels.d_weight_kernel, found, states
-    outside = on | dict(NET=True, KL_REVERSE=True)
-    doubles = dict.fromkeys(("mass_ptr", "information_ptr", "out_ptr"), "*fp64")
-    yield "outside", account.outside_kernel, outside, doubles
+    split = {"out_ptr": "*i16", "rest_ptr": "*i8"}
+    yield "d_weight", list_kernels.d_weight_kernel, dict(SPLIT=True) | found, states | split
+    yield "add_rows", gradients.add_rows_kernel, dict(SPLIT=False), {"out_ptr": "*bf16"}
+    yield "add_rows split", gradients.add_rows_kernel, dict(SPLIT=True), split
     yield "sort", kernels.sort_kernel, dict(TWO=True), {}
-    yield "add_rows", gradients.add_rows_kernel, {}, {}
-    yield "count_levels", gradients.count_levels_kernel, {}, {}
-    types = {"limit_ptr": "*i64", "tiles_ptr": "*u8", "out_ptr": "*u8"}
-    yield "choose_words", gradients.choose_words_kernel, {}, types
+    yield from _certificate(account_kernels, on | dict(KL_REVERSE=True))
+    yield from _plan(plan_kernels, tile)
+
+
+def _certificate(kernels, on):
+    asked = dict(FULL=True, AUG=True, NET=True)
+    states = {"hidden_ptr": "*bf16", "aug_ptr": "*bf16", "out_ptr": "*fp64"}
+    yield "norms", kernels.norms_kernel, dict(stride_h_d=1, stride_aug_d=1), states
+    for cap in (False, True):
+        name = "least capped" if cap else "least"
+        yield name, kernels.least_kernel, on | asked | dict(CAP=cap), {"out_ptr": "*fp64"}
+    doubles = dict.fromkeys(
+        ("mass_ptr", "information_ptr", "out_ptr", "norms_ptr", "least_ptr", "squares_ptr"), "*fp64"
+    )
+    outside = on | asked | dict(WEIGHT=True)
+    yield "outside", kernels.outside_kernel, outside, doubles | {"tile_ptr": "*i32"}
+    doubles = dict.fromkeys(
+        ("norms_ptr", "squares_ptr", "bounds_ptr", "whole_ptr", "share_ptr"), "*fp64"
+    )
+    whole = asked | dict(OF_TOKEN=False, WEIGHT=True, PLAIN=True, PLAIN_AUG=True, PLAIN_NET=True)
+    yield "whole", kernels.whole_kernel, whole, doubles | {"budget": "fp32"}
+
+
+def _plan(kernels, tile):
+    doubles = dict.fromkeys(("mass_ptr", "information_ptr", "share_ptr"), "*fp64")
+    counted = {"tile_ptr": "*i32"}
+    yield "count_levels", kernels.count_levels_kernel, {}, {}
+    yield "begin", kernels.begin_kernel, dict(PARTS=16, TILE=tile), doubles | counted
+    numbers = ("level_ptr", "limit_ptr", "wanted_ptr", "asked_ptr")
+    types = doubles | counted | dict.fromkeys(numbers, "*i32")
+    types |= {"few_ptr": "*u8", "budget": "fp32", "assumed": "fp32"}
+    for known in (False, True):
+        constants = dict(TWO=True, KNOWN=known, PARTS=16, TILE=tile)
+        name = "choose again" if known else "choose"
+        yield name, kernels.choose_kernel, constants, types
+    types = {"tiles_ptr": "*i64", "row_ptr": "*i64", "here_ptr": "*u8"}
+    yield "arrange", kernels.arrange_kernel, dict(TILE=tile), types
+    masks = dict.fromkeys(("tiles_ptr", "is_target_ptr", "out_ptr"), "*u8")
+    yield "mark", kernels.mark_kernel, {}, masks | counted
+    types = masks | {"limit_ptr": "*i32", "asked_ptr": "*i32"}
+    yield "choose_words", kernels.choose_words_kernel, {}, types
 
 
 FIXED = {
@@ -94,6 +132,7 @@ FIXED = {
     "taken_ptr": "*i32", "start_ptr": "*i32", "starts_ptr": "*i32", "counts_ptr": "*i32",
     "word_ptr": "*i32", "out_start_ptr": "*i64", "out_word_ptr": "*i32", "out_row_ptr": "*i32",
     "row_ptr": "*i32", "order_ptr": "*i64", "often_ptr": "*i32", "column_ptr": "*i32",
+    "short_ptr": "*i32", "left_ptr": "*u8", "numbers_ptr": "*i32",
     "listed_from": "fp32", "sharpness": "fp32", "softcap": "fp32",
 }  # fmt: skip
 

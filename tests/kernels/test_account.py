@@ -28,7 +28,7 @@ if FAST != "triton":
 from papo_kernels.triton import gradients
 from papo_kernels.triton.account import Account
 
-N = 60
+N, BUDGET = 60, 0.25
 
 
 def a_pass(given, aug_constant=False, budget_of="call"):
@@ -49,7 +49,7 @@ def a_pass(given, aug_constant=False, budget_of="call"):
     upstream = make_upstream(*up)
     return SimpleNamespace(
         call=call,
-        operands=SimpleNamespace(n=N),
+        operands=SimpleNamespace(n=N, d=8, full=case.hidden, aug=case.aug_hidden),
         saved=Saved(rows, None, None, None),
         stats=unpack(rows, names),
         upstream=upstream,
@@ -67,12 +67,15 @@ def test_it_is_the_certificate_of_the_other_backends(given, aug_constant, budget
     if not (run.wanted.full or run.wanted.aug):
         pytest.skip("nothing is wanted of such a pass")
     g = torch.Generator().manual_seed(4)
-    account, whole_of, at = Account(run), sizes.Wholes(run, N), torch.arange(N)
+    tile = torch.randperm(N, generator=g).int()
+    account, whole_of = Account(run, tile, torch.tensor([N]), BUDGET), sizes.Wholes(run, N)
+    at = torch.arange(N)
     for scale in (1.0, 3.0):  # it learns from the first
         sums = scale * torch.rand(len(gradients.SUMS), N, generator=g)
         sums[0, 5] = torch.nan
         beyond = Beyond(*torch.rand(2, N, generator=g, dtype=torch.float64))
-        bounds, whole = account.shares(sums, beyond)
+        bounds, whole, spare, largest = account.shares(sums, beyond)
+        beyond = Beyond(*(x[tile] for x in beyond))
         found = dict(zip(gradients.SUMS, sums.double(), strict=True))
         full, aug = (
             StreamSums(*(found.pop(prefix + name) for name in StreamSums._fields))
@@ -94,4 +97,10 @@ def test_it_is_the_certificate_of_the_other_backends(given, aug_constant, budget
             assert not expected[i][known].isnan().any()
             torch.testing.assert_close(bounds[i][known], expected[i][known], **close)
             torch.testing.assert_close(whole[i], wholes[i], **close)
-        assert account.largest_share(bounds, whole)[5] == torch.inf
+            left = (BUDGET * wholes[i] - expected[i]).float()
+            torch.testing.assert_close(spare[i][known], left[known], rtol=1e-5, atol=1e-9)
+        share = torch.stack([expected[i] / wholes[i] for i in asked]).amax(0)
+        share = torch.where(share.isnan(), torch.inf, share)
+        share[5] = torch.inf  # whichever account has the NaN
+        torch.testing.assert_close(largest, share, rtol=1e-9, atol=0)
+        assert all((spare[i] == torch.inf).all() for i in range(3) if i not in asked)

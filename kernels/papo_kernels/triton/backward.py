@@ -13,17 +13,11 @@ import torch
 import triton
 
 from papo_kernels import certificate, rows
-from papo_kernels.certificate import (
-    ATTEMPTS,
-    DENSE_SHARE,
-    RESERVE,
-    Beyond,
-    record,
-)
+from papo_kernels.certificate import ATTEMPTS, DENSE_SHARE, RESERVE, Beyond, record
 from papo_kernels.precision import exact_float32
 from papo_kernels.rows import each, make_wanted, unpack
-from papo_kernels.triton import gradients as kernels
-from papo_kernels.triton import launch, lists
+from papo_kernels.triton import gradients, launch, lists
+from papo_kernels.triton import plan_kernels as kernels
 from papo_kernels.triton.account import Account
 from papo_kernels.triton.forward import names
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands
@@ -55,7 +49,8 @@ def backward(call, saved, upstream, needs):
     """
     with torch.cuda.device_of(call.hidden), exact_float32(torch.backends.cuda.matmul):
         scale = _scale(call, upstream)
-        upstream = each(lambda x: x * scale, upstream)
+        if not isinstance(scale, float):
+            upstream = each(lambda x: x * scale, upstream)
         run = _backward_of(call, saved, upstream, needs)
         total = GradientSum(run)
         if len(run.targets) and (run.wanted.full or run.wanted.aug):
@@ -135,23 +130,25 @@ def _sparse(run, budget, total):
 
     Where the host has to know a number, the device still has work of before it is told.
     """
-    counts = _counts(run.saved.levels)
-    at = run.saved.order
-    tile = torch.empty_like(run.targets)  # (N,)
-    tile[at] = torch.arange(len(at), device=at.device) // launch.TILE
-    account = Account(run)
-    beyond = certificate.beyond_lists(counts, lists.least_log_prob(run.call.options.grad_budget))
-    served = lists.Served(run, each(lambda x: x[tile], beyond), budget, account)
+    counts, o, device = _counts(run.saved.levels), run.operands, run.targets.device
+    tile = torch.empty(o.n, dtype=torch.int32, device=device)
+    beyond = Beyond(*torch.empty(2, run.tiles, dtype=torch.float64, device=device))
+    kernels.begin_kernel[(run.tiles,)](
+        run.saved.order, counts, tile, *beyond, o.n, counts.shape[1],
+        lists.least_log_prob(run.call.options.grad_budget), PARTS=COUNT_PARTS, TILE=launch.TILE,
+        **LAUNCHES["begin"],
+    )  # fmt: skip
+    account = Account(run, tile, run.live.sum()[None], budget)
+    served = lists.Served(run, beyond, account)
     served.add_short(total)
     entries, long, left = served.asked.tolist()
     served.add_long(long, total)
     if not left:
         served.add_weight(entries, total)
-        return Left(at[:0])
-    # In the order of tiles.
-    at = at[launch.places((run.live & ~served.good)[at], left)]
-    groups = _Groups(run, at, tile, counts, budget, account)
+        return Left(run.saved.order[:0])
+    groups = _Groups(run, served.left, left, tile, counts, budget, account)
     served.add_weight(entries, total)
+    del served  # and all lists
     return groups.add(total)
 
 
@@ -161,127 +158,117 @@ class _Groups:
     They stand by how many words their tiles want.
     """
 
-    def __init__(self, run, at, tile, counts, budget, account):
-        """at: (R,) rows. tile: (N,) the tile of each row. counts: (T, LEVELS), see `_counts`."""
-        self._run, self._counts, self._tile = run, counts, tile
-        self._budget, self._account = budget, account
-        vocab, device = run.operands.v, run.targets.device
-        self._highest = _highest_entropies(run, at, tile[at])
-        self._level, self._beyond, self._few = self._choose(
-            torch.full((run.tiles, 1), ASSUMED_TIGHTNESS, dtype=torch.float64, device=device), False
+    def __init__(self, run, is_left, left, tile, counts, budget, account):
+        """is_left: (N,) uint8, which rows these are; left: how many. tile: (N,) the tile of each
+        row. counts: see `_counts`."""
+        self._run, self._is_left, self._left, self._tile = run, is_left, left, tile
+        self._counts, self._budget, self._account = counts, budget, account
+        device, tiles, vocab = tile.device, run.tiles, run.operands.v
+        count = triton.cdiv(left, GROUP_ROWS)
+        self._level, self._limit, wanted = torch.empty(3, tiles, dtype=torch.int32, device=device)
+        self._few, self._good = torch.empty(2, tiles, dtype=torch.uint8, device=device)
+        self._beyond = Beyond(*torch.empty(2, tiles, dtype=torch.float64, device=device))
+        self._numbers = torch.zeros(ATTEMPTS + 1, 1 + count, dtype=torch.int32, device=device)
+        self._asked = None
+        self._share = torch.zeros(run.operands.n, dtype=torch.float64, device=device)
+        self._choose(self._numbers[0], wanted)
+        self._at = self._in_order(wanted)
+        self._tiles, self._is_target, self._done = (
+            torch.zeros(count, n, dtype=torch.uint8, device=device) for n in (tiles, vocab, vocab)
         )
-        order = _ranks_of_tiles(run, counts, self._level, self._few)[tile[at]].argsort(stable=True)
-        self._at = at = at[order]
-        self._group = torch.arange(len(at), device=device) // GROUP_ROWS
-        count = triton.cdiv(len(at), GROUP_ROWS)
-        self._tiles = torch.zeros(count, run.tiles, dtype=torch.bool, device=device)
-        # A Python number would be copied to the device, which waits for it.
-        self._true = torch.ones((), dtype=torch.bool, device=device)
-        self._tiles.index_put_((self._group, tile[at]), self._true)
-        self._done = torch.zeros(count, vocab, dtype=torch.bool, device=device)
-        shape = len(kernels.SUMS), run.operands.n
+        blocks = LAUNCHES["mark"]
+        kernels.mark_kernel[(triton.cdiv(left, blocks["BLOCK"]),)](
+            self._at, tile, run.targets, self._tiles, self._is_target, left, GROUP_ROWS, tiles,
+            vocab, **blocks,
+        )  # fmt: skip
+        self._more = torch.empty_like(self._done)
+        self._ask(self._numbers[0])
+        shape = len(gradients.SUMS), run.operands.n
         self._sums = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._share = self._sums.new_zeros(len(at))  # (R,) what each row drops
-        self._ask(self._few, torch.zeros_like(self._few))
 
-    def _choose(self, tightness, known):
-        most = DENSE_SHARE * self._run.operands.v
-        return certificate.choose_levels(
-            self._counts, self._highest, tightness, known, self._budget, most
-        )
+    def _choose(self, numbers, wanted, share=None):
+        """Chooses the levels of tiles, at first or by the (N,) shares that their rows drop.
 
-    def _ask(self, tiles, bad):
-        """Asks how many words the groups get for (T,) `tiles`, and how many rows would be left.
-
-        bad: (T,), tiles of which a row drops too much so far.
+        wanted: (T,) int32, to which it writes at first how many words tiles want.
         """
-        self._more = self._more_words(tiles)
-        self._good = (self._few & ~bad)[self._tile[self._at]]
-        self._asked = launch.Asked(torch.cat([self._more.sum(1), (~self._good).sum()[None]]))
+        run, saved, o = self._run, self._run.saved, self._run.operands
+        kernels.choose_kernel[(run.tiles,)](
+            saved.order, self._is_left, self._counts, saved.rows,
+            saved.rows if share is None else share, self._level, self._few, self._good,
+            *self._beyond, self._limit, wanted, numbers, o.n, o.v, self._counts.shape[1],
+            int(DENSE_SHARE * o.v), self._budget, ASSUMED_TIGHTNESS,
+            TWO=run.call.streams == 2 and not run.call.options.aug_constant,
+            KNOWN=share is not None, PARTS=COUNT_PARTS, TILE=launch.TILE, **LAUNCHES["choose"],
+        )  # fmt: skip
+
+    def _in_order(self, wanted):
+        """(R,) the rows that are left, by how many words their tiles want."""
+        run, tiles = self._run, wanted.argsort(stable=True)
+        rows_of = torch.empty(run.tiles * launch.TILE, dtype=torch.int64, device=tiles.device)
+        here = torch.empty_like(rows_of, dtype=torch.uint8)
+        kernels.arrange_kernel[(run.tiles,)](
+            run.saved.order, self._is_left, tiles, rows_of, here, run.operands.n,
+            TILE=launch.TILE, **LAUNCHES["arrange"],
+        )  # fmt: skip
+        return rows_of[launch.places(here, self._left)]
+
+    def _ask(self, numbers):
+        """Chooses the words that groups get next.
+
+        It asks how many rows would be left, and how many words they are, of each group.
+        """
+        run, blocks = self._run, LAUNCHES["choose_words"]
+        grid = (triton.cdiv(run.operands.v, blocks["BLOCK_V"]), len(self._done))
+        kernels.choose_words_kernel[grid](
+            run.saved.levels, self._limit, self._tiles, self._is_target, self._done, self._more,
+            numbers, run.tiles, run.operands.v, **blocks,
+        )  # fmt: skip
+        self._asked = launch.Asked(numbers)
 
     def add(self, total):
         """Adds gradients to a `words.GradientSum`; returns `Left`, the rows that need more."""
-        for attempt in range(ATTEMPTS):
-            *words, left = self._asked.tolist()
+        for attempt in range(1, ATTEMPTS + 1):
+            left, *words = self._asked.tolist()
             if not any(words):
                 break
             _add_groups(self._run, self._at, self._more, words, self._sums, total)
-            self._done |= self._more
-            self._learn(attempt + 1 == ATTEMPTS)
+            self._learn(self._numbers[attempt], attempt == ATTEMPTS)
         else:
-            *_, left = self._asked.tolist()
+            left, *_ = self._asked.tolist()
         if certificate.recording():
-            _record(self._run, self._good, self._done, self._share)
-        at = launch.places(~self._good, left)
-        return Left(self._at[at], self._done, self._group[at])
+            self._record()
+        if not left:
+            return Left(self._at[:0])
+        at = launch.places(self._good[self._tile[self._at]] == 0, left)
+        return Left(self._at[at], self._done, at // GROUP_ROWS)
 
-    def _learn(self, last):
+    def _learn(self, numbers, last):
         """Finds tiles that drop too much, and unless it is last asks for more of their words."""
-        tile, at, beyond = self._tile, self._at, self._beyond
-        bounds = self._account.shares(self._sums, each(lambda x: x[tile], beyond))
-        self._share = self._account.largest_share(*bounds)[at]
-        share = _largest(self._share, tile[at], self._run.tiles)
-        bad = self._few & (share > self._budget)
-        asked = torch.zeros_like(bad)
-        if not last:
-            tightness = (share / beyond.mass.clamp_min(1e-30))[:, None]
-            better, reached, worth = self._choose(tightness, True)
-            self._few, asked = self._few & (worth | ~bad), bad & worth
-            self._level = torch.where(asked, better, self._level)
-            pairs = zip(reached, beyond, strict=True)
-            self._beyond = Beyond(*(torch.where(asked, torch.minimum(a, b), b) for a, b in pairs))
-        self._ask(asked, bad)
+        self._share = self._account.shares(self._sums, self._beyond).largest
+        self._choose(numbers, self._limit, self._share)
+        if last:
+            self._asked = launch.Asked(numbers)
+        else:
+            self._ask(numbers)
 
-    def _more_words(self, asked):
-        """(G, V) bool: the words that tiles `asked` want up to their level, but for those done.
-
-        The targets of their rows are among them.
-        """
-        run, blocks = self._run, LAUNCHES["choose_words"]
-        wanted = torch.zeros_like(self._done)
-        targets = run.targets[self._at]
-        targets = torch.where((targets >= 0) & (targets < run.operands.v), targets, 0)
-        wanted.index_put_((self._group, targets), self._true)
-        limit = torch.where(asked, self._level, -1)
-        masks = (x.view(torch.uint8) for x in (self._tiles, self._done, wanted))
-        grid = (triton.cdiv(run.operands.v, blocks["BLOCK_V"]), len(wanted))
-        kernels.choose_words_kernel[grid](
-            run.saved.levels, limit, *masks, run.tiles, run.operands.v, **blocks
-        )
-        return wanted
+    def _record(self):
+        """Tells of the rows that are good, a group's together."""
+        good = (self._good[self._tile[self._at]] != 0).split(GROUP_ROWS)
+        kept, shares = self._done.sum(1).tolist(), self._share[self._at].split(GROUP_ROWS)
+        for words, ok, dropped in zip(kept, good, shares, strict=True):
+            if ok.any():
+                record(int(ok.sum()), words, self._run.operands.v, dropped[ok].max().item())
 
 
 def _counts(levels):
-    """(T, LEVELS) int64: words of each level of every tile."""
+    """(T, parts, LEVELS) int32: words of each level of every tile, in COUNT_PARTS parts or less."""
     tiles, vocab = levels.shape
     blocks = LAUNCHES["count_levels"]
     per_part = triton.cdiv(triton.cdiv(vocab, COUNT_PARTS), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     parts = triton.cdiv(vocab, per_part)
     counts = levels.new_empty(tiles, parts, certificate.LEVELS, dtype=torch.int32)
     kernels.count_levels_kernel[(parts, tiles)](levels, counts, vocab, per_part, **blocks)
-    return counts.sum(1)
-
-
-def _highest_entropies(run, at, tile):
-    """(T,) the highest entropy of a tile's rows `at`, in either stream that may get gradients.
-
-    tile: (R,), that of each row.
-    """
-    streams = (run.stats.full, None if run.call.options.aug_constant else run.stats.aug)
-    entropies = [s.entropy for s in streams if s is not None]
-    return _largest(torch.stack(entropies).amax(0)[at], tile, run.tiles)
-
-
-def _largest(x, tile, tiles):
-    """(T,) the largest of (R,) `x` >= 0 in each tile, 0 of none; NaN where one of them is."""
-    found = x.new_zeros(tiles)
-    return found.scatter_reduce(0, tile, x, "amax")
-
-
-def _ranks_of_tiles(run, counts, level, few):
-    """(T,) places of tiles in the order of the words that they want."""
-    wanted = counts.cumsum(1).gather(1, level.clamp(max=certificate.LEVELS - 1)[:, None]).squeeze(1)
-    return torch.where(few, wanted, run.operands.v).argsort(stable=True).argsort(stable=True)
+    return counts
 
 
 def _add_groups(run, at, more, counts, sums, total):
@@ -297,13 +284,3 @@ def _add_groups(run, at, more, counts, sums, total):
         for piece in Words(0, len(words), words).split(size):
             add(run, some, states, piece, None, sums, found, total)
         total.add_states(run, some, found)
-
-
-def _record(run, good, done, share):
-    """Tells of the rows that are good, a group's together."""
-    kept = done.sum(1).tolist()
-    for words, ok, dropped in zip(
-        kept, good.split(GROUP_ROWS), share.split(GROUP_ROWS), strict=True
-    ):
-        if ok.any():
-            record(int(ok.sum()), words, run.operands.v, dropped[ok].max().item())

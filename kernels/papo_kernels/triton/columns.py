@@ -49,7 +49,7 @@ def add(run, entries, at, total):
         if total.bias is not None:
             add_rows(total.bias[:, None], dz.sum(0, dtype=torch.float32)[:, None], commonest)
     if more is not None:
-        add_rows(total.weight, more, commonest)
+        total.add_weight(more, commonest)
 
 
 def _commonest(entries, at, vocab):

@@ -7,7 +7,6 @@ Names and shapes are those of `kernels`.
 import triton
 import triton.language as tl
 
-from papo_kernels import certificate
 from papo_kernels.rows import OUTPUTS
 from papo_kernels.triton.kernels import (
     AUG_STREAM,
@@ -42,8 +41,6 @@ UP_LOGPROB_AUG = tl.constexpr(OUTPUTS.index("aug_logprobs"))
 UP_ENTROPY_AUG = tl.constexpr(OUTPUTS.index("aug_entropy"))
 UP_KL = tl.constexpr(OUTPUTS.index("kl_prcp"))
 UP_KL_REVERSE = tl.constexpr(OUTPUTS.index("kl_reverse"))
-
-LEVELS = tl.constexpr(certificate.LEVELS)
 
 
 @triton.jit(do_not_specialize=["N", "rows", "words", "start"])
@@ -235,69 +232,50 @@ def q_minus_p(p, q, x):
 
 @triton.jit(do_not_specialize=["rows"])
 def add_rows_kernel(
-    out_ptr, add_ptr, at_ptr, D, rows, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    out_ptr, rest_ptr, add_ptr, at_ptr, D, rows, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """out[at[k]] += add[k] for contiguous (A, D) float32 `add` and (B, D) `out`.
 
-    No row of `out` occurs twice, so nothing is atomic and the sums have one order.
+    No row of `out` occurs twice, so nothing is atomic and the sums have one order. SPLIT: the sum
+    stands in `out` and `rest`, see `load_sum`.
     """
     k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = k < rows
     at = tl.load(at_ptr + k, mask=live, other=0).to(tl.int64)
     mask = live[:, None] & (d < D)[None, :]
-    out = out_ptr + at[:, None] * D + d[None, :]
+    place = at[:, None] * D + d[None, :]
     add = tl.load(add_ptr + k.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
-    total = tl.load(out, mask=mask, other=0.0).to(tl.float32) + add
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = load_sum(out_ptr + place, rest_ptr + place, mask, SPLIT) + add
+    store_sum(out_ptr + place, rest_ptr + place, total, mask, SPLIT)
 
 
 @triton.jit
-def count_levels_kernel(level_ptr, count_ptr, V, per_part, BLOCK_V: tl.constexpr):
-    """(T, parts, LEVELS) int32: words of each level in each part of a tile; grid (parts, T)."""
-    part = tl.program_id(0)
-    tile = tl.program_id(1).to(tl.int64)
-    counts = tl.zeros((LEVELS,), tl.int32)
-    first = part * per_part
-    for v in range(first, tl.minimum(first + per_part, V), BLOCK_V):
-        col = v + tl.arange(0, BLOCK_V)
-        live = col < V
-        level = tl.load(level_ptr + tile * V + col, mask=live, other=0).to(tl.int32)
-        counts += tl.histogram(level, LEVELS, mask=live)
-    out = count_ptr + (tile * tl.num_programs(0) + part) * LEVELS + tl.arange(0, LEVELS)
-    tl.store(out, counts)
+def load_sum(out_ptrs, rest_ptrs, mask, SPLIT: tl.constexpr):
+    """A sum in float32.
 
-
-@triton.jit(do_not_specialize=["T"])
-def choose_words_kernel(
-    level_ptr, limit_ptr, tiles_ptr, done_ptr, out_ptr, T, V, BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The words that a group wants and has not got; grid (blocks of words, groups).
-
-    A tile wants the words of its `limit` and below, none where that is negative. level: (T, V)
-    uint8; limit: (T,); tiles: (G, T) uint8, a group's tiles; done: (G, V) uint8. out: (G, V) uint8,
-    with 1 where a word is wanted whatever its level, unless none of the tiles asks.
+    SPLIT: its first 24 bits are kept, as the int16 of the nearest bfloat16 in `out`, and what that
+    lacks in `rest`, an int8 of a 256th of bfloat16's last bit.
     """
-    group = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_col = col < V
-    here = group * V + col
-    asked = tl.zeros((BLOCK_T,), tl.int32)
-    found = tl.zeros((BLOCK_V,), tl.int32)
-    for t in range(0, T, BLOCK_T):
-        tile = t + tl.arange(0, BLOCK_T)
-        own = tl.load(tiles_ptr + group * T + tile, mask=tile < T, other=0) != 0
-        limit = tl.load(limit_ptr + tile, mask=own, other=-1).to(tl.int32)
-        asks = limit >= 0
-        asked |= asks.to(tl.int32)
-        level = tl.load(
-            level_ptr + tile.to(tl.int64)[:, None] * V + col[None, :],
-            mask=asks[:, None] & in_col[None, :], other=255,
-        )  # fmt: skip
-        wants = asks[:, None] & (level.to(tl.int32) <= limit[:, None])
-        found |= tl.max(wants.to(tl.int32), 0)
-    found |= tl.load(out_ptr + here, mask=in_col, other=0).to(tl.int32)
-    done = tl.load(done_ptr + here, mask=in_col, other=1).to(tl.int32)
-    chosen = (found != 0) & (done == 0) & (tl.max(asked, 0) > 0)
-    tl.store(out_ptr + here, chosen.to(tl.uint8), mask=in_col)
+    if SPLIT:
+        high = tl.load(out_ptrs, mask=mask, other=0).to(tl.int32)
+        rest = tl.load(rest_ptrs, mask=mask, other=0).to(tl.int32)
+        return ((high << 16) + (rest << 8)).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_sum(out_ptrs, rest_ptrs, total, mask, SPLIT: tl.constexpr):
+    if SPLIT:
+        # A float's bits without its sign count up with its size: adding to them rounds.
+        bits = (total.to(tl.int32, bitcast=True) + 0x80) >> 8
+        high = (bits + 0x80) >> 8
+        rest = bits - (high << 8)
+        high = tl.where(total == total, high, 0x7FC0)  # of some NaNs that makes a number
+        rest = tl.where(total == total, rest, 0)
+        tl.store(out_ptrs, high.to(tl.int16), mask=mask)
+        tl.store(rest_ptrs, rest.to(tl.int8), mask=mask)
+    else:
+        tl.store(out_ptrs, total.to(out_ptrs.dtype.element_ty), mask=mask)

@@ -42,6 +42,9 @@ KL_ROW = tl.constexpr(_SAVED.index("kl_prcp"))
 KL_REVERSE_ROW = tl.constexpr(_SAVED.index("kl_reverse"))
 LOGIT_GAP_ROW = tl.constexpr(_SAVED.index("logit_gap"))
 AUG_LOGIT_GAP_ROW = tl.constexpr(_SAVED.index("aug_logit_gap"))
+LOGPROBS_ROW = tl.constexpr(_SAVED.index("logprobs"))
+AUG_LOGPROBS_ROW = tl.constexpr(_SAVED.index("aug_logprobs"))
+ONE_STREAM_LOGPROBS_ROW = tl.constexpr(saved_names(1, BY_LOGIT).index("logprobs"))
 
 
 @triton.jit

@@ -34,9 +34,16 @@ LAUNCHES = {
     # Blocks of features that a warp loads in whole vectors, so that no sum crosses threads.
     "d_hidden": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
     "d_weight": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
-    "outside": dict(BLOCK=256, num_warps=4),
+    "norms": dict(BLOCK_D=1024, num_warps=4),
+    "least": dict(BLOCK=128, num_warps=4),
+    "outside": dict(BLOCK=128, num_warps=4),
+    "whole": dict(BLOCK=128, num_warps=4),
     "add_rows": dict(BLOCK_N=2, BLOCK_D=1024, num_warps=4),
     "count_levels": dict(BLOCK_V=2048, num_warps=4),
+    "begin": dict(num_warps=4),
+    "choose": dict(num_warps=4),
+    "arrange": dict(num_warps=1),
+    "mark": dict(BLOCK=256, num_warps=4),
     "choose_words": dict(BLOCK_T=64, BLOCK_V=128, num_warps=4),
 }
 if INTERPRETED:  # a small block takes it as long as a large one

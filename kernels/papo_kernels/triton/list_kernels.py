@@ -7,6 +7,7 @@ E entries that are left of them. The list of row r has count[r] places, from sta
 import triton
 import triton.language as tl
 
+from papo_kernels.triton.gradients import load_sum, store_sum
 from papo_kernels.triton.kernels import logits
 
 # Halvings of the search for the size below which a row's entries are dropped, from 2^-DEPTH to 1.
@@ -93,27 +94,37 @@ def list_kernel(
 
 @triton.jit(do_not_specialize=["N", "P"])
 def drop_kernel(
-    start_ptr, count_ptr, word_ptr, dz_ptr, allowed_ptr, good_ptr, kept_ptr, dropped_ptr, N, P,
-    FULL: tl.constexpr, AUG: tl.constexpr, NET: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr,
+    start_ptr, count_ptr, live_ptr, word_ptr, dz_ptr, allowed_ptr, kept_ptr, short_ptr, left_ptr,
+    dropped_ptr, numbers_ptr, N, P, most_kept, long, FULL: tl.constexpr, AUG: tl.constexpr,
+    NET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Drops the smallest entries of a row's list that it may drop; BLOCK_N rows a program.
 
-    The others move to the list's beginning, in their order. A row that is not good keeps none.
+    The others move to the list's beginning, in their order. A row keeps none, and is left to go
+    another way, if it has no list, if its other words alone hold more than may go (`allowed` is
+    negative or NaN), or if more than `most_kept` stay.
 
-    word: (P,); dz: (S, P); allowed: (3, N) of sum |dz| in both streams and in their sum; good: (N,)
-    uint8; kept: (N,), how many stay; dropped: (3, N), what was dropped.
+    live: (N,) uint8, which rows count; word: (P,); dz: (S, P); allowed: (3, N) of sum |dz| in both
+    streams and in their sum. Writes (N,) int32 `kept`, how many stay, and `short`, the same but 0
+    for more than `long`; (N,) uint8 `left`; (3, N) `dropped`, what was dropped. Adds to numbers[0]
+    how many entries stay, to numbers[1] of how many rows more than `long`, and to numbers[2] how
+    many rows are left.
     """
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    good = row < N
-    start = tl.load(start_ptr + row, mask=good, other=0)[:, None]
-    good &= tl.load(good_ptr + row, mask=good, other=0) != 0
-    count = tl.load(count_ptr + row, mask=good, other=0)
+    inside = row < N
+    counted = tl.load(live_ptr + row, mask=inside, other=0) != 0
+    start = tl.load(start_ptr + row, mask=inside, other=0)[:, None]
+    count = tl.load(count_ptr + row, mask=counted, other=0)
+    allowed = tl.load(allowed_ptr + row, mask=counted, other=-1.0)
+    allowed_aug = tl.load(allowed_ptr + N + row, mask=counted, other=-1.0)
+    allowed_net = tl.load(allowed_ptr + 2 * N + row, mask=counted, other=-1.0)
+    good = (count > 0) & (allowed >= 0) & (allowed_aug >= 0) & (allowed_net >= 0)
+    count = tl.where(good, count, 0)
     longest = tl.max(count, 0)
     count = count[:, None]
-    allowed = tl.load(allowed_ptr + row, mask=good, other=1.0)[:, None]
-    allowed_aug = tl.load(allowed_ptr + N + row, mask=good, other=1.0)[:, None]
-    allowed_net = tl.load(allowed_ptr + 2 * N + row, mask=good, other=1.0)[:, None]
+    allowed = tl.where(good, allowed, 1.0)[:, None]
+    allowed_aug = tl.where(good, allowed_aug, 1.0)[:, None]
+    allowed_net = tl.where(good, allowed_net, 1.0)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
     high = tl.zeros((BLOCK_N,), tl.float32)
     low = high - DEPTH
@@ -158,8 +169,17 @@ def drop_kernel(
         if FULL and AUG:
             tl.store(dz_ptr + (P + place), b, mask=stays)
         kept += tl.sum(stays.to(tl.int32), 1)
-    inside = row < N
+    good &= kept <= most_kept
+    kept = tl.where(good, kept, 0)
+    counted = tl.load(live_ptr + row, mask=inside, other=0) != 0  # again: registers are full
+    left = (counted & (good == 0)).to(tl.uint8)
     tl.store(kept_ptr + row, kept, mask=inside)
+    tl.store(short_ptr + row, tl.where(kept > long, 0, kept), mask=inside)
+    tl.store(left_ptr + row, left, mask=inside)
+    # Sums of integers are the same in every order.
+    tl.atomic_add(numbers_ptr, tl.sum(kept, 0))
+    tl.atomic_add(numbers_ptr + 1, tl.sum((kept > long).to(tl.int32), 0))
+    tl.atomic_add(numbers_ptr + 2, tl.sum(left.to(tl.int32), 0))
     tl.store(dropped_ptr + row, tl.sum(lost, 1), mask=inside)
     tl.store(dropped_ptr + N + row, tl.sum(lost_aug, 1), mask=inside)
     tl.store(dropped_ptr + 2 * N + row, tl.sum(lost_net, 1), mask=inside)
@@ -263,15 +283,16 @@ def d_hidden_kernel(
 
 @triton.jit(do_not_specialize=["E"])
 def d_weight_kernel(
-    order_ptr, start_ptr, row_ptr, dz_ptr, hidden_ptr, aug_ptr, out_ptr, out_bias_ptr, E, D,
-    stride_h, stride_h_d, stride_aug, stride_aug_d,
+    order_ptr, start_ptr, row_ptr, dz_ptr, hidden_ptr, aug_ptr, out_ptr, rest_ptr, out_bias_ptr,
+    E, D, stride_h, stride_h_d, stride_aug, stride_aug_d,
     FULL: tl.constexpr, AUG: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds entries to the gradients of weight and bias, dz.T @ states; grid (words, features).
 
     The entries of word v are those from start[v] to start[v + 1]; order: (V,) words, as programs
-    take them. row: (E,); dz: (S, E); out: (V, D) and out_bias: (V,), float32.
+    take them. row: (E,); dz: (S, E); out_bias: (V,) float32; out: (V, D), with `rest` where SPLIT,
+    see `load_sum`.
     """
     word = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     start, end = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)
@@ -299,8 +320,9 @@ def d_weight_kernel(
                     h = tl.load(h_ptrs, mask=keep, other=0.0).to(tl.float32)
                     total += tl.sum(h * b[:, None], 0)
         if WEIGHT:
-            out = out_ptr + word * D + d
-            tl.store(out, tl.load(out, mask=in_d, other=0.0) + total, mask=in_d)
+            out, rest = out_ptr + word * D + d, rest_ptr + word * D + d
+            total += load_sum(out, rest, in_d, SPLIT)
+            store_sum(out, rest, total, in_d, SPLIT)
         if BIAS:
             if tl.program_id(1) == 0:
                 before = tl.load(out_bias_ptr + word)

@@ -25,7 +25,9 @@ from papo_kernels.triton.launch import LAUNCHES
 MEAN_WORDS, LEAST_MEAN = 768, 16
 # A mean row lists one word in so many of the vocabulary at most, and any row one in so many.
 SPARSITY, ROW_SPARSITY = 64, 16
-MOST_WORDS, MOST_KEPT = 4096, 3000
+MOST_WORDS = 4096
+# A row that keeps more is done faster together with others.
+MOST_KEPT = 3000
 # Places are 32-bit numbers: so are those of the second stream, and of a chunk that has no room.
 MOST_PLACES = 2**30 - 2**24
 # exp(-NATS) of the budget is the least probability that is listed: 1e-7 at the default budget.
@@ -103,27 +105,23 @@ class Writer:
 class Served:
     """The rows whose lists are enough: their gradients, of states and of the weight.
 
-    good: (N,) bool, which rows they are. asked: `launch.Asked` of the numbers of entries, of long
-    lists, see `columns`, and of rows that count and are not served.
+    left: (N,) uint8, which rows that count are not served. asked: `launch.Asked` of the numbers of
+    entries, of long lists, see `columns`, and of rows that are left.
     """
 
-    def __init__(self, run, beyond, budget, account):
-        """run: `words.Backward`. beyond: `certificate.Beyond` of (N,), for unlisted words."""
+    def __init__(self, run, beyond, account):
+        """run: `words.Backward`. beyond: `certificate.Beyond` of (T,), for unlisted words."""
         self._run, self._entries = run, Entries(run)
-        bounds, whole = account.shares(self._entries.differentiate(run), beyond)
-        spare = account.spare(bounds, whole, budget)
-        # The bounds hold where all likely words are listed. NaN is not >= 0.
-        good = (self._entries.lists.counts > 0) & run.live & (spare >= 0).all(0)
-        dropped, kept = self._entries.drop(run, spare, good), self._entries.kept
-        # A row with many words left is done faster together with others.
-        good &= kept <= MOST_KEPT
-        kept.masked_fill_(~good, 0)
-        self.good, self._long = good, kept > columns.LONG
-        numbers = kept.sum(), self._long.sum(), (run.live & ~good).sum()
-        self.asked = launch.Asked(torch.stack(numbers))
-        if certificate.recording() and good.any():
-            worst = account.largest_share(bounds + dropped, whole)[good].max().item()
-            mean = kept[good].double().mean().item()
+        # The bounds hold where all likely words are listed.
+        found = account.shares(self._entries.differentiate(run), beyond)
+        self._short, self.left, dropped, numbers = self._entries.drop(run, found.spare)
+        self.asked = launch.Asked(numbers)
+        good = run.live & (self.left == 0) if certificate.recording() else None
+        if good is not None and good.any():
+            asked = certificate.certified(run.wanted)
+            share = ((found.bounds + dropped) / found.whole)[asked]
+            mean = self._entries.kept[good].double().mean().item()
+            worst = share[:, good].max().item()
             certificate.record(int(good.sum()), mean, run.operands.v, worst)
 
     def add_short(self, total):
@@ -131,16 +129,18 @@ class Served:
 
         total: `words.GradientSum`, whose gradients of states are 0.
         """
-        kept = self._entries.kept.masked_fill(self._long, 0)
-        self._entries.add_states(self._run, total, kept)
+        self._entries.add_states(self._run, total, self._short)
 
     def add_long(self, count, total):
         """The same for long lists, and a part of the weight's; count: how many they are."""
-        kept = self._entries.kept
-        if count < columns.FEWEST_ROWS:
-            self._entries.add_states(self._run, total, kept.masked_fill(~self._long, 0))
+        if not count:
             return
-        columns.add(self._run, self._entries, launch.places(self._long, count), total)
+        kept = self._entries.kept
+        long = kept > columns.LONG
+        if count < columns.FEWEST_ROWS:
+            self._entries.add_states(self._run, total, kept.masked_fill(~long, 0))
+            return
+        columns.add(self._run, self._entries, launch.places(long, count), total)
 
     def add_weight(self, count, total):
         """Adds what the weight's gradient and the bias's still lack; count: of entries at first."""
@@ -171,20 +171,23 @@ class Entries:
         )  # fmt: skip
         return sums
 
-    def drop(self, run, allowed, good):
-        """Drops what rows may drop, and all entries of rows that are not good.
+    def drop(self, run, allowed):
+        """Drops what rows may drop, and all entries of rows that go another way.
 
-        allowed: (3, N) of sum |dz|, of both streams and of their sum. Returns (3, N), what went.
+        allowed: (3, N) of sum |dz|, of both streams and of their sum. Returns what `drop_kernel`
+        calls short, left, dropped and numbers.
         """
-        n, w = run.operands.n, run.wanted
-        self.kept = torch.empty(n, dtype=torch.int32, device=allowed.device)
-        dropped, good = torch.empty_like(allowed), good.to(torch.uint8)
+        n, w, device = run.operands.n, run.wanted, allowed.device
+        self.kept, short = torch.empty(2, n, dtype=torch.int32, device=device)
+        left, dropped = torch.empty(n, dtype=torch.uint8, device=device), torch.empty_like(allowed)
+        numbers = torch.zeros(3, dtype=torch.int32, device=device)
         blocks = LAUNCHES["drop"]
         kernels.drop_kernel[(triton.cdiv(n, blocks["BLOCK_N"]),)](
-            self.lists.starts, self.lists.counts, self.words, self.dz, allowed, good, self.kept,
-            dropped, n, len(self.words), FULL=w.full, AUG=w.aug, NET=w.net, **blocks,
+            self.lists.starts, self.lists.counts, run.live.view(torch.uint8), self.words, self.dz,
+            allowed, self.kept, short, left, dropped, numbers, n, len(self.words), MOST_KEPT,
+            columns.LONG, FULL=w.full, AUG=w.aug, NET=w.net, **blocks,
         )  # fmt: skip
-        return dropped
+        return short, left, dropped, numbers
 
     def add_states(self, run, total, kept, at=None, more=None):
         """Writes the gradients of states; a row without entries keeps what it has.
@@ -225,9 +228,10 @@ class Entries:
         longest_first = starts.diff().argsort(descending=True, stable=True)
         blocks, aug = LAUNCHES["d_weight"], o.full if o.aug is None else o.aug
         features = triton.cdiv(o.d, blocks["BLOCK_D"]) if total.weight is not None else 0
-        out, out_bias = (x if x is not None else dz for x in (total.weight, total.bias))
+        out = total.sums if total.weight is not None else (dz, dz)
+        out_bias = dz if total.bias is None else total.bias
         kernels.d_weight_kernel[(min(count, o.v), max(1, features))](
-            longest_first, starts, rows, dz, o.full, aug, out, out_bias, count, o.d,
-            *o.full.stride(), *aug.stride(), FULL=w.full, AUG=w.aug,
+            longest_first, starts, rows, dz, o.full, aug, *out, out_bias, count, o.d,
+            *o.full.stride(), *aug.stride(), FULL=w.full, AUG=w.aug, SPLIT=total.split,
             WEIGHT=total.weight is not None, BIAS=total.bias is not None, **blocks,
         )  # fmt: skip

@@ -69,7 +69,12 @@ class Backward:
 
 
 class GradientSum:
-    """The operands' gradients so far."""
+    """The operands' gradients so far.
+
+    hidden, aug_hidden: (N, D) each; weight: (V, D); bias: (V,); None where not wanted. A weight in
+    bfloat16 has its gradient summed in 24 bits, of which `rest` has the last eight: sums over rows
+    in 16 bits diverge, and float32 would take twice the gradient's own memory.
+    """
 
     def __init__(self, run):
         call, wanted, o = run.call, run.wanted, run.operands
@@ -81,11 +86,23 @@ class GradientSum:
             torch.zeros(o.n, o.d, dtype=dtype, device=device) if asked else None
             for asked in (wanted.hidden, wanted.aug_hidden)
         )
-        # One rounding at the end: sums over rows in 16 bits diverge.
-        self.weight = (
-            torch.zeros(o.v, o.d, dtype=torch.float32, device=device) if wanted.weight else None
-        )
+        self.weight = self.rest = None
+        self.split = wanted.weight and call.weight.dtype == torch.bfloat16
+        if wanted.weight:
+            dtype = torch.bfloat16 if self.split else torch.float32
+            self.weight = torch.zeros(o.v, o.d, dtype=dtype, device=device)
+        if self.split:
+            self.rest = torch.zeros(o.v, o.d, dtype=torch.int8, device=device)
         self.bias = torch.zeros(o.v, dtype=torch.float32, device=device) if wanted.bias else None
+
+    @property
+    def sums(self):
+        """The weight's gradient as kernels take it: `out` and `rest` of `gradients.load_sum`."""
+        return (self.weight.view(torch.int16), self.rest) if self.split else [self.weight] * 2
+
+    def add_weight(self, more, at):
+        """Adds float32 `more` to the (A,) rows `at` of the weight's gradient."""
+        _add_rows(*self.sums, more, at, self.split)
 
     def add_states(self, run, at, found):
         """Adds `found`, which `gradients_of_states` made, to the (R,) rows `at`."""
@@ -150,18 +167,21 @@ def add(run, at, states, words, done, sums, found, total):
     seen = run.differentiated(states)
     dz = launch.padded(len(seen), len(weight), o.dtype, states.device)
     _launch_dz(run, at, words, listed, done, z, dz, sums)
+    del z  # what comes next has room there
     if found is not None:
         if words.start == 0:
             multiply(dz, weight, found)
         else:
             multiply_add(found, dz, weight)
     if total.weight is not None:
-        if listed is None:
+        if listed is None and not total.split:
             multiply_add(total.weight[span], dz.T, seen)
         else:
-            more = torch.empty(len(weight), o.d, dtype=torch.float32, device=states.device)
+            del weight
+            more = torch.empty(dz.shape[1], o.d, dtype=torch.float32, device=states.device)
             multiply(dz.T, seen, more)
-            add_rows(total.weight, more, words.listed)
+            numbers = torch.arange(span.start, span.stop, dtype=torch.int32, device=states.device)
+            total.add_weight(more, numbers if listed is None else words.listed)
     if total.bias is not None:
         more = dz.sum(0, dtype=torch.float32)
         if listed is None:
@@ -184,9 +204,13 @@ def _launch_dz(run, at, words, listed, done, z, dz, sums):
 
 def add_rows(total, more, at):
     """total[at] += more, for (A,) different rows `at`; `more` may have rows beyond them."""
-    blocks, d = LAUNCHES["add_rows"], total.shape[1]
+    _add_rows(total, total, more, at, False)
+
+
+def _add_rows(out, rest, more, at, split):
+    blocks, d = LAUNCHES["add_rows"], out.shape[1]
     grid = (triton.cdiv(len(at), blocks["BLOCK_N"]), triton.cdiv(d, blocks["BLOCK_D"]))
-    kernels.add_rows_kernel[grid](total, more, at, d, len(at), **blocks)
+    kernels.add_rows_kernel[grid](out, rest, more, at, d, len(at), SPLIT=split, **blocks)
 
 
 def gradients_of_states(run, states, total):

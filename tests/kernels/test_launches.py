@@ -1,0 +1,67 @@
+"""How much a Triton backward asks of the host: each operator and each kernel takes microseconds."""
+
+import pytest
+from kernel_oracle import FAST, OUTPUTS, policy_case, random_upstream
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from papo_kernels import rows
+from papo_kernels.rows import Options, make_call, make_upstream
+
+if FAST != "triton":
+    pytest.skip("about the Triton backend", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+from papo_kernels.triton import backward, forward, launch, words
+
+# Operators and kernels of a backward beside those of its groups' words, and of each part of these.
+FIXED, OF_PART = 60, 14
+
+
+class Launches(TorchDispatchMode):
+    """Counts torch's operators but for those that make views or room, and Triton's kernels."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, run = 0, interpreter.GridExecutor.__call__
+
+        def counted(kernel, *args, **kwargs):
+            self.count += 1
+            with _disable_current_modes():  # the interpreter's own
+                return run(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = [r.alias_info for r in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in returned)
+        self.count += not view and "empty" not in func.name()
+        return func(*args, **kwargs or {})
+
+
+def launches(monkeypatch, group_rows):
+    """(launches of a backward pass, parts of words of its groups)."""
+    monkeypatch.setattr(launch, "TILE", 16)
+    monkeypatch.setattr(backward, "GROUP_ROWS", group_rows)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 48 * 3001)
+    case, parts, add = policy_case(139, 3001, sharpness=36.0), [], words.add
+    monkeypatch.setattr(backward, "add", lambda *args: parts.append(args) or add(*args))
+    options = Options(1.0, None, -100, 3e-3, "triton", "", False, False, "call")
+    operands = case.hidden, case.aug_hidden, case.weight, case.bias
+    call = make_call(*operands, case.targets, options)
+    saved = forward.forward(call, keep_levels=True)
+    upstream = make_upstream(*(x.float() for x in random_upstream(case).values()))
+    assert all(x is not None for x in upstream.flat) and len(upstream.flat) == len(OUTPUTS)
+    with Launches(monkeypatch) as seen:
+        grads = backward.backward(call, saved, upstream, [True] * 4)
+    assert all(g.isfinite().all() for g in grads)
+    return seen.count, len(parts)
+
+
+@pytest.mark.parametrize("group_rows", [256, 32])
+def test_a_backward_takes_few_launches(group_rows, monkeypatch):
+    """With operators for the account of rows and for levels it took 600 beside its groups."""
+    count, parts = launches(monkeypatch, group_rows)
+    print(f"  {count} launches, {parts} parts of words")
+    assert parts > 0
+    assert count <= FIXED + OF_PART * parts
