@@ -11,7 +11,7 @@ from states import synthetic
 from ways import OURS, Case
 
 from papo_kernels import rows
-from papo_kernels.triton import backward, columns, launch, lists
+from papo_kernels.triton import columns, groups, launch, lists
 
 
 def _sizes(*names):
@@ -49,13 +49,13 @@ class Constant:
 CONSTANTS = [
     Constant(launch, "TILE", "both", (16, 64)),
     Constant(rows, "CHUNK_ELEMENTS", "forward", (1 << 26,)),
-    Constant(backward, "GROUP_ROWS", "sparse", (512, 1024, 4096)),
-    Constant(backward, "GATHERED_ELEMENTS", "sparse", (1 << 24, 1 << 26)),
+    Constant(groups, "GROUP_ROWS", "sparse", (512, 1024, 4096)),
+    Constant(groups, "GATHERED_ELEMENTS", "sparse", (1 << 24, 1 << 26)),
     Constant(lists, "NATS", "both", (9.2, 8.2)),
     Constant(lists, "MOST_KEPT", "sparse", (1500, 2000)),
     Constant(columns, "LONG", "sparse", (64, 512)),
     Constant(columns, "WORDS", "sparse", (4096, 16384)),
-    Constant(backward, "ASSUMED_TIGHTNESS", "sparse", (1.0, 1 / 16, 1 / 64)),
+    Constant(groups, "ASSUMED_TIGHTNESS", "sparse", (1.0, 1 / 16, 1 / 64)),
 ]
 
 

@@ -222,17 +222,22 @@ class ModelBytes:
         return 0 if self.lora else FULL * (self.sizes.vocab * self.sizes.decoder.hidden)
 
     def head_working(self) -> float:
-        """`token_stats`: logits of a chunk of rows, the gradient of its weight in float32."""
+        """`token_stats`: logits of a chunk of rows, and the sum of its weight's gradient."""
         s, b = self.sizes, self.batch
-        columns = 0 if self.lora else FULL * s.vocab * s.decoder.hidden
+        # in float32, or on a GPU in bfloat16 and one byte more
+        summed = 3 if self.cuda and self.compute == 2 else FULL
+        columns = 0 if self.lora else summed * s.vocab * s.decoder.hidden
         if self.compute == 2:
             columns += 2 * s.vocab * s.decoder.hidden
         if self.cuda:
-            # products and their gradients of a chunk, or of a group's words beside their weights
+            # products and their gradients of a chunk, or of some words of a group beside their
+            # weights
             words = min(s.vocab, CHUNK_ELEMENTS // s.decoder.hidden)
             group = b.streams * min(b.response_tokens, GROUP_ROWS) * words
-            each = FULL + self.compute
-            most = each * max(b.streams * CHUNK_ELEMENTS, group + words * s.decoder.hidden)
+            most = max(
+                (FULL + self.compute) * b.streams * CHUNK_ELEMENTS,
+                (FULL + self.compute) * group + self.compute * words * s.decoder.hidden,
+            )
             lists = FULL * (1 + b.streams) * min(s.vocab // LIST_SPARSITY, LIST_WORDS)
             return columns + most + b.response_tokens * (s.vocab / TILE_ROWS + lists)
         chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab

@@ -36,10 +36,12 @@ def _kernels(tile):
     from papo_kernels.triton import (
         account_kernels,
         columns,
+        combine_kernels,
         gradients,
         kernels,
         list_kernels,
         plan_kernels,
+        size_kernels,
         stats_kernels,
     )
     from papo_kernels.triton.launch import LAUNCHES
@@ -51,6 +53,7 @@ def _kernels(tile):
         yield f"stats {streams}", stats_kernels.stats_kernel, dict(OWN=1024) | each, {}
         yield f"levels {streams}", kernels.levels_kernel, dict(TILE=tile) | each, {}
         lists = dict(ROWS=256, LANES=LAUNCHES["levels"]["BLOCK_V"])
+        yield f"combine {streams}", combine_kernels.combine_kernel, dict(TWO=two), {}
         yield f"list {streams}", list_kernels.list_kernel, lists | each, {}
     constants = dict(OWN=1024, TWO=True, HAS_BIAS=True, CAP=True)
     yield "stats capped", stats_kernels.stats_kernel, constants, {}
@@ -82,17 +85,17 @@ def _kernels(tile):
     yield "add_rows", gradients.add_rows_kernel, dict(SPLIT=False), {"out_ptr": "*bf16"}
     yield "add_rows split", gradients.add_rows_kernel, dict(SPLIT=True), split
     yield "sort", kernels.sort_kernel, dict(TWO=True), {}
-    yield from _certificate(account_kernels, on | dict(KL_REVERSE=True))
+    yield from _certificate(account_kernels, size_kernels, on | dict(KL_REVERSE=True))
     yield from _plan(plan_kernels, tile)
 
 
-def _certificate(kernels, on):
+def _certificate(kernels, sizes, on):
     asked = dict(FULL=True, AUG=True, NET=True)
     states = {"hidden_ptr": "*bf16", "aug_ptr": "*bf16", "out_ptr": "*fp64"}
-    yield "norms", kernels.norms_kernel, dict(stride_h_d=1, stride_aug_d=1), states
+    yield "norms", sizes.norms_kernel, dict(stride_h_d=1, stride_aug_d=1), states
     for cap in (False, True):
         name = "least capped" if cap else "least"
-        yield name, kernels.least_kernel, on | asked | dict(CAP=cap), {"out_ptr": "*fp64"}
+        yield name, sizes.least_kernel, on | asked | dict(CAP=cap), {"out_ptr": "*fp64"}
     doubles = dict.fromkeys(
         ("mass_ptr", "information_ptr", "out_ptr", "norms_ptr", "least_ptr", "squares_ptr"), "*fp64"
     )

@@ -21,14 +21,14 @@ from papo_kernels.rows import Options, make_call, make_upstream
 pytestmark = pytest.mark.skipif(FAST != "triton", reason="about the Triton backend")
 
 if FAST == "triton":
-    from papo_kernels.triton import backward, forward, launch
+    from papo_kernels.triton import backward, forward, groups, launch
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Tiles of 16 rows and groups of 32: 5 groups, whose last tile is short."""
     monkeypatch.setattr(launch, "TILE", 16)
-    monkeypatch.setattr(backward, "GROUP_ROWS", 32)
+    monkeypatch.setattr(groups, "GROUP_ROWS", 32)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 48 * 3001)
 
 
@@ -58,7 +58,7 @@ def test_many_groups_are_right(case):
 
 def test_words_that_come_later_complete_the_first(case, monkeypatch):
     """Far too few words at first: what is added then must neither miss nor repeat any."""
-    monkeypatch.setattr(backward, "ASSUMED_TIGHTNESS", 1e-7)
+    monkeypatch.setattr(groups, "ASSUMED_TIGHTNESS", 1e-7)
     wrong, found = errors(case, random_upstream_of(case))
     check(wrong, dict.fromkeys(GRADS, 4e-3))
     assert found.largest_share <= 3e-3
@@ -66,8 +66,8 @@ def test_words_that_come_later_complete_the_first(case, monkeypatch):
 
 def test_rows_that_end_up_dense_keep_what_they_got(case, monkeypatch):
     """One attempt with too few words: nearly all rows get the others densely, and are exact."""
-    monkeypatch.setattr(backward, "ASSUMED_TIGHTNESS", 1e-7)
-    monkeypatch.setattr(backward, "ATTEMPTS", 1)
+    monkeypatch.setattr(groups, "ASSUMED_TIGHTNESS", 1e-7)
+    monkeypatch.setattr(groups, "ATTEMPTS", 1)
     wrong, found = errors(case, random_upstream_of(case))
     assert found.dense_rows > 100
     check(wrong, dict.fromkeys(GRADS, 1e-3))
@@ -107,7 +107,7 @@ def questions(case, monkeypatch, group_rows):
 
     The pass is called without its operator, which hides what it calls.
     """
-    monkeypatch.setattr(backward, "GROUP_ROWS", group_rows)
+    monkeypatch.setattr(groups, "GROUP_ROWS", group_rows)
     asked, tolist = [], launch.Asked.tolist
     monkeypatch.setattr(launch.Asked, "tolist", lambda self: asked.append(self) or tolist(self))
     options = Options(1.0, None, -100, 3e-3, "triton", "", False, False, "call")

@@ -12,7 +12,7 @@ if FAST != "triton":
 
 from triton.runtime import interpreter
 
-from papo_kernels.triton import backward, forward, launch, words
+from papo_kernels.triton import backward, forward, groups, launch
 
 # Operators and kernels of a backward beside those of its groups' words, and of each part of these.
 FIXED, OF_PART = 60, 14
@@ -42,10 +42,10 @@ class Launches(TorchDispatchMode):
 def launches(monkeypatch, group_rows):
     """(launches of a backward pass, parts of words of its groups)."""
     monkeypatch.setattr(launch, "TILE", 16)
-    monkeypatch.setattr(backward, "GROUP_ROWS", group_rows)
+    monkeypatch.setattr(groups, "GROUP_ROWS", group_rows)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 48 * 3001)
-    case, parts, add = policy_case(139, 3001, sharpness=36.0), [], words.add
-    monkeypatch.setattr(backward, "add", lambda *args: parts.append(args) or add(*args))
+    case, parts, add = policy_case(139, 3001, sharpness=36.0), [], groups.add_products
+    monkeypatch.setattr(groups, "add_products", lambda *args: parts.append(args) or add(*args))
     options = Options(1.0, None, -100, 3e-3, "triton", "", False, False, "call")
     operands = case.hidden, case.aug_hidden, case.weight, case.bias
     call = make_call(*operands, case.targets, options)

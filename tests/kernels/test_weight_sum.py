@@ -9,7 +9,7 @@ from papo_kernels import record_certificates, rows, token_stats
 if FAST != "triton":
     pytest.skip("only the Triton backend sums in 24 bits", allow_module_level=True)
 
-from papo_kernels.triton import backward, lists, words
+from papo_kernels.triton import backward, groups, lists, words
 
 
 class Sum:
@@ -74,7 +74,7 @@ def test_small_terms_add_up_beside_a_large_one():
 @pytest.mark.parametrize("way", ["lists", "groups", "dense", "dense after groups"])
 def test_the_weights_gradient_is_that_in_float32_rounded_once(way, monkeypatch):
     """Whatever adds to it: words of lists, columns, groups, or all words."""
-    monkeypatch.setattr(backward, "GROUP_ROWS", 32)
+    monkeypatch.setattr(groups, "GROUP_ROWS", 32)
     monkeypatch.setattr(backward, "DENSE_ROWS", 48)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 48 * 1000)
     if way == "lists":
@@ -82,8 +82,8 @@ def test_the_weights_gradient_is_that_in_float32_rounded_once(way, monkeypatch):
         monkeypatch.setattr(lists, "SPARSITY", 4)
         monkeypatch.setattr(lists, "ROW_SPARSITY", 2)
     if way == "dense after groups":
-        monkeypatch.setattr(backward, "ASSUMED_TIGHTNESS", 1e-7)
-        monkeypatch.setattr(backward, "ATTEMPTS", 1)
+        monkeypatch.setattr(groups, "ASSUMED_TIGHTNESS", 1e-7)
+        monkeypatch.setattr(groups, "ATTEMPTS", 1)
     case = policy_case(139, 2048, sharpness=36.0)
     case.weight = case.weight.bfloat16().float()
     budget = 0.0 if way == "dense" else 3e-3

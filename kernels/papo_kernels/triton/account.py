@@ -6,6 +6,7 @@ import torch
 import triton
 
 from papo_kernels.triton import account_kernels as kernels
+from papo_kernels.triton import size_kernels
 from papo_kernels.triton.launch import LAUNCHES
 
 
@@ -39,7 +40,7 @@ class Account:
         self._sharpness = 1 / call.head.temperature
         device = tile.device
         self._least = torch.empty(3, o.n, dtype=torch.float64, device=device)
-        kernels.least_kernel[self._grid("least")](
+        size_kernels.least_kernel[self._grid("least")](
             run.saved.rows, run.up, self._least, o.n, self._sharpness, call.head.softcap or 1.0,
             CAP=call.head.softcap is not None, **self._flags, **LAUNCHES["least"],
         )  # fmt: skip
@@ -47,7 +48,7 @@ class Account:
         self._norms = torch.zeros(2, o.n if w.weight else 0, dtype=torch.float64, device=device)
         if w.weight:
             aug = o.full if o.aug is None else o.aug
-            kernels.norms_kernel[(o.n, call.streams)](
+            size_kernels.norms_kernel[(o.n, call.streams)](
                 o.full, aug, self._norms, o.d, *o.full.stride(), *aug.stride(), **LAUNCHES["norms"]
             )
         # The gradients of states and bias see dz itself.

@@ -6,11 +6,8 @@ import triton
 from papo_kernels import rows
 from papo_kernels.precision import exact_float32
 from papo_kernels.rows import Saved, kept_first, saved_names
-from papo_kernels.triton import kernels, launch, lists, stats_kernels
+from papo_kernels.triton import combine_kernels, kernels, launch, lists, stats_kernels
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
-
-# Below it, a KL's terms of second order are more exact than the difference of first-order sums.
-CLOSE = 0.25
 
 
 def names(streams):
@@ -62,12 +59,11 @@ def _forward(call, o, keep_levels):
         if writer is not None:
             _take_levels(call, o, products, targets, order, first, part, cut, levels, writer.marks)
             writer.write(products, order, first)
-    # As kernels have it: 32 bits.
-    sharpness = torch.tensor(1 / call.head.temperature, dtype=torch.float32).item()
-    found = combine(dict(zip(sums, part, strict=True)), targets[order], o.v, sharpness)
-    live = (targets != call.options.ignore_index)[order]
-    stats = torch.stack([found[name] for name in named])
-    saved[:, order] = torch.where(live, stats, 0)
+    combine = LAUNCHES["combine"]
+    combine_kernels.combine_kernel[(triton.cdiv(count, combine["BLOCK"]),)](
+        part, order, targets, saved, o.n, o.v, count, call.options.ignore_index,
+        1 / call.head.temperature, TWO=call.streams == 2, **combine,
+    )  # fmt: skip
     return Saved(saved, levels, cut, listed)
 
 
@@ -119,55 +115,3 @@ def _take_levels(call, o, z, targets, order, first, part, cut, levels, marks):
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
         CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,
     )  # fmt: skip
-
-
-def combine(part, targets, vocab, sharpness):
-    """Row statistics by name, (N,) each, from the (N,) sums that `kernels.PARTS` lists.
-
-    The arithmetic is float64, so that differences keep the bits that the sums have. But peaks are
-    multiplied by `sharpness` in float32, as the backward does with the logits beside them.
-    """
-    scaled = {name: part[name] * sharpness for name in ("peak", "aug_peak") if name in part}
-    part = {name: x.double() for name, x in part.items()}
-    valid = (targets >= 0) & (targets < vocab)
-    stats, totals = {}, {}
-    for prefix in ("", "aug_") if "aug_peak" in part else ("",):
-        peak, total = part[prefix + "peak"] * sharpness, part[prefix + "others"] + 1
-        log_sum, logit = total.log(), part[prefix + "target"]
-        logit = torch.where(logit <= kernels.LOG_ZERO.value, -torch.inf, logit * sharpness)
-        totals[prefix] = total
-        stats |= {
-            prefix + "peak": peak,
-            prefix + "log_sum": log_sum,
-            prefix + "entropy": log_sum - part[prefix + "weighted"] / total,
-            prefix + "logprobs": torch.where(valid, (logit - peak) - log_sum, torch.nan),
-        }
-    if "drift" in part:
-        stats |= _compare(part, stats, totals)
-    return {name: x.float() for name, x in (stats | scaled).items()}
-
-
-def _compare(part, stats, totals):
-    """What `combine` returns of both streams together.
-
-    With x = z - z_aug - centre, KL(p || q) = E_p[x] + log E_p[exp(-x)]. Where q is close to p the
-    two nearly cancel, and it is S - (u - log(1 + u)) instead, with S = E_p[exp(-x) - 1 + x] and
-    u = S - E_p[x]: no term of first order is left. The sum of both KLs is E_p[x] - E_q[x].
-    """
-    drift, terms, gap = (part[name] / totals[""] for name in ("drift", "terms", "logit_gap"))
-    aug_drift, aug_gap = (part[name] / totals["aug_"] for name in ("aug_drift", "aug_logit_gap"))
-    centre = part["centre"]
-    log_ratio = (stats["peak"] - stats["aug_peak"]) + (stats["log_sum"] - stats["aug_log_sum"])
-    u = terms - drift
-    close = (terms.abs() < CLOSE) & (u.abs() < CLOSE)
-    u = torch.where(close, u, 0)
-    kl = torch.where(close, (terms - (u - torch.log1p(u))).clamp_min(0), drift + centre - log_ratio)
-    both = (drift - aug_drift).clamp_min(0)
-    return {
-        "kl_prcp": kl,
-        "kl_reverse": torch.where(
-            close, (both - kl).clamp_min(0), log_ratio - (aug_drift + centre)
-        ),
-        "logit_gap": gap,
-        "aug_logit_gap": aug_gap,
-    }

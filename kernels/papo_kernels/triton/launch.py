@@ -34,6 +34,7 @@ LAUNCHES = {
     # Blocks of features that a warp loads in whole vectors, so that no sum crosses threads.
     "d_hidden": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
     "d_weight": dict(BLOCK_K=4, BLOCK_D=1024, num_warps=4),
+    "combine": dict(BLOCK=128, num_warps=4),
     "norms": dict(BLOCK_D=1024, num_warps=4),
     "least": dict(BLOCK=128, num_warps=4),
     "outside": dict(BLOCK=128, num_warps=4),

@@ -124,82 +124,75 @@ class GradientSum:
         )
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words whose gradients some rows get: some that are listed, or a span."""
+def gradients_of_logits(run, at, states, weight, words, sums=None, done=None):
+    """(S R, W) gradients of the products of the (R,) rows `at` with the (W, D) rows of `weight`.
 
-    start: int
-    count: int
-    listed: torch.Tensor | None = None  # (count,) int32
-
-    def split(self, size):
-        """Parts of at most `size` words; those over a multiple of EVEN come alone."""
-        even = self.count // launch.EVEN * launch.EVEN
-        starts = (
-            [*range(0, even, size), even] if self.listed is None else range(0, self.count, size)
-        )
-        for n, end in itertools.pairwise([*starts, self.count]):
-            if n < end:
-                listed = None if self.listed is None else self.listed[n:end]
-                yield Words(self.start + n, end - n, listed)
-
-    def evened(self):
-        """Listed words, of which the last stands there again up to a multiple of EVEN."""
-        missing = launch.even_up(self.count) - self.count
-        return (
-            torch.cat([self.listed, self.listed[-1:].expand(missing)]) if missing else self.listed
-        )
-
-
-def add(run, at, states, words, done, sums, found, total):
-    """Adds the gradients of some words and of the rows `at` to the weight's, and to `found`.
-
-    states: `run.states(at)`. done: (R, V) uint8, words to leave out where they are not 0, or None.
-    sums: (len(SUMS), N) to add to where words are listed. found: (S R, D) float32 gradients of
-    `run.differentiated(states)`, or None where nobody wants them. The words that start at 0 write
-    them, and the others add to them.
+    states: `run.states(at)`; S is the number of streams of `run.differentiated(states)`. words:
+    the first of a span of words, or (W',) int32 words, of which the last stands in `weight` up to
+    W. sums: (len(SUMS), N) to which those of listed words are added. done: (R, W) uint8, words to
+    leave out where they are not 0, or None.
     """
-    o, span = run.operands, slice(words.start, words.start + words.count)
-    listed = None if words.listed is None else words.evened()
-    weight = o.weight[span] if listed is None else o.weight.index_select(0, listed)
+    o, head, blocks = run.operands, run.call.head, LAUNCHES["dz"]
     z = launch.padded(len(states), len(weight), torch.float32, states.device)
     multiply(states, weight.T, z)
-    seen = run.differentiated(states)
-    dz = launch.padded(len(seen), len(weight), o.dtype, states.device)
-    _launch_dz(run, at, words, listed, done, z, dz, sums)
-    del z  # what comes next has room there
+    dz = launch.padded(len(run.differentiated(states)), len(weight), o.dtype, states.device)
+    listed = isinstance(words, torch.Tensor)
+    kernels.dz_kernel[(triton.cdiv(len(at), blocks["BLOCK_N"]),)](
+        z, o.bias, run.targets, at, run.saved.rows, run.up, words if listed else at,
+        at if done is None else done, at, dz, at if sums is None else sums, o.n,
+        len(words) if listed else len(weight), dz.shape[1], len(at), 0 if listed else words,
+        z.stride(0), dz.stride(0), 0 if done is None else done.stride(0), 1 / head.temperature,
+        head.softcap or 1.0, GATHER=listed, OWN_WORDS=False, NET=run.wanted.net and listed,
+        SKIP=done is not None, **run.switches, **blocks,
+    )  # fmt: skip
+    return dz
+
+
+def add_products(run, dz, weight, states, words, found, first, total):
+    """Adds what (S R, W) gradients of logits say to the weight's and bias's gradients and `found`.
+
+    weight: (W, D), of which the first are those of `words`, a slice or (W',) different words.
+    states: `run.states` of the rows. found: see `gradients_of_states`; the first products write it
+    and others add to it.
+    """
+    seen, span = run.differentiated(states), isinstance(words, slice)
     if found is not None:
-        if words.start == 0:
+        if first:
             multiply(dz, weight, found)
         else:
             multiply_add(found, dz, weight)
     if total.weight is not None:
-        if listed is None and not total.split:
-            multiply_add(total.weight[span], dz.T, seen)
+        if span and not total.split:
+            multiply_add(total.weight[words], dz.T, seen)
         else:
-            del weight
-            more = torch.empty(dz.shape[1], o.d, dtype=torch.float32, device=states.device)
+            more = torch.empty(len(weight), weight.shape[1], dtype=torch.float32, device=dz.device)
             multiply(dz.T, seen, more)
-            numbers = torch.arange(span.start, span.stop, dtype=torch.int32, device=states.device)
-            total.add_weight(more, numbers if listed is None else words.listed)
+            total.add_weight(more, numbers(words, dz.device) if span else words)
     if total.bias is not None:
         more = dz.sum(0, dtype=torch.float32)
-        if listed is None:
-            total.bias[span] += more
+        if span:
+            total.bias[words] += more
         else:
-            add_rows(total.bias[:, None], more[:, None], words.listed)
+            add_rows(total.bias[:, None], more[:, None], words)
 
 
-def _launch_dz(run, at, words, listed, done, z, dz, sums):
-    o, head, blocks = run.operands, run.call.head, LAUNCHES["dz"]
-    gather = listed is not None
-    kernels.dz_kernel[(triton.cdiv(len(at), blocks["BLOCK_N"]),)](
-        z, o.bias, run.targets, at, run.saved.rows, run.up, listed if gather else at,
-        at if done is None else done, at, dz, sums, o.n, words.count, dz.shape[1], len(at),
-        words.start, z.stride(0), dz.stride(0), 0 if done is None else done.stride(0),
-        1 / head.temperature, head.softcap or 1.0, GATHER=gather, OWN_WORDS=False,
-        NET=run.wanted.net and gather, SKIP=done is not None, **run.switches, **blocks,
-    )  # fmt: skip
+def numbers(words, device):
+    """A slice of words, listed."""
+    return torch.arange(words.start, words.stop, dtype=torch.int32, device=device)
+
+
+def spans(count, size):
+    """Slices of at most `size` of `count` words; those over a multiple of EVEN come alone."""
+    even = count // launch.EVEN * launch.EVEN
+    for n, end in itertools.pairwise([*range(0, even, size), even, count]):
+        if n < end:
+            yield slice(n, end)
+
+
+def evened(words):
+    """Listed words, of which the last stands there again up to a multiple of EVEN."""
+    missing = launch.even_up(len(words)) - len(words)
+    return torch.cat([words, words[-1:].expand(missing)]) if missing else words
 
 
 def add_rows(total, more, at):
@@ -214,7 +207,10 @@ def _add_rows(out, rest, more, at, split):
 
 
 def gradients_of_states(run, states, total):
-    """Room for what `add` finds of `run.differentiated(states)`, or None if nobody wants it."""
+    """Room for the (S R, D) float32 gradients of `run.differentiated(states)`.
+
+    None if nobody wants them.
+    """
     if total.hidden is None and total.aug_hidden is None:
         return None
     return torch.empty_like(run.differentiated(states), dtype=torch.float32)
