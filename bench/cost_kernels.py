@@ -18,6 +18,8 @@ class Design:
     rounding_bytes: int
     # Whether the rounded gradient is a tensor of its own, beside the sum.
     rounded_apart: bool
+    # Whether a block's logits and rows of the weight are held until its products are added.
+    held_to_end: bool
     # Bytes that norms of an element of the states take: copied to float64 and read, or read once.
     norm_bytes: int
     # Kernels that do next to nothing: of a backward, and of each time that groups ask for words.
@@ -27,14 +29,15 @@ class Design:
 
 # Commit 0019bf5, which gpu.json profiles. Its small kernels are counted there, in all three states.
 MEASURED = Design(
-    sum_bytes=4, rounding_bytes=6, rounded_apart=True, norm_bytes=18, small_kernels=295,
-    small_kernels_asking=140,
+    sum_bytes=4, rounding_bytes=6, rounded_apart=True, held_to_end=True, norm_bytes=18,
+    small_kernels=295, small_kernels_asking=140,
 )  # fmt: skip
 # The weight's sum as bfloat16 and a byte, which needs no rounding; the certificate, norms and the
-# choice of levels as a few kernels. How many small ones are left is what is planned, not counted.
+# choice of levels as a few kernels. Of small ones about so many are left under the bound that
+# tests/kernels/test_launches.py has: 60 beside what blocks of words take.
 NOW = Design(
-    sum_bytes=3, rounding_bytes=0, rounded_apart=False, norm_bytes=2, small_kernels=60,
-    small_kernels_asking=20,
+    sum_bytes=3, rounding_bytes=0, rounded_apart=False, held_to_end=False, norm_bytes=2,
+    small_kernels=40, small_kernels_asking=10,
 )  # fmt: skip
 
 
@@ -265,7 +268,10 @@ def extra_bytes(w, design):
     # States of some rows, what products with their words leave for them, and a block of words.
     columns = rows * (6 * w.D + 2 * w.columns) + 6 * w.columns * w.D
     words = min(w.words_at_once, group.words)
-    of_group = w.streams * group.rows * (6 * w.D + 6 * words) + 6 * words * w.D
+    of_rows = w.streams * group.rows
+    logits, sums_of_words = 4 * of_rows * words + 2 * words * w.D, 4 * words * w.D
+    held = logits + sums_of_words if design.held_to_end else max(logits, sums_of_words)
+    of_group = of_rows * (6 * w.D + 2 * words) + held
     during = saved + entries + max(columns if w.column_rows else 0, of_group)
     sums = weight * design.sum_bytes + 2 * w.streams * w.N * w.D
     end = saved + sums + (2 * weight if design.rounded_apart else 0)

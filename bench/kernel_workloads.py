@@ -93,7 +93,7 @@ class Counter:
         columns.multiply = columns.multiply_add = columns.add_rows = nothing
         lists.Entries.add_states, lists.Entries.add_weight = add_states, add_weight
         backward.add = add
-        words.GradientSum.add_states = nothing
+        words.GradientSum.add_states = words.GradientSum.add_weight = nothing
 
 
 def take_sums(call, o, z, targets, order, first, part):
