@@ -71,6 +71,8 @@ class Workload:
     weight_entries: int
     weight_words: int
     groups: tuple[tuple[Group, ...], ...]  # each time that groups got words
+    # What was not counted on all rows, and where it is from.
+    inferred: str = ""
     # Sizes of the code, see papo_kernels/triton: rows of a tile, of columns and of a group at a
     # time, words that become columns, elements of the weight that a group gathers at a time, of a
     # chunk of logits, and bounds of lists.

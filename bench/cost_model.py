@@ -124,7 +124,7 @@ def read_workloads():
             name,
             gathered_entries=tuple(counts["gathered_entries"]),
             groups=tuple(tuple(Group(**g) for g in groups) for groups in counts["groups"]),
-            **{k: v for k, v in counts.items() if k in fields and isinstance(v, int)},
+            **{k: v for k, v in counts.items() if k in fields and isinstance(v, int | str)},
         )
         for name, counts in content["states"].items()
     }
@@ -251,6 +251,8 @@ def main():
         seen = measured(as_measured) if arguments.machine == "h200" else None
         used = ", which the efficiencies are taken from" if name == CALIBRATED_ON else ""
         print(f"\n{name}{used}: N = {w.N}, D = {w.D}, V = {w.V}, {machine.name}, bfloat16")
+        if w.inferred:
+            print(f"  {w.inferred}")
         print("\n  The code that was measured (0019bf5):")
         text_table(kernel_heads(seen), list(kernel_rows(as_measured, seen)))
         totals = [total_row("predicted for 0019bf5", as_measured)]

@@ -6,7 +6,8 @@ The forward and the choice of words run as they would on a GPU, on interpreted k
 how long lists get, which rows they serve, and which words groups of the others want. Products and
 kernels that only add up gradients decide nothing, and are counted instead of run. The two slowest
 kernels of the forward are replaced by torch's operators, which make the same sums and lists. It
-takes up to 20 minutes and 6 GB. `bench/cost_model.py` makes times of these counts.
+takes 10 minutes and 6 GB, and for synthetic states some 40. `bench/cost_model.py` makes times of
+these counts.
 """
 
 import argparse
@@ -33,9 +34,9 @@ STATES = {
 ROWS, WIDTH = 16_384, 3584
 HOW = (
     "Counted by bench/kernel_workloads.py on a CPU: the real host code and interpreted kernels on "
-    "states made as those of gpu.json, with a CPU's random numbers instead of a GPU's. Nothing "
-    "here was measured on a GPU or inferred from such a measurement; `kept` can be compared with "
-    "gpu.json's."
+    "states made as those of gpu.json, with a CPU's random numbers instead of a GPU's. But "
+    "for what `inferred` names, nothing was measured on a GPU or inferred from such a measurement; "
+    "`kept` can be compared with gpu.json's."
 )
 
 

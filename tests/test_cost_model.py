@@ -46,6 +46,8 @@ def test_memory_and_kept_words_are_those_that_were_measured(name):
     """The words were counted without a GPU, on states made of other random numbers."""
     w, found = WORKLOADS[name], predicted(name)
     assert found.extra_bytes == pytest.approx(model.measured(found).extra_bytes, rel=0.1)
+    if w.inferred:
+        return  # its words are those that the GPU's run kept
     pairs = sum(g.rows * g.words for groups in w.groups for g in groups)
     kept = (pairs + w.weight_entries + w.column_entries) / (w.N * w.V)
     times = json.loads((model.H200_RESULTS / "gpu.json").read_text())["times"]
