@@ -1,10 +1,12 @@
 """Compiles the Triton kernels for GPUs that are not here and reports what they use.
 
-`python tests/kernels/aot.py` prints the table; `--write` also makes it the committed one.
+`python tests/kernels/aot.py` prints the table; `--write` also makes it the committed one. `--loops`
+does the same for the instructions of kernels' loops, which `bench/cost_model.py` reads.
 """
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("triton_resources.json")
+LOOPS = Path(__file__).with_name("triton_loops.json")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -191,8 +194,48 @@ def assembled(compiled, target, folder):
     return binary, done.stderr
 
 
+# What one run of a kernel's innermost loops covers, as a product of its constants.
+COVERED = {
+    "stats two streams": ("STEPS", "LANES", "WIDE"),
+    "levels two streams": ("TILE", "BLOCK_V"),
+    "dz listed": ("BLOCK_N", "BLOCK_V"),
+    "dz_listed": ("BLOCK_N", "BLOCK_V"),
+    "drop": ("BLOCK_N", "BLOCK"),
+    "d_hidden": ("BLOCK_K", "BLOCK_D"),
+    "d_weight": ("BLOCK_K", "BLOCK_D"),
+    "count_levels": ("BLOCK_V",),
+    "choose_words": ("BLOCK_T", "BLOCK_V"),
+}
+
+
+def loops():
+    """{kernel: instructions that each of its innermost loops takes for one element}, on sm_90.
+
+    A thread's instructions, longest loop first, of kernels without a bias. An element is a pair of
+    logits, an entry of a list, one of a list and a feature, or a level.
+    """
+    from papo_kernels.triton.stats_kernels import WIDE
+
+    found = {}
+    for name, kernel, constants, types, warps in variants():
+        if name not in COVERED:
+            continue
+        off = {k: False for k in ("HAS_BIAS", "BIAS") if k in constants}
+        compiled = compile_one(kernel, constants | off, types, "sm_90", warps)
+        sizes = constants | {"WIDE": WIDE.value}
+        threads = 32 * warps / math.prod(sizes[k] for k in COVERED[name])
+        lengths = sorted(inner_loops(compiled, "sm_90"), reverse=True)
+        found[name] = [round(n * threads, 2) for n in lengths]
+    return found
+
+
 def longest_loop(compiled, target):
     """Instructions of the longest innermost loop, as NVIDIA's assembler makes them."""
+    return max(inner_loops(compiled, target))
+
+
+def inner_loops(compiled, target):
+    """Instructions of each innermost loop."""
     import triton
 
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -204,7 +247,7 @@ def longest_loop(compiled, target):
     jumps = [(i, re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)) for i, line in enumerate(lines)]
     loops = [(labels[m[1]], i) for i, m in jumps if m and labels.get(m[1], i) < i]
     inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return max(sum(line.startswith("/*") for line in lines[a : b + 1]) for a, b in inner)
+    return [sum(line.startswith("/*") for line in lines[a : b + 1]) for a, b in inner]
 
 
 def measure():
@@ -217,14 +260,24 @@ def measure():
 
 
 def main():
+    if "--loops" in sys.argv:
+        table = loops()
+        print(json.dumps(table, indent=1))
+        if "--write" in sys.argv:
+            write(LOOPS, table)
+        return
     table = measure()
     for name, row in table.items():
         print(f"{name:36s}", *(f"{k} {v:6d}" for k, v in row.items()))
     if "--write" in sys.argv:
-        import triton
+        write(TABLE, table)
 
-        content = {"triton": triton.__version__, "kernels": table}
-        TABLE.write_text(json.dumps(content, indent=1) + "\n")
+
+def write(path, table):
+    import triton
+
+    content = {"triton": triton.__version__, "kernels": table}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

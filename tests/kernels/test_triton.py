@@ -73,6 +73,18 @@ def test_a_pair_of_logits_takes_few_instructions(name, most):
     assert found <= most
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the compiler does not run in an interpreting process")
+def test_the_cost_model_counts_the_instructions_that_loops_have():
+    """As this compiler makes them: within a tenth of those that `bench/cost_model.py` reads."""
+    import aot
+
+    committed = json.loads(aot.LOOPS.read_text())
+    if triton.__version__ != committed["triton"]:
+        pytest.skip(f"the counts are of Triton {committed['triton']}")
+    longest = {name: counts[0] for name, counts in aot.loops().items()}
+    assert longest == pytest.approx({k: v[0] for k, v in committed["kernels"].items()}, rel=0.1)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_matches_float64(dtype):
