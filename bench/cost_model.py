@@ -96,7 +96,7 @@ class Prediction:
 def predict(workload, machine, design, efficiency=None, loops=None):
     efficiency, loops = efficiency or Efficiency(), loops or read_loops()
     kernels = {
-        "forward": forward(workload, loops),
+        "forward": forward(workload, loops, design),
         "backward": backward(workload, loops, design),
     }
     timed = {

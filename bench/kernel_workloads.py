@@ -47,7 +47,7 @@ class Counter:
         self.found = {"gathered_entries": [], "column_entries": 0, "column_rows": 0, "groups": []}
 
     def install(self):
-        from papo_kernels.triton import backward, columns, forward, lists, words
+        from papo_kernels.triton import columns, forward, groups, lists, words
 
         def nothing(*args, **more):
             pass
@@ -73,27 +73,18 @@ class Counter:
             after = int(entries.kept[at].sum())
             self.found |= {"column_rows": len(at), "column_entries": before - after}
 
-        def add_groups(run, at, more, counts, sums, total):
-            rows = map(len, at.split(backward.GROUP_ROWS))
-            groups = [{"words": n, "rows": r} for n, r in zip(counts, rows, strict=True) if n]
-            self.found["groups"].append(groups)
-            real_groups(run, at, more, counts, sums, total)
-
-        def add(run, at, states, piece, done, sums, found, total):
-            o = run.operands
-            listed = None if piece.listed is None else piece.evened()
-            span = slice(piece.start, piece.start + piece.count)
-            weight = o.weight[span] if listed is None else o.weight.index_select(0, listed)
-            z = states @ weight.T
-            dz = torch.empty(len(run.differentiated(states)), len(weight))
-            words._launch_dz(run, at, piece, listed, done, z, dz, sums)
+        def add_words(made, counts, total):
+            rows = map(len, made._at.split(groups.GROUP_ROWS))
+            found = [{"words": n, "rows": r} for n, r in zip(counts, rows, strict=True) if n]
+            self.found["groups"].append(found)
+            real_words(made, counts, total)
 
         forward._take_sums, lists.Writer.write = take_sums, write
-        real_columns, real_groups = columns.add, backward._add_groups
-        columns.add, backward._add_groups = columns_add, add_groups
+        real_columns, real_words = columns.add, groups.Groups._add_words
+        columns.add, groups.Groups._add_words = columns_add, add_words
         columns.multiply = columns.multiply_add = columns.add_rows = nothing
         lists.Entries.add_states, lists.Entries.add_weight = add_states, add_weight
-        backward.add = add
+        groups.add_products = nothing
         words.GradientSum.add_states = words.GradientSum.add_weight = nothing
 
 

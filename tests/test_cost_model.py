@@ -94,6 +94,7 @@ def test_a_design_with_fewer_bytes_and_kernels_takes_less_of_both():
     for field in ("sum_bytes", "rounding_bytes", "norm_bytes", "small_kernels"):
         design = replace(model.MEASURED, **{field: getattr(model.NOW, field)})
         assert model.predict(w, H200, design).total("backward") < before.total("backward")
+    assert model.predict(w, H200, model.NOW).total("forward") < before.total("forward")
     now = model.predict(w, H200, model.NOW)
     saved = before.extra_bytes - now.extra_bytes
     assert 0 < saved <= w.V * w.D * (model.MEASURED.sum_bytes - 1)
