@@ -13,6 +13,8 @@ from dataclasses import dataclass
 class Design:
     """What may change in the host side of the backward without the kernels' work changing."""
 
+    # Elements of a chunk of one stream's logits.
+    chunk_elements: int
     # Bytes of an element of the weight's sum, and those read and written to round it at last.
     sum_bytes: int
     rounding_bytes: int
@@ -31,16 +33,16 @@ class Design:
 
 # Commit 0019bf5, which gpu.json profiles. Its small kernels are counted there, in all three states.
 MEASURED = Design(
-    sum_bytes=4, rounding_bytes=6, rounded_apart=True, held_to_end=True, norm_bytes=18,
-    small_kernels_forward=180, small_kernels=295, small_kernels_asking=140,
+    chunk_elements=1 << 25, sum_bytes=4, rounding_bytes=6, rounded_apart=True, held_to_end=True,
+    norm_bytes=18, small_kernels_forward=180, small_kernels=295, small_kernels_asking=140,
 )  # fmt: skip
 # The weight's sum as bfloat16 and a byte, which needs no rounding; row statistics, the certificate,
 # norms and the choice of levels as a few kernels. Of small ones about so many are left of a
 # backward under the bound that tests/kernels/test_launches.py has: 60 beside what blocks of words
 # take.
 NOW = Design(
-    sum_bytes=3, rounding_bytes=0, rounded_apart=False, held_to_end=False, norm_bytes=2,
-    small_kernels_forward=80, small_kernels=40, small_kernels_asking=10,
+    chunk_elements=1 << 26, sum_bytes=3, rounding_bytes=0, rounded_apart=False, held_to_end=False,
+    norm_bytes=2, small_kernels_forward=80, small_kernels=40, small_kernels_asking=10,
 )  # fmt: skip
 
 
@@ -77,19 +79,17 @@ class Workload:
     # What was not counted on all rows, and where it is from.
     inferred: str = ""
     # Sizes of the code, see papo_kernels/triton: rows of a tile, of columns and of a group at a
-    # time, words that become columns, elements of the weight that a group gathers at a time, of a
-    # chunk of logits, and bounds of lists.
+    # time, words that become columns, elements of the weight that a group gathers at a time, and
+    # bounds of lists.
     tile: int = 32
     rows_at_once: int = 2048
     columns: int = 8192
     gathered_elements: int = 1 << 25
-    chunk_elements: int = 1 << 25
     mean_listed: int = 768
     longest_list: int = 4096
 
-    @property
-    def chunk_rows(self):
-        about = self.chunk_elements / self.V
+    def chunk_rows(self, elements):
+        about = elements / self.V
         step = self.tile * (4 if about > 4 * self.tile else 1)
         return max(1, round(about / step)) * step
 
@@ -145,11 +145,12 @@ FEATURES = 1024
 def forward(w, loops, design):
     """The kernels of a forward that prepares a sparse backward."""
     pairs, logits = w.N * w.V, w.streams * w.N * w.V
-    chunks, marks = math.ceil(w.N / w.chunk_rows), w.V / 32
+    chunk_rows = w.chunk_rows(design.chunk_elements)
+    chunks, marks = math.ceil(w.N / chunk_rows), w.V / 32
     longest = min(w.longest_list, w.V // 16)
     # One row's block: of sort, rows of the chunk; of count and list, marks; of list, words and
     # then logits of both streams.
-    waits = w.chunk_rows / 32 + 4 * math.ceil(marks / 2048)
+    waits = chunk_rows / 32 + 4 * math.ceil(marks / 2048)
     waits += 2 * w.streams * math.ceil(longest / 1024)
     listed = 4 * w.listed * (1 + 2 * w.streams) + pairs / 4
     return [
@@ -262,7 +263,7 @@ def backward(w, loops, design):
 
 
 def extra_bytes(w, design):
-    """Bytes at the peak beside the gradients of all operands: the largest of three moments."""
+    """Bytes at the peak beside the gradients of all operands: the largest of four moments."""
     weight, gradients = w.V * w.D, 2 * (w.V * w.D + w.streams * w.N * w.D)
     lists = 4 * (2 * w.N + (1 + w.streams) * w.list_places)
     saved = math.ceil(w.N / w.tile) * w.V + lists + 4 * 14 * w.N
@@ -280,4 +281,5 @@ def extra_bytes(w, design):
     during = saved + entries + max(columns if w.column_rows else 0, of_group)
     sums = weight * design.sum_bytes + 2 * w.streams * w.N * w.D
     end = saved + sums + (2 * weight if design.rounded_apart else 0)
-    return max(during + sums, end) - gradients
+    chunk = 4 * w.streams * w.V * min(w.N, w.chunk_rows(design.chunk_elements))
+    return max(max(during + sums, end) - gradients, saved + chunk)

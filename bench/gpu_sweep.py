@@ -10,8 +10,7 @@ from gpu_times import VARIANTS, made, time_states
 from states import synthetic
 from ways import OURS, Case
 
-from papo_kernels import rows
-from papo_kernels.triton import columns, groups, launch, lists
+from papo_kernels.triton import columns, forward, groups, launch, lists
 
 
 def _sizes(*names):
@@ -48,7 +47,7 @@ class Constant:
 
 CONSTANTS = [
     Constant(launch, "TILE", "both", (16, 64)),
-    Constant(rows, "CHUNK_ELEMENTS", "forward", (1 << 26,)),
+    Constant(forward, "CHUNKS", "forward", (1, 4)),
     Constant(groups, "GROUP_ROWS", "sparse", (512, 1024, 4096)),
     Constant(groups, "GATHERED_ELEMENTS", "sparse", (1 << 24, 1 << 26)),
     Constant(lists, "NATS", "both", (9.2, 8.2)),

@@ -84,9 +84,10 @@ def test_the_plan_knows_the_sizes_of_the_gpu_kernels():
     pytest.importorskip("triton")
     from papo_fast.planning import units
     from papo_kernels import rows
-    from papo_kernels.triton import groups, launch, lists
+    from papo_kernels.triton import forward, groups, launch, lists
 
     assert (units.TILE_ROWS, units.GROUP_ROWS) == (launch.TILE, groups.GROUP_ROWS)
+    assert units.CHUNKS == forward.CHUNKS
     assert (units.LIST_WORDS, units.LIST_SPARSITY) == (lists.MEAN_WORDS, lists.SPARSITY)
     assert groups.GATHERED_ELEMENTS == rows.CHUNK_ELEMENTS == units.CHUNK_ELEMENTS
 

@@ -22,10 +22,11 @@ FULL = 4  # bytes of master weights, gradients and moments
 
 Bytes = dict[str, float]
 
-# Rows of a tile, which have a byte for each word, and of a group of tiles; words for which a row
-# has room in its list, which are at most one in LIST_SPARSITY. `papo_kernels.triton` has these
-# numbers, and cannot be imported where triton is not installed.
-TILE_ROWS, GROUP_ROWS = 32, 2048
+# Rows of a tile, which have a byte for each word, and of a group of tiles; chunks of logits that
+# the forward takes at once; words for which a row has room in its list, which are at most one in
+# LIST_SPARSITY. `papo_kernels.triton` has these numbers, and cannot be imported where triton is
+# not installed.
+TILE_ROWS, GROUP_ROWS, CHUNKS = 32, 2048, 2
 LIST_WORDS, LIST_SPARSITY = 768, 64
 
 
@@ -222,7 +223,7 @@ class ModelBytes:
         return 0 if self.lora else FULL * (self.sizes.vocab * self.sizes.decoder.hidden)
 
     def head_working(self) -> float:
-        """`token_stats`: logits of a chunk of rows, and the sum of its weight's gradient."""
+        """`token_stats`: logits of a chunk of rows, or the sum of its weight's gradient."""
         s, b = self.sizes, self.batch
         # in float32, or on a GPU in bfloat16 and one byte more
         summed = 3 if self.cuda and self.compute == 2 else FULL
@@ -238,8 +239,10 @@ class ModelBytes:
                 (FULL + self.compute) * b.streams * CHUNK_ELEMENTS,
                 (FULL + self.compute) * group + self.compute * words * s.decoder.hidden,
             )
+            before = FULL * b.streams * CHUNKS * CHUNK_ELEMENTS
             lists = FULL * (1 + b.streams) * min(s.vocab // LIST_SPARSITY, LIST_WORDS)
-            return columns + most + b.response_tokens * (s.vocab / TILE_ROWS + lists)
+            saved = b.response_tokens * (s.vocab / TILE_ROWS + lists)
+            return saved + max(columns + most, before)
         chunk = min(b.response_tokens, max(1, CHUNK_ELEMENTS // s.vocab)) * s.vocab
         return columns + 4 * FULL * chunk
 

@@ -9,6 +9,10 @@ from papo_kernels.rows import Saved, kept_first, saved_names
 from papo_kernels.triton import combine_kernels, kernels, launch, lists, stats_kernels
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
 
+# A chunk is as large as so many that other ways take: 256 MiB of float32 of each stream. Each chunk
+# is nine launches, all of which leave a gap, and the backward needs more memory than that.
+CHUNKS = 2
+
 
 def names(streams):
     """Names of the statistics that this forward saves."""
@@ -68,12 +72,12 @@ def _forward(call, o, keep_levels):
 
 
 def _chunk_rows(vocab):
-    """About CHUNK_ELEMENTS / vocab, in whole tiles.
+    """About CHUNKS * CHUNK_ELEMENTS / vocab, in whole tiles.
 
     A program does a row, and 4 tiles more are nearly one for each processor of a large GPU: a
     chunk of 192 rows keeps 132 of them as long as one of 256 does.
     """
-    about = rows.CHUNK_ELEMENTS / vocab
+    about = CHUNKS * rows.CHUNK_ELEMENTS / vocab
     step = launch.TILE * (4 if about > 4 * launch.TILE else 1)
     return max(1, round(about / step)) * step
 
