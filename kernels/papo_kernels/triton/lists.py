@@ -228,7 +228,7 @@ class Entries:
         longest_first = starts.diff().argsort(descending=True, stable=True)
         blocks, aug = LAUNCHES["d_weight"], o.full if o.aug is None else o.aug
         features = triton.cdiv(o.d, blocks["BLOCK_D"]) if total.weight is not None else 0
-        out = total.sums if total.weight is not None else (dz, dz)
+        out = total.weight_parts if total.weight is not None else (dz, dz)
         out_bias = dz if total.bias is None else total.bias
         kernels.d_weight_kernel[(min(count, o.v), max(1, features))](
             longest_first, starts, rows, dz, o.full, aug, *out, out_bias, count, o.d,

@@ -96,13 +96,13 @@ class GradientSum:
         self.bias = torch.zeros(o.v, dtype=torch.float32, device=device) if wanted.bias else None
 
     @property
-    def sums(self):
+    def weight_parts(self):
         """The weight's gradient as kernels take it: `out` and `rest` of `gradients.load_sum`."""
         return (self.weight.view(torch.int16), self.rest) if self.split else [self.weight] * 2
 
     def add_weight(self, more, at):
         """Adds float32 `more` to the (A,) rows `at` of the weight's gradient."""
-        _add_rows(*self.sums, more, at, self.split)
+        _add_rows(*self.weight_parts, more, at, self.split)
 
     def add_states(self, run, at, found):
         """Adds `found`, which `gradients_of_states` made, to the (R,) rows `at`."""
