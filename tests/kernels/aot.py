@@ -55,7 +55,7 @@ def _kernels(tile):
         each = dict(TWO=two, **plain)
         yield f"stats {streams}", stats_kernels.stats_kernel, dict(OWN=1024) | each, {}
         yield f"levels {streams}", kernels.levels_kernel, dict(TILE=tile) | each, {}
-        lists = dict(ROWS=256, LANES=LAUNCHES["levels"]["BLOCK_V"])
+        lists = dict(ROWS=512, LANES=LAUNCHES["levels"]["BLOCK_V"])
         yield f"combine {streams}", combine_kernels.combine_kernel, dict(TWO=two), {}
         yield f"list {streams}", list_kernels.list_kernel, lists | each, {}
     constants = dict(OWN=1024, TWO=True, HAS_BIAS=True, CAP=True)

@@ -19,6 +19,7 @@ from papo_kernels import certificate
 from papo_kernels.triton import columns, gradients, launch
 from papo_kernels.triton import list_kernels as kernels
 from papo_kernels.triton.launch import LAUNCHES
+from papo_kernels.triton.words import launch_dz
 
 # Room for words, as a mean over rows. Each takes 12 bytes of two streams' lists, so that lists are
 # 1.5 % of whole logits in 16 bits where V is 150 000. First come, first served.
@@ -160,14 +161,12 @@ class Entries:
 
     def differentiate(self, run):
         """Fills `dz`; returns (len(SUMS), N) sums of each row over its words."""
-        o, head, blocks, found = run.operands, run.call.head, LAUNCHES["dz_listed"], self.lists
+        o, found = run.operands, self.lists
         sums = torch.zeros(len(gradients.SUMS), o.n, dtype=torch.float32, device=run.up.device)
         rows = torch.arange(o.n, device=run.up.device)
-        gradients.dz_kernel[(triton.cdiv(o.n, blocks["BLOCK_N"]),)](
-            found.logits, o.bias, run.targets, rows, run.saved.rows, run.up, found.words,
-            found.counts, found.starts, self.dz, sums, o.n, o.v, 0, o.n, 0, len(found.words),
-            len(found.words), 0, 1 / head.temperature, head.softcap or 1.0, GATHER=False,
-            OWN_WORDS=True, SKIP=False, NET=run.wanted.net, **run.switches, **blocks,
+        launch_dz(
+            run, LAUNCHES["dz_listed"], rows, found.logits, found.words, found.counts, found.starts,
+            self.dz, sums, o.v, 0, 0, 0, NET=run.wanted.net, OWN_WORDS=True,
         )  # fmt: skip
         return sums
 

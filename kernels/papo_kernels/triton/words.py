@@ -132,20 +132,31 @@ def gradients_of_logits(run, at, states, weight, words, sums=None, done=None):
     W. sums: (len(SUMS), N) to which those of listed words are added. done: (R, W) uint8, words to
     leave out where they are not 0, or None.
     """
-    o, head, blocks = run.operands, run.call.head, LAUNCHES["dz"]
     z = launch.padded(len(states), len(weight), torch.float32, states.device)
     multiply(states, weight.T, z)
-    dz = launch.padded(len(run.differentiated(states)), len(weight), o.dtype, states.device)
-    listed = isinstance(words, torch.Tensor)
-    kernels.dz_kernel[(triton.cdiv(len(at), blocks["BLOCK_N"]),)](
-        z, o.bias, run.targets, at, run.saved.rows, run.up, words if listed else at,
-        at if done is None else done, at, dz, at if sums is None else sums, o.n,
-        len(words) if listed else len(weight), dz.shape[1], len(at), 0 if listed else words,
-        z.stride(0), dz.stride(0), 0 if done is None else done.stride(0), 1 / head.temperature,
-        head.softcap or 1.0, GATHER=listed, OWN_WORDS=False, NET=run.wanted.net and listed,
-        SKIP=done is not None, **run.switches, **blocks,
+    dtype, listed = run.operands.dtype, isinstance(words, torch.Tensor)
+    dz = launch.padded(len(run.differentiated(states)), len(weight), dtype, states.device)
+    launch_dz(
+        run, LAUNCHES["dz"], at, z, words if listed else at, at if done is None else done, at, dz,
+        at if sums is None else sums, len(words) if listed else len(weight),
+        0 if listed else words, dz.shape[1], 0 if done is None else done.stride(0),
+        GATHER=listed, NET=run.wanted.net and listed, SKIP=done is not None,
     )  # fmt: skip
     return dz
+
+
+def launch_dz(
+    run, blocks, at, z, col, done, start, dz, sums, words, first, width, stride_done, *, NET,
+    GATHER=False, OWN_WORDS=False, SKIP=False,
+):  # fmt: skip
+    """Launches `gradients.dz_kernel` for the (R,) rows `at`; the other arguments are its own."""
+    o, head = run.operands, run.call.head
+    kernels.dz_kernel[(triton.cdiv(len(at), blocks["BLOCK_N"]),)](
+        z, o.bias, run.targets, at, run.saved.rows, run.up, col, done, start, dz, sums, o.n, words,
+        width, len(at), first, z.stride(0), dz.stride(0), stride_done, 1 / head.temperature,
+        head.softcap or 1.0, GATHER=GATHER, OWN_WORDS=OWN_WORDS, NET=NET, SKIP=SKIP,
+        **run.switches, **blocks,
+    )  # fmt: skip
 
 
 def add_products(run, dz, weight, states, words, found, first, total):
