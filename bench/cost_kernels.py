@@ -38,7 +38,7 @@ MEASURED = Design(
 )  # fmt: skip
 # The weight's sum as bfloat16 and a byte, which needs no rounding; row statistics, the certificate,
 # norms and the choice of levels as a few kernels. Of small ones about so many are left of a
-# backward under the bound that tests/kernels/test_launches.py has: 60 beside what blocks of words
+# backward under the bound that tests/kernels/test_launches.py has: 65 beside what blocks of words
 # take.
 NOW = Design(
     chunk_elements=1 << 26, sum_bytes=3, rounding_bytes=0, rounded_apart=False, held_to_end=False,

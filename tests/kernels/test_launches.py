@@ -12,10 +12,10 @@ if FAST != "triton":
 
 from triton.runtime import interpreter
 
-from papo_kernels.triton import backward, forward, groups, launch
+from papo_kernels.triton import backward, forward, groups, launch, lists
 
 # Operators and kernels of a backward beside those of its groups' words, and of each part of these.
-FIXED, OF_PART = 60, 14
+FIXED, OF_PART = 65, 13
 
 
 class Launches(TorchDispatchMode):
@@ -39,12 +39,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def launches(monkeypatch, group_rows):
+def launches(monkeypatch, group_rows, with_lists=True, n=139, sharpness=36.0):
     """(launches of a backward pass, parts of words of its groups)."""
     monkeypatch.setattr(launch, "TILE", 16)
     monkeypatch.setattr(groups, "GROUP_ROWS", group_rows)
     monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 48 * 3001)
-    case, parts, add = policy_case(139, 3001, sharpness=36.0), [], groups.add_products
+    monkeypatch.setattr(lists, "MOST_WORDS", 4096 if with_lists else 0)
+    case, parts, add = policy_case(n, 3001, sharpness=sharpness), [], groups.add_products
     monkeypatch.setattr(groups, "add_products", lambda *args: parts.append(args) or add(*args))
     options = Options(1.0, None, -100, 3e-3, "triton", "", False, False, "call")
     operands = case.hidden, case.aug_hidden, case.weight, case.bias
@@ -58,10 +59,17 @@ def launches(monkeypatch, group_rows):
     return seen.count, len(parts)
 
 
-@pytest.mark.parametrize("group_rows", [256, 32])
-def test_a_backward_takes_few_launches(group_rows, monkeypatch):
+@pytest.mark.parametrize(("group_rows", "with_lists"), [(256, True), (32, False)])
+def test_a_backward_takes_few_launches(group_rows, with_lists, monkeypatch):
     """With operators for the account of rows and for levels it took 600 beside its groups."""
-    count, parts = launches(monkeypatch, group_rows)
+    count, parts = launches(monkeypatch, group_rows, with_lists)
     print(f"  {count} launches, {parts} parts of words")
-    assert parts > 0
+    assert parts >= (2 if with_lists else 10)
     assert count <= FIXED + OF_PART * parts
+
+
+def test_a_backward_of_rows_that_lists_serve_takes_fewer_still(monkeypatch):
+    count, parts = launches(monkeypatch, 256, n=40, sharpness=64.0)
+    print(f"  {count} launches, {parts} parts of words")
+    assert parts == 0
+    assert count <= 40
