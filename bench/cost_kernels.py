@@ -13,8 +13,9 @@ from dataclasses import dataclass
 class Design:
     """What may change in the host side of the backward without the kernels' work changing."""
 
-    # Elements of a chunk of one stream's logits.
+    # Elements of a chunk of one stream's logits, and tiles of which it has a multiple.
     chunk_elements: int
+    chunk_tiles: int
     # Bytes of an element of the weight's sum, and those read and written to round it at last.
     sum_bytes: int
     rounding_bytes: int
@@ -33,16 +34,18 @@ class Design:
 
 # Commit 0019bf5, which gpu.json profiles. Its small kernels are counted there, in all three states.
 MEASURED = Design(
-    chunk_elements=1 << 25, sum_bytes=4, rounding_bytes=6, rounded_apart=True, held_to_end=True,
-    norm_bytes=18, small_kernels_forward=180, small_kernels=295, small_kernels_asking=140,
+    chunk_elements=1 << 25, chunk_tiles=4, sum_bytes=4, rounding_bytes=6, rounded_apart=True,
+    held_to_end=True, norm_bytes=18, small_kernels_forward=180, small_kernels=295,
+    small_kernels_asking=140,
 )  # fmt: skip
 # The weight's sum as bfloat16 and a byte, which needs no rounding; row statistics, the certificate,
 # norms and the choice of levels as a few kernels. Of small ones about so many are left of a
 # backward under the bound that tests/kernels/test_launches.py has: 65 beside what blocks of words
 # take.
 NOW = Design(
-    chunk_elements=1 << 26, sum_bytes=3, rounding_bytes=0, rounded_apart=False, held_to_end=False,
-    norm_bytes=2, small_kernels_forward=80, small_kernels=40, small_kernels_asking=10,
+    chunk_elements=1 << 26, chunk_tiles=8, sum_bytes=3, rounding_bytes=0, rounded_apart=False,
+    held_to_end=False, norm_bytes=2, small_kernels_forward=80, small_kernels=40,
+    small_kernels_asking=10,
 )  # fmt: skip
 
 
@@ -88,9 +91,9 @@ class Workload:
     mean_listed: int = 768
     longest_list: int = 4096
 
-    def chunk_rows(self, elements):
-        about = elements / self.V
-        step = self.tile * (4 if about > 4 * self.tile else 1)
+    def chunk_rows(self, design):
+        about = design.chunk_elements / self.V
+        step = self.tile * (design.chunk_tiles if about > design.chunk_tiles * self.tile else 1)
         return max(1, round(about / step)) * step
 
     @property
@@ -145,7 +148,7 @@ FEATURES = 1024
 def forward(w, loops, design):
     """The kernels of a forward that prepares a sparse backward."""
     pairs, logits = w.N * w.V, w.streams * w.N * w.V
-    chunk_rows = w.chunk_rows(design.chunk_elements)
+    chunk_rows = w.chunk_rows(design)
     chunks, marks = math.ceil(w.N / chunk_rows), w.V / 32
     longest = min(w.longest_list, w.V // 16)
     # One row's block: of sort, rows of the chunk; of count and list, marks; of list, words and
@@ -281,5 +284,5 @@ def extra_bytes(w, design):
     during = saved + entries + max(columns if w.column_rows else 0, of_group)
     sums = weight * design.sum_bytes + 2 * w.streams * w.N * w.D
     end = saved + sums + (2 * weight if design.rounded_apart else 0)
-    chunk = 4 * w.streams * w.V * min(w.N, w.chunk_rows(design.chunk_elements))
+    chunk = 4 * w.streams * w.V * min(w.N, w.chunk_rows(design))
     return max(max(during + sums, end) - gradients, saved + chunk)

@@ -74,11 +74,11 @@ def _forward(call, o, keep_levels):
 def _chunk_rows(vocab):
     """About CHUNKS * CHUNK_ELEMENTS / vocab, in whole tiles.
 
-    A program does a row, and 4 tiles more are nearly one for each processor of a large GPU: a
-    chunk of 192 rows keeps 132 of them as long as one of 256 does.
+    A program does a row, and 8 tiles more are nearly two for each processor of a large GPU, which
+    is what it takes at once: a chunk of 384 rows keeps 132 of them as long as one of 512 does.
     """
     about = CHUNKS * rows.CHUNK_ELEMENTS / vocab
-    step = launch.TILE * (4 if about > 4 * launch.TILE else 1)
+    step = launch.TILE * (8 if about > 8 * launch.TILE else 1)
     return max(1, round(about / step)) * step
 
 
