@@ -119,7 +119,7 @@ def take_sums(call, o, z, targets, order, first, part):
 
 
 def write(writer, z, order, first):
-    """What `count_kernel` and `list_kernel` make, in place of `lists.Writer.write`."""
+    """What `list_kernel` makes, in place of `lists.Writer.write`."""
     from papo_kernels.triton import lists
 
     found, vocab, count = writer._lists, writer._operands.v, len(z) // 2

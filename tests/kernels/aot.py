@@ -60,7 +60,6 @@ def _kernels(tile):
         yield f"list {streams}", list_kernels.list_kernel, lists | each, {}
     constants = dict(OWN=1024, TWO=True, HAS_BIAS=True, CAP=True)
     yield "stats capped", stats_kernels.stats_kernel, constants, {}
-    yield "count", list_kernels.count_kernel, {}, {}
     on = dict.fromkeys(
         ("TWO", "FULL", "AUG", "LOGPROB", "ENTROPY", "LOGPROB_AUG", "ENTROPY_AUG", "KL"), True
     )

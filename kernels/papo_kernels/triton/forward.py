@@ -10,7 +10,7 @@ from papo_kernels.triton import combine_kernels, kernels, launch, lists, stats_k
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
 
 # A chunk is as large as so many that other ways take: 256 MiB of float32 of each stream. Each chunk
-# is nine launches, all of which leave a gap, and the backward needs more memory than that.
+# is eight launches, all of which leave a gap, and the backward needs more memory than that.
 CHUNKS = 2
 
 
@@ -61,7 +61,7 @@ def _forward(call, o, keep_levels):
         products = _products(o, chunk, z)
         _take_sums(call, o, products, targets, order, first, part)
         if writer is not None:
-            _take_levels(call, o, products, targets, order, first, part, cut, levels, writer.marks)
+            _take_levels(call, o, products, targets, order, first, part, cut, levels, writer)
             writer.write(products, order, first)
     combine = LAUNCHES["combine"]
     combine_kernels.combine_kernel[(triton.cdiv(count, combine["BLOCK"]),)](
@@ -102,19 +102,20 @@ def _take_sums(call, o, z, targets, order, first, part):
     )  # fmt: skip
 
 
-def _take_levels(call, o, z, targets, order, first, part, cut, levels, marks):
+def _take_levels(call, o, z, targets, order, first, part, cut, levels, writer):
     """Writes the levels of a chunk's tiles, the order in which these are cut into `cut`, and marks.
 
-    marks: see `lists.Writer`.
+    writer: `lists.Writer`, whose marks these are.
     """
     sort, blocks, count = LAUNCHES["sort"], LAUNCHES["levels"], len(z) // call.streams
     two, within = call.streams == 2, torch.empty_like(order[:count])
     kernels.sort_kernel[(triton.cdiv(count, sort["BLOCK_N"]),)](
         part, within, order, cut, o.n, count, first, TWO=two, **sort
     )
+    marks, totals = writer.marks, writer.totals[first : first + count]
     grid = (marks.shape[1] // blocks["BLOCK_V"], triton.cdiv(count, launch.TILE))
     kernels.levels_kernel[grid](
-        z, o.bias, within, cut, targets, part, levels, marks, o.n, o.v, count, first,
+        z, o.bias, within, cut, targets, part, levels, marks, totals, o.n, o.v, count, first,
         marks.shape[1], z.stride(0), lists.least_log_prob(call.options.grad_budget),
         1 / call.head.temperature, call.head.softcap or 1.0, TWO=two, HAS_BIAS=o.has_bias,
         CAP=call.head.softcap is not None, TILE=launch.TILE, **blocks,

@@ -146,8 +146,8 @@ def logits(
 
 @triton.jit(do_not_specialize=["N", "rows", "first"])
 def levels_kernel(
-    z_ptr, b_ptr, at_ptr, cut_ptr, targets_ptr, part_ptr, level_ptr, mark_ptr, N, V, rows, first,
-    marks, stride_z, listed_from, sharpness, softcap,
+    z_ptr, b_ptr, at_ptr, cut_ptr, targets_ptr, part_ptr, level_ptr, mark_ptr, total_ptr, N, V,
+    rows, first, marks, stride_z, listed_from, sharpness, softcap,
     TWO: tl.constexpr, HAS_BIAS: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +159,7 @@ def levels_kernel(
 
     A row lists its target and the words of a log-prob of `listed_from` or more in one of the
     streams. Bit k of mark[r, g * BLOCK_V + i], (rows, marks) int32, stands for the word
-    (32 g + k) * BLOCK_V + i.
+    (32 g + k) * BLOCK_V + i. Adds to total[r] how many words these are; total: (rows,), zeros.
     """
     tile, group = tl.program_id(1), tl.program_id(0)
     position = tile * TILE + tl.arange(0, TILE)
@@ -203,6 +203,18 @@ def levels_kernel(
         mark |= ((u >= listed_from) | (here == target)).to(tl.int32) << k
     mark_row = mark_ptr + r[:, None] * marks + group * BLOCK_V
     tl.store(mark_row + lane[None, :], mark, mask=live[:, None])
+    # Sums of integers are the same in every order.
+    tl.atomic_add(total_ptr + r, tl.sum(ones(mark), 1), mask=live)
+
+
+@triton.jit
+def ones(x):
+    """How many bits of an int32 are 1."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 63
 
 
 @triton.jit

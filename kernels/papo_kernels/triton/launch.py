@@ -25,7 +25,6 @@ LAUNCHES = {
     "levels": dict(BLOCK_V=64, num_warps=4),
     "dz": dict(BLOCK_N=1, BLOCK_V=1024, num_warps=8),
     "dz_listed": dict(BLOCK_N=1, BLOCK_V=512, num_warps=4),
-    "count": dict(BLOCK=2048, num_warps=4),
     "list": dict(BLOCK=2048, BLOCK_V=1024, num_warps=8),
     "drop": dict(BLOCK_N=1, BLOCK=512, num_warps=4),
     "flatten": dict(BLOCK=512, num_warps=4),

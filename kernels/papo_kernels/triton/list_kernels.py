@@ -8,31 +8,10 @@ import triton
 import triton.language as tl
 
 from papo_kernels.triton.gradients import load_sum, store_sum
-from papo_kernels.triton.kernels import logits
+from papo_kernels.triton.kernels import logits, ones
 
 # Halvings of the search for the size below which a row's entries are dropped, from 2^-DEPTH to 1.
 HALVINGS, DEPTH = tl.constexpr(12), tl.constexpr(40.0)
-
-
-@triton.jit
-def count_kernel(mark_ptr, total_ptr, marks, BLOCK: tl.constexpr):
-    """How many words a row lists: total (rows,) of mark (rows, marks); one row a program."""
-    r = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for n in range(0, marks, BLOCK):
-        at = n + tl.arange(0, BLOCK)
-        total += ones(tl.load(mark_ptr + r * marks + at, mask=at < marks, other=0))
-    tl.store(total_ptr + r, tl.sum(total, 0))
-
-
-@triton.jit
-def ones(x):
-    """How many bits of an int32 are 1."""
-    x -= (x >> 1) & 0x55555555
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x += x >> 8
-    return (x + (x >> 16)) & 63
 
 
 @triton.jit(do_not_specialize=["rows", "first", "P", "most", "chunk"])
@@ -45,9 +24,9 @@ def list_kernel(
     """Gives the rows of a chunk places one after the other, and lists their words and logits there.
 
     One row a program. A row with more than `most` words, or for which no places are left, gets
-    none: counts[row] is 0. mark: as `levels_kernel` left it, of LANES words a block; total: as
-    `count_kernel` did. taken: (chunks + 1,), places that are taken when a chunk begins. word: (P,);
-    logit: (S, P). ROWS is at least `rows`.
+    none: counts[row] is 0. mark, total: as `levels_kernel` left them, of LANES words a block.
+    taken: (chunks + 1,), places that are taken when a chunk begins. word: (P,); logit: (S, P). ROWS
+    is at least `rows`.
     """
     r = tl.program_id(0)
     other = tl.arange(0, ROWS)

@@ -74,8 +74,9 @@ def parts(saved, n, streams):
 class Writer:
     """Makes the lists of a forward, chunk by chunk.
 
-    `levels_kernel` marks the words that rows list in `marks`, (chunk_rows, M) int32; `write` comes
-    after it, while the chunk's products are still at hand.
+    `levels_kernel` marks the words that rows list in `marks`, (chunk_rows, M) int32, and counts
+    them in `totals`, (N,) int32 by the place of rows in the order of chunks. `write` comes after
+    it, while the chunk's products are still at hand.
     """
 
     def __init__(self, call, operands, chunk_rows, saved):
@@ -85,7 +86,7 @@ class Writer:
         self._lanes = LAUNCHES["levels"]["BLOCK_V"]
         marks = triton.cdiv(o.v, 32 * self._lanes) * self._lanes
         self.marks = torch.empty(chunk_rows, marks, dtype=torch.int32, device=device)
-        self._totals = torch.empty(chunk_rows, dtype=torch.int32, device=device)
+        self.totals = torch.zeros(o.n, dtype=torch.int32, device=device)
         chunks = triton.cdiv(o.n, chunk_rows)
         self._taken = torch.zeros(chunks + 1, dtype=torch.int32, device=device)
 
@@ -93,10 +94,10 @@ class Writer:
         """Lists of the rows that `order` has from `first` on, whose products are `z`."""
         call, o, found = self._call, self._operands, self._lists
         (chunk_rows, marks), count = self.marks.shape, len(z) // call.streams
-        kernels.count_kernel[(count,)](self.marks, self._totals, marks, **LAUNCHES["count"])
         kernels.list_kernel[(count,)](
-            z, o.bias, order, self.marks, self._totals, self._taken, found.starts, found.counts,
-            found.words, found.logits, count, first, marks, len(found.words), most_words(o.v),
+            z, o.bias, order, self.marks, self.totals[first:], self._taken, found.starts,
+            found.counts, found.words, found.logits, count, first, marks, len(found.words),
+            most_words(o.v),
             first // chunk_rows, z.stride(0), 1 / call.head.temperature, call.head.softcap or 1.0,
             TWO=call.streams == 2, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None,
             ROWS=triton.next_power_of_2(chunk_rows), LANES=self._lanes, **LAUNCHES["list"],
