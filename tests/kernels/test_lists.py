@@ -133,6 +133,17 @@ def test_each_row_drops_what_it_may_and_keeps_the_rest_exactly(budget, outputs):
     assert both.double().mean().item() == pytest.approx(certificate.kept, abs=2e-3)
 
 
+def test_a_row_without_a_gradient_drops_no_share_of_it():
+    """Nothing of nothing is 0: a NaN would hide what the other rows drop."""
+    case = policy_case(8, WORDS, sharpness=36.0)
+    upstream = random_upstream(case, ("logprobs",))
+    upstream["logprobs"][0] = 0.0
+    with record_certificates() as certificate:
+        case.gradients(token_stats, upstream, ("hidden",), backend=FAST, budget_of="token")
+    assert certificate.dense_rows < 7, "lists did it"
+    assert 0 < certificate.largest_share <= 3e-3
+
+
 @pytest.mark.parametrize(
     ("aug", "wanted"),
     cases(

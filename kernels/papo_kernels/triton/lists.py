@@ -121,7 +121,7 @@ class Served:
         good = run.live & (self.left == 0) if certificate.recording() else None
         if good is not None and good.any():
             asked = certificate.certified(run.wanted)
-            share = ((found.bounds + dropped) / found.whole)[asked]
+            share = ((found.bounds + dropped) / found.whole.clamp_min(1e-300))[asked]
             mean = self._entries.kept[good].double().mean().item()
             worst = share[:, good].max().item()
             certificate.record(int(good.sum()), mean, run.operands.v, worst)
