@@ -95,11 +95,13 @@ def least_kernel(
     y, y_aug = nothing, nothing
     if FULL:
         y = own_gradient(log_p, entropy, g, g_entropy, True)
-        y -= g_kl * p * (ratio + kl) + g_reverse * gap
+        if KL or KL_REVERSE:  # else nothing of the other stream counts, and so no NaN there
+            y -= g_kl * p * (ratio + kl) + g_reverse * gap
         y *= slope_at(log_p + (log_sum + peak), sharpness, softcap, CAP)
     if AUG:
         y_aug = own_gradient(log_q, entropy_aug, g_aug, g_entropy_aug, True)
-        y_aug += g_kl * gap + g_reverse * q * (ratio - kl_reverse)
+        if KL or KL_REVERSE:
+            y_aug += g_kl * gap + g_reverse * q * (ratio - kl_reverse)
         y_aug *= slope_at(log_q + (log_sum_aug + peak_aug), sharpness, softcap, CAP)
     size, size_aug, size_net = tl.abs(y), tl.abs(y_aug), tl.abs(y + y_aug)
     if not CAP:
