@@ -1,4 +1,4 @@
-"""Options that save memory: what they change of weights and losses, and how runs go on."""
+"""Options that save memory: what they change of losses, how runs go on, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from papo_fast import blockwise, optimizer
+from papo_fast import blockwise
 from papo_fast.config_checks import check_memory, check_processes
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
@@ -23,139 +23,15 @@ from papo_fast.model.four_bit import FourBitLinear, four_bit_layers
 from papo_fast.model.lora import is_adapter
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import Policy
-from papo_fast.optimizer import CompactAdamW, stochastic_rounding_
 from papo_fast.run.checkpoint import CheckpointStore
 from papo_fast.run.shards import SafeReader
 from papo_fast.update import Updater
 from support.family_checkpoints import write_checkpoint
+from support.memory_options import CPU, needs
 from support.ranks import DATA, fixed_groups
 from support.small_runs import every_term, run, small
 
-CPU = torch.device("cpu")
-QUANT = "pip install -e '.[quant]'"
-
-
-def needs(option):
-    if "8bit" in option or "4-bit" in option:
-        pytest.importorskip("bitsandbytes", reason=QUANT)
-    if "4-bit" in option or "LoRA" in option:
-        pytest.importorskip("peft", reason="pip install -e '.[lora]'")
-
-
-# The table of Dettmers et al., arXiv 2305.14314, appendix E.
-NF4 = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-]  # fmt: skip
-
-
-def weights_of(dtype, seed=0):
-    torch.manual_seed(seed)
-    shapes = ((96, 200), (300,), (7, 3, 2, 5, 5))
-    return [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-
-
-def steps(optimizer, parameters, count=5, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for p in parameters:
-            p.grad_dtype = torch.float32
-            p.grad = torch.randn(p.shape, generator=g)
-        optimizer.step()
-
-
-def test_without_a_saving_it_gives_the_weights_of_torchs_adamw_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(optimizer, "PIECE", 1000)  # several pieces, and rows longer than none
-    theirs, ours = weights_of(torch.float32), weights_of(torch.float32)
-    how = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
-    steps(torch.optim.AdamW(theirs, **how), theirs)
-    steps(CompactAdamW(ours, **how, offload=True, device=CPU), ours)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_master_weights_are_those_of_float32_and_the_weights_are_their_rounding():
-    halves = weights_of(torch.bfloat16)
-    full = [torch.nn.Parameter(p.detach().float()) for p in halves]
-    steps(torch.optim.AdamW(full, lr=1e-3), full)
-    compact = CompactAdamW(halves, lr=1e-3, master=True, device=CPU)
-    steps(compact, halves)
-    for half, whole in zip(halves, full, strict=True):
-        assert torch.equal(compact.state[half]["master"], whole)
-        assert torch.equal(half, whole.bfloat16())
-
-
-def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average():
-    value = 1 + 0.3 * 2**-7  # bfloat16 has 1 and 1 + 2^-7
-    for sign in (1.0, -1.0):
-        rounded = stochastic_rounding_(
-            torch.full((40_000,), sign * value), torch.Generator().manual_seed(0)
-        )
-        assert set(rounded.tolist()) == {sign, sign * (1 + 2**-7)}
-        # 30 % of them, by a binomial's standard deviation of 0.23 %
-        assert (rounded.abs() > 1).float().mean().item() == pytest.approx(0.3, abs=0.01)
-    exact = torch.randn(1000).bfloat16().float()
-    assert torch.equal(stochastic_rounding_(exact.clone(), torch.Generator()), exact)
-
-
-def test_small_updates_are_not_rounded_away():
-    """50 updates of 1e-4 of a weight of 1, where bfloat16's next number is 4e-3 below."""
-    moved = {}
-    for master in (False, True):
-        weight = torch.nn.Parameter(torch.ones(256, 256, dtype=torch.bfloat16))
-        compact = CompactAdamW([weight], lr=1e-4, weight_decay=0.0, master=master, device=CPU)
-        for _ in range(50):
-            weight.grad_dtype = torch.float32
-            weight.grad = torch.ones(256, 256)
-            compact.step()
-        moved[master] = 1 - weight.float().mean().item()
-    lost = torch.ones(256, 256, dtype=torch.bfloat16)
-    for _ in range(50):
-        lost -= 1e-4
-    assert (lost == 1).all()  # what the options are for
-    assert moved[False] == pytest.approx(50e-4, rel=0.05)
-    assert moved[True] == pytest.approx(50e-4, abs=2**-9)  # half of a step of bfloat16
-
-
-def test_moments_in_8_bits_take_a_quarter_and_move_weights_alike():
-    needs("8bit")
-    ours, theirs = weights_of(torch.float32), weights_of(torch.float32)
-    start = [p.detach().clone() for p in theirs]
-    plain = torch.optim.AdamW(theirs, lr=0.01)
-    compact = CompactAdamW(ours, lr=0.01, eight_bits=True, device=CPU)
-    steps(plain, theirs, 20)
-    steps(compact, ours, 20)
-    matrix = ours[0]
-    size = sum(x.nbytes for x in compact.state[matrix].values())
-    assert size < 0.27 * sum(x.nbytes for x in plain.state[theirs[0]].values())
-    assert all(type(x) is torch.Tensor for s in compact.state.values() for x in s.values())
-    a, b = matrix - start[0], theirs[0] - start[0]
-    error = ((a - b).norm() / b.norm()).item()
-    print(f"8-bit moments: updates of 20 steps differ by {error:.1%}")
-    assert 0 < error < 0.05
-    assert torch.equal(ours[1], theirs[1])  # vectors keep theirs
-
-
-@pytest.mark.parametrize("columns", [64, 200, 256, 3420])
-def test_numbers_in_8_bits_come_back_within_their_code(columns):
-    needs("8bit")
-    torch.manual_seed(0)
-    values = torch.randn(5, columns) * torch.tensor([1e-8, 1e-3, 1, 10, 0])[:, None]
-    code = blockwise.code_8(True, CPU)
-    codes, scales = blockwise.quantize_8(values, code)
-    assert codes.shape == values.shape and codes.dtype == torch.uint8
-    assert scales.shape == (5, blockwise.blocks_of(columns))
-    back = blockwise.dequantize_8(codes, scales, code)
-    largest = scales.repeat_interleave(blockwise.BLOCK_8, 1)[:, :columns]
-    # neighbouring numbers of the code are at most 0.0143 apart
-    assert ((back - values).abs() <= 0.0075 * largest + 1e-12).all()
-    assert (back[4] == 0).all()
-
-
 # a few updates on the same groups: options of the model, the optimizer and the process
-
-
 MODEL, TRAIN, PARALLEL = "model", "train", "parallel"
 HALF = {"weights_dtype": "bfloat16"}
 OPTIONS = {
@@ -367,27 +243,6 @@ def test_frozen_weights_in_4_bits_are_small_and_near_and_adapters_learn(job, fou
     # another base model: losses are near, not equal
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.05
     assert any(not torch.equal(a, b) for a, b in zip(before, updater.parameters, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(48, 16), (40, 96), (300, 70), (31, 33), (7, 5), (192, 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_4_bits_are_the_nearest_of_16_numbers_whatever_the_width(shape, dtype):
-    """On the CPU bitsandbytes itself is off by a fifth where rows are no whole number of blocks."""
-    needs("4-bit LoRA")
-    torch.manual_seed(0)
-    weight = torch.randn(shape).to(dtype)
-    codes, scales = blockwise.quantize_4(weight)
-    back = blockwise.dequantize_4(codes, scales, shape, dtype)
-    assert back.shape == shape and back.dtype == dtype
-    assert codes.nbytes + scales.nbytes == blockwise.bytes_4(weight.numel())
-    largest = scales.repeat_interleave(blockwise.BLOCK_4)[: weight.numel()].view(shape)
-
-    def from_nearest(x):
-        return (x.float() / largest)[..., None].sub(torch.tensor(NF4)).abs().amin(-1)
-
-    assert from_nearest(back).max() < (1e-6 if dtype == torch.float32 else 2**-8)
-    error = (back.float() - weight.float()).abs() / largest
-    assert (error - from_nearest(weight)).max() < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
 def test_a_product_with_4_bits_has_the_gradient_of_the_weight_they_stand_for(four_bits):
