@@ -52,6 +52,14 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
+def qwen25(tmp_path):
+    """A folder with all of a tiny Qwen2.5-VL but its weights."""
+    from support.family_checkpoints import write_processor_files
+
+    return write_processor_files(tmp_path, "qwen2_5_vl")
+
+
+@pytest.fixture
 def questions(tmp_path):
     """A file of twelve rows: one image, two images, text only."""
     import pyarrow as pa

@@ -1,31 +1,29 @@
+"""Prompts and pictures as the model gets them, and the ids that are never sampled."""
+
 import json
-import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from papo_fast.config import DataConfig, ModelConfig
+from papo_fast.config import DataConfig
 from papo_fast.data.encoder import PromptEncoder, PromptTooLong
 from papo_fast.data.patch_grid import black_pixel
 from papo_fast.digits.model import PAD, VISION, build_checkpoint
 from papo_fast.errors import InputError
-from papo_fast.model.loading import load_model
 from papo_fast.model.policy import BANNED_LOGIT, Policy
 from papo_fast.rollout.vllm_requests import RequestFormat
 from papo_fast.setting_bounds import BOUNDS
+from support.encoding import SMALL, padded
 from support.family_checkpoints import (
     FAMILIES,
     family_config,
     image_processor_dict,
     write_processor_files,
 )
-
-SMALL = DataConfig(min_pixels=28 * 28, max_pixels=64 * 28 * 28)
 
 
 def picture(width, height, seed=0):
@@ -41,11 +39,6 @@ def checkpoint(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder(checkpoint):
     return PromptEncoder(checkpoint, SMALL)
-
-
-@pytest.fixture
-def qwen25(tmp_path):
-    return write_processor_files(tmp_path, "qwen2_5_vl")
 
 
 def text_of(encoder, encoded):
@@ -243,167 +236,6 @@ def test_an_extreme_aspect_ratio_is_named(encoder):
         encoder.encode("?", [picture(3000, 2)])
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [
-        (["preprocessor_config.json"], "copy preprocessor_config.json .* next to config.json"),
-        (["tokenizer.json"], "no tokenizer.json or vocab.json: copy tokenizer.json"),
-        (["config.json"], "no config.json: copy config.json"),
-        (["chat_template.jinja"], "no chat template: copy chat_template.jinja"),
-    ],
-)
-def test_a_missing_file_is_named_with_what_to_do(qwen25, missing, message):
-    for name in missing:
-        (qwen25 / name).unlink()
-    with pytest.raises(InputError, match=message):
-        PromptEncoder(qwen25, SMALL)
-
-
-def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such directory"):
-        PromptEncoder(tmp_path / "nothing", SMALL)
-    (tmp_path / "weights.bin").write_text("")
-    with pytest.raises(InputError, match="is a file; expected the directory"):
-        PromptEncoder(tmp_path / "weights.bin", SMALL)
-
-
-def test_an_unknown_hub_name_is_an_input_error():
-    with pytest.raises(InputError, match="'nobody/no-model': the config cannot be loaded"):
-        PromptEncoder("nobody/no-model", SMALL)
-
-
-def test_a_hub_name_is_taken_wherever_a_folder_is(qwen25, tmp_path, monkeypatch, capsys):
-    from transformers.utils import hub
-
-    from papo_fast.cli import main
-
-    cached = tmp_path / "models--Me--Tiny-VL"
-    shutil.copytree(qwen25, cached / "snapshots" / "0123")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123")
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    encoder, local = (PromptEncoder(path, SMALL) for path in ("Me/Tiny-VL", qwen25))
-    found, expected = (x.encode("What?", []).input_ids for x in (encoder, local))
-    assert found.tolist() == expected.tolist()
-    assert main(["plan", "--model.path", "Me/Tiny-VL"]) == 0
-    assert main(["plan", "--model.path", "Me/Other-VL"]) == 2
-    assert "Me/Other-VL; expected a local checkpoint" in " ".join(capsys.readouterr().err.split())
-    for no_name in ("a/b/c", "./a", "Me/Tiny VL", "Me//Tiny"):
-        with pytest.raises(InputError, match="no such directory; expected one, or the hub name"):
-            PromptEncoder(no_name, SMALL)
-
-
-def test_another_family_is_refused(qwen25):
-    (qwen25 / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(InputError, match="'llama' model; supported are qwen2_vl"):
-        PromptEncoder(qwen25, SMALL)
-
-
-def test_an_image_processor_of_another_model_is_refused(qwen25):
-    foreign = json.dumps(image_processor_dict("qwen3_vl"))
-    (qwen25 / "preprocessor_config.json").write_text(foreign)
-    with pytest.raises(InputError, match="patch_size is 16 but the model's is 14"):
-        PromptEncoder(qwen25, SMALL)
-
-
-def test_pixel_limits_in_the_wrong_order_are_refused(qwen25):
-    with pytest.raises(InputError, match=r"min_pixels = 9, data.max_pixels = 4"):
-        PromptEncoder(qwen25, DataConfig(min_pixels=9, max_pixels=4))
-
-
-# --- damaged folders, and ids without text --------------------------------------------------------
-
-
-def change_json(file, **changes):
-    content = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-
-def one_line(path):
-    with pytest.raises(InputError) as caught:
-        PromptEncoder(path, SMALL)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 1000
-    return message
-
-
-JSON_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-)
-
-
-@pytest.mark.parametrize("name", JSON_FILES)
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
-def test_a_damaged_json_file_is_named(qwen25, name, content):
-    (qwen25 / name).write_bytes(content)
-    assert str(qwen25 / name) in one_line(qwen25)
-
-
-@pytest.mark.parametrize("content", [{}, {"model": {"type": "BPE"}}, {"version": "1.0"}])
-def test_a_tokenizer_that_cannot_be_built_is_named(qwen25, content):
-    (qwen25 / "tokenizer.json").write_text(json.dumps(content))
-    assert "tokenizer.json" in one_line(qwen25)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for message in %}", "fails"),
-        ("{{ raise_exception('no') }}", "fails"),
-        ("{{ messages.nothing.at_all }}", "fails"),
-        ("{{ messages[0].role }}", "wrote 0 image tokens"),
-        ("<|image_pad|><|image_pad|>", "wrote 2 image tokens"),
-    ],
-)
-def test_a_chat_template_that_fails_is_named(qwen25, template, message):
-    (qwen25 / "chat_template.jinja").write_text(template)
-    said = one_line(qwen25)
-    assert "chat_template.jinja" in said and message in said
-
-
-def test_an_old_chat_template_without_a_template_is_named(tmp_path):
-    path = write_processor_files(tmp_path, "qwen2_vl")
-    (path / "chat_template.json").write_text("{}")
-    assert "chat_template.json holds no text" in one_line(path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_without_vision_config_is_named(tmp_path, family):
-    path = write_processor_files(tmp_path, family)
-    change_json(path / "config.json", vision_config=None)
-    assert "config.json has no vision_config" in one_line(path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"patch_size": "14"},
-        {"patch_size": 0},
-        {"merge_size": None, "patch_size": -1},
-        {"image_mean": [0.5]},
-        {"image_std": [0, 0, 0]},
-        {"image_std": "none"},
-    ],
-)
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_an_image_processor_that_does_not_work_is_named(qwen25, changes):
-    change_json(qwen25 / "preprocessor_config.json", **changes)
-    assert "preprocessor_config.json" in one_line(qwen25)
-
-
-def padded(path, by):
-    """The checkpoint with so many ids more in the model than in the tokenizer."""
-    config = json.loads((path / "config.json").read_text())
-    size = config["text_config"]["vocab_size"]
-    config["text_config"]["vocab_size"] = size + by
-    (path / "config.json").write_text(json.dumps(config))
-    return size
-
-
 def test_ids_beyond_the_tokenizer_are_banned(checkpoint, encoder, tmp_path):
     path = write_processor_files(tmp_path, checkpoint_family(checkpoint))
     size = padded(path, 100)
@@ -441,11 +273,6 @@ def test_the_default_jobs_model_bans_what_it_always_did(tmp_path):
     )
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(qwen25):
-    padded(qwen25, -5)
-    assert "vocab_size in config.json is" in one_line(qwen25)
-
-
 def test_half_an_emoji_and_fifty_megabytes_are_refused_at_once(encoder):
     with pytest.raises(InputError, match="cannot be tokenised"):
         encoder.encode("half \ud83d", [])
@@ -459,108 +286,3 @@ def test_a_transparent_picture_is_encoded_as_its_composite_on_white(encoder):
     clear = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
     white = Image.new("RGB", (60, 60), "white")
     assert torch.equal(encoder.process_images([clear])[0], encoder.process_images([white])[0])
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def weights(tmp_path, checkpoints):
-    """A copy of a checkpoint, and its tensors by name."""
-    path = tmp_path / "checkpoint"
-    shutil.copytree(checkpoints["qwen2_5_vl"], path)
-    return path, load_file(path / "model.safetensors")
-
-
-def load_error(path):
-    with pytest.raises(InputError) as caught:
-        load_model(ModelConfig(str(path)))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def shards(path, tensors):
-    """The weights in two files with an index; returns the index's content."""
-    (path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for part in set(where.values()):
-        save_file({n: tensors[n] for n in names if where[n] == part}, path / part, FORMAT)
-    (path / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where})
-    )
-    return where
-
-
-FORMAT = {"format": "pt"}
-
-
-def test_whole_weights_are_loaded_from_one_file_and_from_shards_alike(weights):
-    path, tensors = weights
-    one = load_model(ModelConfig(str(path))).state_dict()
-    shards(path, tensors)
-    two = load_model(ModelConfig(str(path))).state_dict()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_folder_without_weights_is_named(weights):
-    path, _ = weights
-    (path / "model.safetensors").unlink()
-    assert f"{path} has no weights" in load_error(path)
-
-
-@pytest.mark.parametrize("left", [0, 4, 100, 0.5, -1])
-def test_cut_weights_are_named(weights, left):
-    path, _ = weights
-    file = path / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
-    assert str(file) in load_error(path)
-
-
-def test_weights_that_are_no_safetensors_are_named(weights):
-    path, _ = weights
-    for content in (b"<html>" * 100, (3).to_bytes(8, "little") + b"[1]", b"\xff" * 64):
-        (path / "model.safetensors").write_bytes(content)
-        assert str(path / "model.safetensors") in load_error(path)
-
-
-@pytest.mark.parametrize("part", ["q_proj.weight", "visual.merger", "lm_head"])
-def test_missing_weights_are_refused_and_not_drawn_at_random(weights, part):
-    path, tensors = weights
-    gone = next(name for name in tensors if part in name)
-    save_file({n: t for n, t in tensors.items() if n != gone}, path / "model.safetensors", FORMAT)
-    assert gone.split(".", 2)[-1] in load_error(path) and "lack" in load_error(path)
-
-
-def test_weights_of_another_shape_are_refused(weights):
-    path, tensors = weights
-    name = next(name for name in tensors if "q_proj.weight" in name)
-    tensors[name] = tensors[name][:3].clone()
-    save_file(tensors, path / "model.safetensors", FORMAT)
-    message = load_error(path)
-    assert "q_proj.weight has the shape (3, 32)" in message and "(32, 32)" in message
-
-
-def test_shards_that_are_missing_or_lack_a_weight_are_named(weights):
-    path, tensors = weights
-    where = shards(path, tensors)
-    name, part = next(iter(where.items()))
-    save_file({n: tensors[n] for n, p in where.items() if p == part and n != name}, path / part)
-    assert f"{path / part} has no {name}" in load_error(path)
-    (path / part).unlink()
-    assert str(path / part) in load_error(path)
-    (path / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": [1]}')
-    assert "index.json has no weight_map" in load_error(path)
-
-
-@pytest.mark.parametrize(
-    "change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": -3}]
-)
-def test_sizes_that_no_model_can_have_are_one_line(weights, change):
-    path, _ = weights
-    config = json.loads((path / "config.json").read_text())
-    config["text_config"] |= change
-    (path / "config.json").write_text(json.dumps(config))
-    assert "config.json" in load_error(path)
