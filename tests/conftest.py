@@ -51,6 +51,22 @@ def checkpoints(tmp_path_factory):
     return {family: write_checkpoint(folder / family, family) for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Writes the tiny checkpoint of a family of the plain path when its name is first asked for."""
+    from support.plain_checkpoints import write_plain_checkpoint
+
+    folder = tmp_path_factory.mktemp("plain")
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = write_plain_checkpoint(folder / name, name)
+        return made[name]
+
+    return of
+
+
 @pytest.fixture
 def qwen25(tmp_path):
     """A folder with all of a tiny Qwen2.5-VL but its weights."""
