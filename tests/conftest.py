@@ -123,3 +123,14 @@ def sizes():
     return {
         name: ModelSizes.of(ModelConfig(path=str(CONFIGS / f"{name}.json"))) for name in PUBLISHED
     }
+
+
+@pytest.fixture(scope="module")
+def worst_errors():
+    """Prints the worst error of each method of `data/family.json` when the file is done."""
+    from support.family_errors import WORST
+
+    WORST.clear()
+    yield
+    for method, (worst, where) in sorted(WORST.items()):
+        print(f"\n{method:20s} worst relative error {worst:.1e} ({where})", end="")
