@@ -9,7 +9,7 @@ ENGINE ?=
 JOBS   ?= 2
 # The fast part of the tests: the house, the objective, the contract of the kernels, the pages.
 FAST   := tests/test_house.py tests/test_desk.py tests/test_golden.py $(wildcard tests/test_objective*.py) \
-          tests/kernels/test_contract.py $(wildcard tests/test_api_page.py tests/test_docs.py)
+          tests/kernels/test_contract.py $(wildcard tests/test_api_page.py tests/test_docs*.py)
 # Which benchmarks: quick, or full for every acceptance figure.
 SIZE   ?= quick
 

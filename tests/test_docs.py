@@ -1,8 +1,7 @@
-"""README.md and docs/: every block of code runs, every link and every name leads somewhere."""
+"""README.md and docs/: code runs, commands are accepted, and runs and plans say what pages show."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import fcntl
 import json
@@ -12,29 +11,29 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-import papo_fast
 from papo_fast import cli, estimators, objective
 from papo_fast.config import Config, ObjectiveConfig
 from papo_fast.config_checks import resolve
-from papo_fast.data import pictures
 from papo_fast.presets import PRESETS
-from papo_fast.rewards import answer_check
-from papo_fast.run.same_data import DATA
-from papo_fast.setting_bounds import BOUNDS, URL_FORM
 from papo_fast.token_batch import TokenBatch
 from papo_fast.weighing import TokenWeigher
 from support import SUPPORT, TESTS
+from support.doc_pages import (
+    BASH,
+    BLOCKS,
+    ROOT,
+    chains,
+    commands_of,
+    extras_of_pyproject,
+    table_rows,
+)
 
 # `done` runs everything once: another process would only wait for it
 pytestmark = pytest.mark.xdist_group("docs")
 
-ROOT = TESTS.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GIVENS = SUPPORT / "doc_givens.py"
 CONFIGS = TESTS / "data" / "configs"
 MODELS = {  # hub names of the commands → whose config.json stands for it
@@ -42,80 +41,12 @@ MODELS = {  # hub names of the commands → whose config.json stands for it
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl_7b",
     "Qwen/Qwen3-VL-2B-Thinking": "qwen3_vl_2b",
 }
-
-
 OWN = """
 def short(response): return 0
 def noise(pixel_values, image_grid_thw, seed): return pixel_values
 def drift(batch, config): return batch.logprobs
 def seen(batch, config): return batch.dependency
 """  # functions that commands name as mine.py:NAME
-
-
-def name_of(page):
-    return page.relative_to(ROOT).as_posix()
-
-
-# --- blocks of code -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    page: str
-    line: int
-    """Of its first line of code, from 0."""
-    language: str
-    text: str
-    given: tuple[str, ...]
-    """Names that the reader has already: functions of tests/support/doc_givens.py."""
-    continues: bool
-    """Goes on where the page's last Python block ended."""
-
-    def __str__(self):
-        return f"{self.page}:{self.line + 1}"
-
-
-def blocks_of(page):
-    lines, found, start = page.read_text(encoding="utf-8").splitlines(), [], None
-    for number, line in enumerate(lines):
-        if not line.lstrip().startswith("```"):
-            continue
-        if start is None:
-            start = number
-            continue
-        above, comments = start - 1, []
-        while above >= 0 and lines[above].startswith("<!--"):
-            comments.append(lines[above].removeprefix("<!--").removesuffix("-->").strip())
-            above -= 1
-        given = [c.removeprefix("given:") for c in comments if c.startswith("given:")]
-        found.append(
-            Block(
-                name_of(page),
-                start + 1,
-                lines[start].strip().removeprefix("```"),
-                "\n".join(lines[start + 1 : number]),
-                tuple(word.strip() for text in given for word in text.split(",")),
-                "continues" in comments,
-            )
-        )
-        start = None
-    assert start is None, f"{page.name}: the block of line {start + 1} has no end"
-    return found
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-
-
-def chains():
-    """Python blocks that run in one process."""
-    found = []
-    for block in (b for b in BLOCKS if b.language == "python"):
-        if block.continues:
-            assert found and found[-1][0].page == block.page, f"{block} continues nothing"
-            found[-1].append(block)
-        else:
-            found.append([block])
-    return found
 
 
 def test_every_block_is_of_a_language_that_is_checked():
@@ -177,19 +108,6 @@ def test_a_python_block_runs(chain, done):
     assert status == 0, output[-4000:]
 
 
-# --- commands -------------------------------------------------------------------------------------
-
-
-def commands_of(block):
-    """Words of each command: lines joined at a backslash, split at `&&`, comments left out."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words:
-            end = words.index("&&") if "&&" in words else len(words)
-            yield words[:end]
-            words = words[end + 1 :]
-
-
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
     """A folder with the models that commands name; what would run for long says it was asked."""
@@ -218,9 +136,6 @@ def desk(tmp_path, monkeypatch):
     stand_in("launch", "evaluate")
     stand_in("report", "print_run")
     return asked
-
-
-BASH = [block for block in BLOCKS if block.language == "bash"]
 
 
 @pytest.mark.slow
@@ -357,147 +272,7 @@ def pip_accepts(words):
             assert word in ("-e", "--no-build-isolation") or (ROOT / word).is_dir(), word
 
 
-def extras_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return set(project["optional-dependencies"])
-
-
-# --- what the pages refer to ----------------------------------------------------------------------
-
-
-def prose(page):
-    """The page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-
-
-def anchors(page):
-    """As GitHub makes them of headings."""
-    found = []
-    for title in re.findall(r"^#+ (.*)$", prose(page), re.M):
-        slug = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
-        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
-    return found
-
-
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of
-)
-def test_every_link_leads_somewhere(page):
-    dead = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if target.startswith(("http://", "https://")):
-            continue
-        path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
-        if not there.exists() or (anchor and anchor not in anchors(there)):
-            dead.append(target)
-    assert dead == []
-
-
-def inline_code(page):
-    return re.findall(r"`([^`\n]+)`", prose(page))
-
-
-WRITTEN = [p for p in PAGES if p.name not in ("api.md", "log.md")]
-"""Without what is made from docstrings, and without the log, which tells of the past."""
-
-
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
-def test_every_file_that_is_named_exists(page):
-    pattern = r"(?:tests|bench|docs|examples|kernels|papo_fast|constraints)/[\w./*-]*"
-    named = {n for code in inline_code(page) for n in re.findall(rf"(?<![\w./]){pattern}", code)}
-    assert [name for name in sorted(named) if not list(ROOT.glob(name.rstrip("/.")))] == []
-
-
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
-def test_every_python_name_exists(page):
-    pattern = r"\b(papo_(?:fast|kernels)(?:\.[A-Za-z_]\w*)+)"
-    named = {n for code in inline_code(page) for n in re.findall(pattern, code)}
-    assert [name for name in sorted(named) if not defined(name)] == []
-
-
-def defined(name):
-    """Whether a dotted name is a module of ours or stands in one, found without importing it."""
-    first, *parts = name.split(".")
-    place = (ROOT / "kernels" / first) if first == "papo_kernels" else ROOT / first
-    while parts and (place / parts[0]).is_dir():
-        place /= parts.pop(0)
-    file = place / "__init__.py"
-    if parts and (place / f"{parts[0]}.py").is_file():
-        file = place / f"{parts.pop(0)}.py"
-    if not parts:
-        return True
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    names = {x.name for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
-    for x in body:
-        if isinstance(x, ast.Assign | ast.AnnAssign):
-            targets = x.targets if isinstance(x, ast.Assign) else [x.target]
-            names |= {t.id for t in targets if isinstance(t, ast.Name)}
-        elif isinstance(x, ast.Import | ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in x.names}
-    return parts[0] in names
-
-
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
-
-
-@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
-def test_every_setting_exists(page):
-    sections = [n for n in SECTIONS if dataclasses.is_dataclass(getattr(Config(), n))]
-    pattern = rf"(?<![\w./])(?:--)?((?:{'|'.join(sections)})\.[a-z_-]+)(?![\w.(/])"
-    unknown = []
-    for code in inline_code(page):
-        for name in re.findall(pattern, code):
-            section, field = name.split(".")
-            field = field.removeprefix("no-").replace("-", "_")
-            # a file of every run is called like a setting
-            if name != DATA and not hasattr(getattr(Config(), section), field):
-                unknown.append(name)
-    assert unknown == []
-
-
-def test_every_extra_that_is_named_exists():
-    pages = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "examples").glob("*")]
-    texts = [page.read_text(encoding="utf-8") for page in pages]
-    named = {
-        n for t in texts for found in re.findall(r"'\.\[([a-z,-]+)\]'", t) for n in found.split(",")
-    }
-    assert named - extras_of_pyproject() == set()
-
-
-def test_nothing_refers_to_documents_outside_the_repository():
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    if listed.returncode:
-        pytest.skip("not a git checkout, so it is not known which files are the repository's")
-    outside = re.compile(r"\b(?:DESIGN|GPU|FACTS|FAMILY|STYLE)(?:\.md| §)")
-    found = []
-    for name in listed.stdout.splitlines():
-        path = ROOT / name
-        if path.suffix not in (".py", ".md", ".toml", ".sh", ".cpp", ".h", ".sbatch", ".cff"):
-            continue
-        if path == Path(__file__) or not path.is_file():
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if outside.search(line):
-                found.append(f"{name}:{number}: {line.strip()}")
-    assert found == []
-
-
-# --- what the pages claim -------------------------------------------------------------------------
-
-
-def test_the_readme_is_at_most_130_lines():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
-
-
-def table_rows(page, heading):
-    """Cells of the rows of the first table below a heading."""
-    text = page.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1]
-    lines = re.search(r"(?:^\|.*\n)+", text, re.M)[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+# --- what pages show ------------------------------------------------------------------------------
 
 
 def documented_keys():
@@ -549,24 +324,6 @@ def test_the_runs_of_the_usage_page_log_the_documented_keys(done):
     assert rows["own-corruption"]["kl_prcp"] != rows["own-reward"]["kl_prcp"]
 
 
-def test_the_presets_are_the_tables():
-    for name, _, gamma, eta, beta, clip, rollout in table_rows(
-        ROOT / "docs" / "reproduce.md", "Settings"
-    ):
-        config = PRESETS[name.strip("`")][1]
-        goal = config.objective
-        shown = [float(x) for x in (gamma, eta, eta, beta, *clip.split("/"))]
-        assert shown == [
-            goal.kl_prcp_coef,
-            goal.entropy_coef,
-            goal.aug_entropy_coef,
-            goal.kl_coef,
-            goal.clip_low,
-            goal.clip_high,
-        ], name
-        assert config.rollout.dynamic_filter == ("filter" in rollout)
-
-
 PLANNED = (
     ("papo-g-3b", "Qwen/Qwen2.5-VL-3B-Instruct", 2),
     ("papo-g-7b", "Qwen/Qwen2.5-VL-7B-Instruct", 4),
@@ -614,30 +371,3 @@ def test_planned_memory_and_time_are_what_plan_says(desk):
     page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
     shown = page.split("<!-- planned -->\n")[1].split("\n<!-- end of planned -->")[0]
     assert shown == table, f"the page should say:\n{table}"
-
-
-def test_the_citation_has_the_version():
-    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(r"^version: (\S+)$", text, re.M)[1].strip('"') == papo_fast.__version__
-    assert "2507.06448" in text
-
-
-# --- limits ---------------------------------------------------------------------------------------
-
-LOW, HIGH = BOUNDS["rollout.temperature"]
-LIMITS = {
-    "the formats of pictures": f"of one of these formats: {', '.join(pictures.FORMATS)}.",
-    "the pixels of a picture": f"at most {pictures.MAX_PIXELS:,} pixels.",
-    "the temperatures": f"`rollout.temperature` and `eval.temperature` lie between {LOW:g} and "
-    f"{HIGH:g}.",
-    "the form of a server's URL": f"A server's URL has the form `{URL_FORM}`:",
-    "the memory of a reward worker": f"each of which may take {answer_check.MEMORY_LIMIT >> 30} "
-    "GiB at most (`--reward.workers`",
-}
-
-
-@pytest.mark.parametrize("what", LIMITS)
-def test_a_limit_is_said_once_and_as_the_code_has_it(what):
-    words = " ".join(" ".join(page.read_text(encoding="utf-8") for page in PAGES).split())
-    assert words.count(LIMITS[what]) == 1
-    assert BOUNDS["eval.temperature"] == (LOW, HIGH)
