@@ -74,7 +74,7 @@ class Counter:
             self.found |= {"column_rows": len(at), "column_entries": before - after}
 
         def add_words(made, counts, total):
-            rows = map(len, made._at.split(groups.GROUP_ROWS))
+            rows = map(len, made._at.split(made._rows))
             found = [{"words": n, "rows": r} for n, r in zip(counts, rows, strict=True) if n]
             self.found["groups"].append(found)
             real_words(made, counts, total)

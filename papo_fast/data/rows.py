@@ -7,7 +7,8 @@ import io
 import json
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def read_rows(
         raise InputError(f"{source} is neither a .parquet nor a .jsonl file")
     try:
         if path.suffix == ".parquet":
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            with _its_errors_unlogged():
+                table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(source, split=split)
     except (
@@ -116,6 +118,17 @@ def read_rows(
             f"of a hub dataset with a split {split!r} that is cached or can be downloaded"
         ) from error
     return set(table.column_names), ArrowRows(table), path.parent
+
+
+@contextmanager
+def _its_errors_unlogged() -> Iterator[None]:
+    """datasets logs twice what it raises, which our one line says."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _read_jsonl(path: Path, on_bad: str) -> ListRows:

@@ -31,10 +31,16 @@ def ends_in_time():
 
 @pytest.fixture(autouse=True, scope="module")
 def no_bars():
-    """The command asks for none before it imports the libraries, which are here already."""
+    """The command asks for none before it imports the libraries, which are here already.
+
+    transformers also warns of what a wrong configuration says, beside our line.
+    """
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     yield
+    transformers.utils.logging.set_verbosity(before)
     transformers.utils.logging.enable_progress_bar()
     datasets.enable_progress_bars()
 

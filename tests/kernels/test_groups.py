@@ -79,6 +79,15 @@ def test_each_output_alone(case, output):
     check(wrong, dict.fromkeys(GRADS, 4e-3))
 
 
+@pytest.mark.parametrize("left", [1, 64, 2047, 2048, 2049, 2389, 4096, 4097, 100_001])
+def test_groups_are_few_and_alike(left, monkeypatch):
+    monkeypatch.setattr(groups, "GROUP_ROWS", 2048)
+    size = groups._rows_of_groups(left)
+    fewest = -(-left // 2048)
+    assert -(-left // size) == fewest and size <= 2048
+    assert left - (fewest - 1) * size >= size - 64 * fewest, "the last is about as large"
+
+
 def test_two_calls_give_the_same_bits(case):
     upstream = random_upstream_of(case)
     first, second = (case.gradients(token_stats, upstream, backend="triton") for _ in range(2))

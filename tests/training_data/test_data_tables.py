@@ -12,6 +12,7 @@ import torch
 
 from papo_fast.config import DataConfig, RewardConfig
 from papo_fast.data.prompts import PromptDataset, PromptStream
+from papo_fast.data.rows import read_rows
 from papo_fast.errors import InputError
 from papo_fast.rewards.scorer import Scorer
 from support.data_rows import CONFIG, ROWS, SKIP, dataset, row
@@ -281,3 +282,18 @@ def test_two_hundred_nasty_rows_never_stop_the_reading(folder, encoder):
     for prompt in usable:
         f"{prompt.problem}{prompt.answer}{prompt.kind}{prompt.reading}".encode()
     assert len(data.kinds) == 201
+
+
+def test_datasets_logs_nothing_of_a_file_that_our_error_names(tmp_path):
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    seen, logger = [], logging.getLogger("datasets")
+    handler = logging.Handler()
+    handler.emit = seen.append
+    logger.addHandler(handler)
+    before = logger.level
+    try:
+        with pytest.raises(InputError, match="Parquet file size is 0 bytes"):
+            read_rows(str(tmp_path / "empty.parquet"), "train")
+    finally:
+        logger.removeHandler(handler)
+    assert not seen and logger.level == before

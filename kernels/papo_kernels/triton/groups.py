@@ -57,8 +57,16 @@ def count_levels(levels):
     return counts
 
 
+def _rows_of_groups(left):
+    """Rows of each group; the last one has the rest. As few groups as can be, of about one size.
+
+    A group of few rows beside full ones would gather as much of the weight for less.
+    """
+    return min(GROUP_ROWS, launch.even_up(triton.cdiv(left, triton.cdiv(left, GROUP_ROWS))))
+
+
 class Groups:
-    """Rows that their tiles' words serve, GROUP_ROWS together.
+    """Rows that their tiles' words serve, GROUP_ROWS together at most.
 
     They stand by how many words their tiles want.
     """
@@ -69,7 +77,8 @@ class Groups:
         self._run, self._is_left, self._left, self._tile = run, is_left, left, tile
         self._counts, self._budget, self._account = counts, budget, account
         device, tiles, vocab = tile.device, run.tiles, run.operands.v
-        count = triton.cdiv(left, GROUP_ROWS)
+        self._rows = _rows_of_groups(left)
+        count = triton.cdiv(left, self._rows)
         self._level, self._limit, wanted = torch.empty(3, tiles, dtype=torch.int32, device=device)
         self._few, self._good = torch.empty(2, tiles, dtype=torch.uint8, device=device)
         self._beyond = Beyond(*torch.empty(2, tiles, dtype=torch.float64, device=device))
@@ -83,7 +92,7 @@ class Groups:
         )
         blocks = LAUNCHES["mark"]
         kernels.mark_kernel[(triton.cdiv(left, blocks["BLOCK"]),)](
-            self._at, tile, run.targets, self._tiles, self._is_target, left, GROUP_ROWS, tiles,
+            self._at, tile, run.targets, self._tiles, self._is_target, left, self._rows, tiles,
             vocab, **blocks,
         )  # fmt: skip
         self._more = torch.empty_like(self._done)
@@ -145,14 +154,14 @@ class Groups:
         if not left:
             return Left(self._at[:0])
         at = launch.places(self._good[self._tile[self._at]] == 0, left)
-        return Left(self._at[at], self._done, at // GROUP_ROWS)
+        return Left(self._at[at], self._done, at // self._rows)
 
     def _add_words(self, counts, total):
         """Adds the gradients of the words that `_more` marks; counts: how many of each group."""
         run, weight = self._run, self._run.operands.weight
         listed = self._more.nonzero_static(size=sum(counts))[:, 1].to(torch.int32)
         size = launch.even_down(GATHERED_ELEMENTS // max(1, run.operands.d))
-        groups = zip(listed.split(counts), self._at.split(GROUP_ROWS), strict=True)
+        groups = zip(listed.split(counts), self._at.split(self._rows), strict=True)
         for words, at in groups:
             if not len(words):
                 continue
@@ -175,8 +184,8 @@ class Groups:
 
     def _record(self):
         """Tells of the rows that are good, a group's together."""
-        good = (self._good[self._tile[self._at]] != 0).split(GROUP_ROWS)
-        kept, shares = self._done.sum(1).tolist(), self._share[self._at].split(GROUP_ROWS)
+        good = (self._good[self._tile[self._at]] != 0).split(self._rows)
+        kept, shares = self._done.sum(1).tolist(), self._share[self._at].split(self._rows)
         for words, ok, share in zip(kept, good, shares, strict=True):
             if ok.any():
                 record(int(ok.sum()), words, self._run.operands.v, share[ok].max().item())
