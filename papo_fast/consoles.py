@@ -1,11 +1,12 @@
-"""Consoles that outlive their readers: after `| head`, a command goes on in silence."""
+"""Consoles that outlive their readers, and libraries that are silent where our own line says it."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console
@@ -34,6 +35,17 @@ def silence(stream: IO[Any]) -> None:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, stream.fileno())
         os.close(devnull)
+
+
+@contextmanager
+def logged_from(level: int, library: Any) -> Iterator[None]:
+    """Have a library of HuggingFace log what is of `level` or above; library: its `logging`."""
+    before = library.get_verbosity()
+    library.set_verbosity(level)
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
 
 
 def open_missing_streams() -> None:

@@ -7,8 +7,7 @@ import io
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import datasets
 import pyarrow
 from PIL import Image
 
+from papo_fast.consoles import logged_from
 from papo_fast.data.pictures import read_picture
 from papo_fast.errors import InputError
 from papo_fast.rewards.scorer import reference_of
@@ -103,7 +103,8 @@ def read_rows(
         raise InputError(f"{source} is neither a .parquet nor a .jsonl file")
     try:
         if path.suffix == ".parquet":
-            with _its_errors_unlogged():
+            # datasets logs twice what it raises, which our one line says
+            with logged_from(datasets.logging.CRITICAL, datasets.logging):
                 table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(source, split=split)
@@ -118,17 +119,6 @@ def read_rows(
             f"of a hub dataset with a split {split!r} that is cached or can be downloaded"
         ) from error
     return set(table.column_names), ArrowRows(table), path.parent
-
-
-@contextmanager
-def _its_errors_unlogged() -> Iterator[None]:
-    """datasets logs twice what it raises, which our one line says."""
-    before = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(before)
 
 
 def _read_jsonl(path: Path, on_bad: str) -> ListRows:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from papo_fast.config import ModelConfig
+from papo_fast.consoles import logged_from
 from papo_fast.data.model_folder import first_line, read_object
 from papo_fast.errors import InputError
 from papo_fast.model.attention import NAME as TREE_ATTENTION
@@ -92,7 +91,8 @@ def _empty(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
 
 
 def _loaded(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
-    with _without_report():
+    # without transformers' table of missing weights, which our one line replaces
+    with logged_from(transformers_logging.ERROR, transformers_logging):
         model, report = AutoModelForImageTextToText.from_pretrained(
             config.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -111,17 +111,6 @@ def _loaded(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     if report["error_msgs"]:
         raise InputError(f"model.path = {config.path!r}: {report['error_msgs'][0]}")
     return model
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights, which our one line replaces."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def _others(names: list[Any]) -> str:

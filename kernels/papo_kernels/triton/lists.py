@@ -97,10 +97,10 @@ class Writer:
         kernels.list_kernel[(count,)](
             z, o.bias, order, self.marks, self.totals[first:], self._taken, found.starts,
             found.counts, found.words, found.logits, count, first, marks, len(found.words),
-            most_words(o.v),
-            first // chunk_rows, z.stride(0), 1 / call.head.temperature, call.head.softcap or 1.0,
-            TWO=call.streams == 2, HAS_BIAS=o.has_bias, CAP=call.head.softcap is not None,
-            ROWS=triton.next_power_of_2(chunk_rows), LANES=self._lanes, **LAUNCHES["list"],
+            most_words(o.v), first // chunk_rows, z.stride(0), 1 / call.head.temperature,
+            call.head.softcap or 1.0, TWO=call.streams == 2, HAS_BIAS=o.has_bias,
+            CAP=call.head.softcap is not None, ROWS=triton.next_power_of_2(chunk_rows),
+            LANES=self._lanes, **LAUNCHES["list"],
         )  # fmt: skip
 
 
