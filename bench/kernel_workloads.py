@@ -175,6 +175,8 @@ def main():
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("TRITON_INTERPRET=1 has to be set, so that kernels run without a GPU")
+    if STATES[arguments.states][0] is not None and not CARRIED.exists():
+        parser.error(f"there is no {CARRIED}; `python bench/carry_states.py` makes it")
     found = counted(arguments.states)
     print(json.dumps(found, indent=1))
     if arguments.write:
