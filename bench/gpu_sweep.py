@@ -29,7 +29,8 @@ CANDIDATES = {
     "levels": ("both", [_levels(32, 2), _levels(32, 4), _levels(64, 8), _levels(128, 8)]),
     "dz": ("sparse", [_block(1, 1024, 4), _block(1, 512, 4), _block(1, 2048, 8),
                       _block(1, 512, 2)]),
-    "d_hidden": ("sparse", [_entries(8, 1024, 4), _entries(4, 512, 2)]),
+    # The narrowest block gathers from a part of the weight that nearly fits the cache.
+    "d_hidden": ("sparse", [_entries(8, 1024, 4), _entries(4, 512, 2), _entries(4, 256, 1)]),
     "d_weight": ("sparse", [_entries(8, 1024, 4), _entries(4, 512, 2)]),
     "add_rows": ("sparse", [_add(1, 1024, 4), _add(1, 4096, 8), _add(4, 1024, 8)]),
 }  # fmt: skip
