@@ -7,81 +7,21 @@ import pytest
 import torch
 
 from papo_fast.config import ObjectiveConfig
-from papo_fast.errors import InputError
 from papo_fast.objective import mean_metrics, objective
 from papo_fast.token_batch import Denominators, TokenBatch
-
-LENGTHS = (3, 1, 7, 5)
-FLOAT_FIELDS = (
-    *("logprobs", "old_logprobs", "advantages", "entropy", "aug_logprobs", "aug_entropy"),
-    *("kl_prcp", "kl_reverse", "ref_logprobs", "ref_kl", "rollout_weights"),
+from support.objective_batches import (
+    EXACT,
+    FLOAT_FIELDS,
+    LEAVES,
+    LENGTHS,
+    PAPER,
+    REVERSE,
+    SAMPLED,
+    denominators,
+    everything,
+    make_batch,
+    part_of,
 )
-LEAVES = ("logprobs", "entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "kl_reverse", "ref_kl")
-
-
-def make_batch(lengths=LENGTHS, seed=0, **replaced) -> TokenBatch:
-    """float64 vectors; no ratio is near a bound of a clip, where slopes would be undefined."""
-    generator = torch.Generator().manual_seed(seed)
-    n = sum(lengths)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-
-    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    sign = torch.tensor([1.0, -1.0, -0.5, 2.0], dtype=torch.float64)[: len(lengths)][ids]
-    # log-ratios that are inside the clip range, beyond either bound, or beyond the dual clip
-    choices = torch.tensor([0.0, 0.11, -0.12, 0.6, -0.7, 1.9], dtype=torch.float64)
-    log_ratio = choices[torch.randint(len(choices), (n,), generator=generator)]
-    logprobs = uniform(-3.0, -0.1)
-    values = {
-        "logprobs": logprobs,
-        "old_logprobs": logprobs - log_ratio,
-        "advantages": sign,
-        "sequence_ids": ids + 40,
-        "entropy": uniform(0.1, 2.0),
-        "aug_logprobs": uniform(-4.0, -0.1),
-        "aug_entropy": uniform(0.1, 3.0),
-        "kl_prcp": uniform(0.01, 1.0),
-        "ref_logprobs": logprobs + uniform(-0.3, 0.3),
-        "ref_kl": uniform(0.01, 0.2),
-        "correct": torch.tensor([True, False, False, True])[: len(lengths)][ids],
-        "rollout_weights": uniform(0.3, 2.0),
-        "kl_reverse": uniform(0.01, 1.0),
-    }
-    return TokenBatch(**(values | replaced))
-
-
-def part_of(batch: TokenBatch, part: slice) -> dict[str, torch.Tensor]:
-    """The vectors of these tokens."""
-    vectors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: x[part] for name, x in vectors.items() if x is not None}
-
-
-def denominators(lengths=LENGTHS, max_new_tokens=9) -> Denominators:
-    correct = torch.tensor([True, False, False, True])[: len(lengths)]
-    return Denominators.from_lengths(
-        torch.tensor(lengths, dtype=torch.int64), max_new_tokens, correct
-    )
-
-
-def everything(**replaced) -> ObjectiveConfig:
-    """Every term switched on."""
-    values = {
-        "kl_coef": 0.3,
-        "kl_prcp_coef": 0.2,
-        "entropy_coef": 0.07,
-        "aug_entropy_coef": 0.05,
-        "sft_coef": 0.11,
-    }
-    if replaced.get("parity") != "official":
-        values["aug"] = "trained"
-    return ObjectiveConfig(**(values | replaced)).resolved()
-
-
-EXACT = everything(kl_estimator="exact")
-SAMPLED = everything(kl_prcp_estimator="sampled", entropy_estimator="sampled")
-PAPER = everything(parity="paper")
-REVERSE = everything(kl_prcp_direction="reverse")
 
 
 def by_hand(batch: TokenBatch, config: ObjectiveConfig) -> float:
@@ -268,108 +208,6 @@ def test_no_gradient_into_the_aug_stream_unless_asked(estimator, parity):
     logprobs_grad, entropy_grad = aug_gradients("trained")
     assert logprobs_grad.abs().sum() > 0
     assert (entropy_grad is not None) == (estimator == "exact")
-
-
-def test_terms_of_coefficient_zero_need_nothing_and_contribute_no_nan():
-    bare = dict.fromkeys(
-        ("entropy", "aug_logprobs", "aug_entropy", "kl_prcp", "ref_logprobs", "ref_kl")
-    )
-    config = ObjectiveConfig(kl_coef=0, kl_prcp_coef=0, aug="trained").resolved()
-    loss, metrics = objective(make_batch(**bare, correct=None), config, denominators())
-    assert set(metrics).isdisjoint({"kl_prcp", "kl_ref", "aug_entropy", "sft_loss"})
-
-    nan = torch.full((sum(LENGTHS),), math.nan, dtype=torch.float64)
-    poisoned = make_batch(**{name: nan.clone().requires_grad_() for name in bare})
-    logprobs = poisoned.logprobs.requires_grad_()
-    again, _ = objective(poisoned, config, denominators())
-    again.backward()
-    assert again.item() == loss.item()
-    assert logprobs.grad.isfinite().all()
-    assert all(getattr(poisoned, name).grad is None for name in bare)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        (EXACT, "ref_kl"),
-        (EXACT, "kl_prcp"),
-        (REVERSE, "kl_reverse"),
-        (EXACT, "entropy"),
-        (EXACT, "aug_entropy"),
-        (EXACT, "correct"),
-        (SAMPLED, "ref_logprobs"),
-        (SAMPLED, "aug_logprobs"),
-    ],
-)
-def test_a_missing_vector_is_named(config, name):
-    with pytest.raises(InputError, match=rf"TokenBatch\.{name} is missing"):
-        objective(make_batch(**{name: None}), config, denominators())
-
-
-def test_a_missing_denominator_is_named():
-    over = dataclasses.replace(denominators(), correct_tokens=None)
-    with pytest.raises(InputError, match="correct_tokens"):
-        objective(make_batch(), EXACT, over)
-    over = dataclasses.replace(denominators(), constant=None)
-    with pytest.raises(InputError, match="constant"):
-        objective(make_batch(), everything(average="constant"), over)
-    with pytest.raises(InputError, match="resolved"):
-        objective(make_batch(), ObjectiveConfig(), denominators())
-
-
-def test_malformed_batches_are_refused():
-    with pytest.raises(InputError, match="kl_prcp has shape"):
-        make_batch(kl_prcp=torch.zeros(3))
-    with pytest.raises(InputError, match="bfloat16"):
-        make_batch(logprobs=torch.zeros(sum(LENGTHS), dtype=torch.bfloat16))
-    with pytest.raises(InputError, match="stand next to each other"):
-        make_batch(sequence_ids=torch.arange(sum(LENGTHS)) % 4)
-
-
-def test_sft_without_right_responses_is_zero():
-    wrong = torch.zeros(sum(LENGTHS), dtype=torch.bool)
-    for over in ("global", "micro"):
-        config = everything(average_over=over)
-        no_right = dataclasses.replace(denominators(), correct_tokens=0)
-        _, metrics = objective(make_batch(correct=wrong), config, no_right)
-        assert metrics["sft_loss"][0].item() == 0
-
-
-def test_an_empty_micro_batch_is_a_zero_with_a_gradient():
-    empty = make_batch(lengths=())
-    logprobs = empty.logprobs.requires_grad_()
-    for config in (EXACT, everything(average="sequence"), everything(average_over="micro")):
-        loss, metrics = objective(empty, config, denominators())
-        loss.backward()
-        assert loss.item() == 0 and logprobs.grad.shape == (0,)
-        part = objective(make_batch(), config, denominators())[1]
-        assert mean_metrics([part, metrics]) == mean_metrics([part])
-
-
-def test_a_response_without_counted_tokens_weighs_in_its_micro_batch():
-    """Four responses, one of them all masked: a micro-batch of it and another is half of them."""
-    config, over = everything(average_over="micro", sft_coef=0.0), denominators()
-    first = TokenBatch(**part_of(make_batch(), slice(0, 3)))
-    alone, metrics = objective(first, config, over)
-    with_empty = dataclasses.replace(first, responses=2)
-    both, of_both = objective(with_empty, config, over)
-    assert both.item() == pytest.approx(2 * alone.item(), rel=1e-12)
-    assert of_both["kl_prcp"][1] == 2 * metrics["kl_prcp"][1] == 0.5
-    assert mean_metrics([of_both]) == pytest.approx(mean_metrics([metrics]), rel=1e-12)
-    with pytest.raises(InputError, match="responses is 3, but sequence_ids has 4 sequences"):
-        dataclasses.replace(make_batch(), responses=3)
-
-
-def test_metrics_of_a_batch_without_tokens_are_zero_and_not_nan():
-    for lengths, responses in (((), None), ((), 2)):
-        empty = make_batch(lengths=lengths, responses=responses)
-        _, metrics = objective(empty, EXACT, denominators())
-        _, others = objective(make_batch(), EXACT, denominators())
-        means = mean_metrics([metrics])
-        assert means.keys() == others.keys()  # ranks gather them by name
-        assert {means.pop("ratio_max"), means.pop("ratio_min")} == {1.0}
-        assert set(means.values()) == {0.0}
-        assert mean_metrics([metrics, others])["ratio_min"] == mean_metrics([others])["ratio_min"]
 
 
 def test_the_clip_of_a_sampled_kl_has_a_floor_in_official_parity_alone():
