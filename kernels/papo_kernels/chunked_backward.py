@@ -12,7 +12,7 @@ Both ways bring a module of functions on tiles, here called `tiles`. It has the 
 - ROUNDS_WEIGHT: whether `add_gradients` can round the weight's gradient itself;
 
 and functions that `eager/tiles.py` describes: for tiles `states_of`, `picked_logits`,
-`differentiate`, `drop_least` and `add_gradients`, and for dense rows `multiply`, `d_products`,
+`differentiate`, `drop_least` and `add_gradients`, and for dense rows `logits`, `d_products`,
 `add_products` and `add_transposed_products`.
 """
 

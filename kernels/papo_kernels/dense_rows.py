@@ -13,6 +13,8 @@ BLOCK_ELEMENTS = 1 << 21
 WEIGHT_ELEMENTS = 1 << 24
 # Products with fewer words are thin.
 LEAST_WORDS = 1 << 9
+# Words that a product takes at a time.
+PART = 32
 # More rows go some after others. The gradients of the states of so many are summed in float32.
 MOST_ROWS = 1 << 15
 
@@ -35,6 +37,9 @@ def _add_part(run, at, total, all_at_once):
     d_weight = total.sum_of_weight(in_its_dtype=all_at_once)
     size = _words_of_a_block(len(at), vocab, width)
     room = [None if x is None else head.empty(x, size).flatten() for x in states]
+    # one rounding at the end: sums over rows in 16 bits diverge
+    rounds = d_weight is not None and d_weight.dtype != head.dtype
+    sums = d_weight.new_empty(size, width, dtype=head.dtype) if rounds else None
     for first in range(0, vocab, size):
         words = slice(first, min(first + size, vocab))
         weight = call.weight[words]
@@ -47,30 +52,40 @@ def _add_part(run, at, total, all_at_once):
             if grad is not None and d_x is not None:
                 tiles.add_products(grad, weight, d_x, head)
         if d_weight is not None:
-            # one rounding at the end: sums over rows in 16 bits diverge
-            wide = d_weight.dtype == head.dtype
-            block = d_weight[words] if wide else weight.new_zeros(weight.shape, dtype=head.dtype)
-            for grad, x in zip(dz, states, strict=True):
-                if grad is not None:
-                    tiles.add_transposed_products(grad, x, block, head)
-            if not wide:
-                d_weight[words] = block
+            _add_to_weight(tiles, head, dz, states, d_weight[words], sums)
         total.add_bias(words, dz)
     total.put_states(at, d_states)
     record(len(at), vocab, vocab, None)
 
 
+def _add_to_weight(tiles, head, dz, states, out, room):
+    """Adds the products of a block's gradients and of states to (B, D) `out`.
+
+    room: for the sum, if `out` is in 16 bits. It then has nothing yet, and is written.
+    """
+    total = out if room is None else room[: len(out)]
+    fresh = room is not None
+    for grad, x in zip(dz, states, strict=True):
+        if grad is not None:
+            tiles.add_transposed_products(grad, x, total, head, fresh)
+            fresh = False
+    if room is not None and not fresh:
+        tiles.put_rounded(total, out)
+
+
 def _words_of_a_block(rows, vocab, width):
     that_fit = min(BLOCK_ELEMENTS // rows, WEIGHT_ELEMENTS // max(1, width))
-    return min(vocab, max(LEAST_WORDS, that_fit))
+    # An odd number of the products' parts: see `chunked_forward._apart`.
+    parts = (max(LEAST_WORDS, that_fit) // PART - 1) | 1
+    return min(vocab, parts * PART)
 
 
 def _logits(run, states, words, room):
     """(R, B) logits of a block of words, at the front of `room`."""
     call, count = run.call, words.stop - words.start
     z = room[: len(states) * count].view(len(states), count)
-    run.tiles.multiply(call.head, states, call.weight[words], z)
-    return call.head.finish(z, None if call.bias is None else call.bias[words])
+    bias = None if call.bias is None else call.bias[words]
+    return run.tiles.logits(call.head, states, call.weight[words], bias, z)
 
 
 def _place(call, at, words):

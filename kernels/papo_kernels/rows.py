@@ -59,6 +59,14 @@ class Head:
         for block, copied in self.blocks(weight):
             torch.mm(states, copied.T, out=out[:, block])
 
+    def logits(self, states, weight, bias, out):
+        """Writes the logits of (R, D) `states` into (R, V) `out`, which it returns.
+
+        weight: (V, D); bias: (V,) or None.
+        """
+        self.multiply(states, weight, out)
+        return self.finish(out, bias)
+
     def add_products(self, x, y, out):
         """Adds the products of (R, K) `x`, of this dtype, with (K, C) `y` to (R, C) `out`."""
         for block, copied in self.blocks(y):

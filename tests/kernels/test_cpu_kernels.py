@@ -182,6 +182,24 @@ def test_products_are_as_near_to_float64_as_float32_ones(n, v, d):
 
 
 @needs_bf16
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (25, 301, 255), (13, 33, 257), (13, 70, 513)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_is_added_once_to_the_whole_product(n, v, d, dtype):
+    x, w, z = operands(n, v, d)
+    library.product(x, w, z)
+    bias = torch.randn(2 * v, generator=torch.Generator().manual_seed(1)).to(dtype)[::2]
+    banned = torch.arange(v) % 7 == 3
+    bias[banned] = torch.tensor([-torch.inf, -1e30, -3e38]).to(dtype).repeat(v)[:v][banned]
+    biased = torch.full_like(z, torch.nan)
+    library.product(x, w, biased, bias)
+    assert torch.equal(biased[:, ~banned], (z + bias.float())[:, ~banned])
+    assert (biased[:, banned] == -torch.inf).all()
+    bias[0] = torch.nan
+    library.product(x, w, biased, bias)
+    assert biased[:, 0].isnan().all() and not biased[:, 1:].isnan().any()
+
+
+@needs_bf16
 def test_strides_of_products_change_nothing():
     x, w, z = operands(24, 515, 65)
     library.product(x, w, z)
@@ -213,6 +231,36 @@ def test_other_operands_of_a_product_are_refused_and_out_is_left_alone(change):
         w = w.T.contiguous().T
     assert not library.product(x, w, z)
     assert z.isnan().all()
+
+
+def test_rounding_to_bf16_is_torchs():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-(2**31), 2**31, (5, 9999), generator=g, dtype=torch.int64).int()
+    x = x.view(torch.float32)  # all exponents, denormal numbers, infinities and NaN
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    out = torch.full_like(x, torch.nan, dtype=torch.bfloat16)
+    library.round_to_bf16(x, out)
+    expected = x.bfloat16()
+    assert x.isnan().any() and torch.equal(out.isnan(), expected.isnan())
+    same = ~expected.isnan()
+    assert torch.equal(out[same].view(torch.int16), expected[same].view(torch.int16))
+
+
+@pytest.mark.parametrize("vocab", [1024, 2000, 3072])
+def test_how_far_rows_of_logits_are_apart_changes_nothing(vocab):
+    g = torch.Generator().manual_seed(0)
+    close = [3 * torch.randn(37, vocab, generator=g) for _ in range(2)]
+    apart = [torch.full((37, vocab + 48), torch.nan)[:, :vocab].copy_(z) for z in close]
+    order = torch.randperm(37, generator=g)
+    found = []
+    for z in (close, apart):
+        statistics = library.statistics(*z, 11)
+        normalisers = statistics[[0, 1, 3, 4]].contiguous()
+        found.append((statistics, library.levels(z, order, normalisers, 16, 8)))
+    (statistics, levels), others = found
+    assert torch.equal(statistics, others[0]) and torch.equal(levels, others[1])
+    exact = close[0].double().logsumexp(1)
+    assert (statistics[0].double() + statistics[1] - exact).abs().max() < 1e-5
 
 
 def test_what_is_compiled_is_kept_for_the_next_process(monkeypatch, tmp_path):

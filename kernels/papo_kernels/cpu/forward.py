@@ -15,13 +15,15 @@ def usable(call):
 
 def forward(call, keep_levels):
     """See `chunked_forward.forward`."""
-    return chunked_forward.forward(call, keep_levels, multiply, row_statistics, find_levels)
+    return chunked_forward.forward(call, keep_levels, logits, row_statistics, find_levels)
 
 
-def multiply(head, states, weight, out):
-    """As `Head.multiply`; in bfloat16, torch would round the products to 16 bits."""
-    if not library.product(states, weight, out):
-        head.multiply(states, weight, out)
+def logits(head, states, weight, bias, out):
+    """As `Head.logits`; in bfloat16, torch would round the products to 16 bits."""
+    added = bias if head.softcap is None else None
+    if not library.product(states, weight, out, added):
+        return head.logits(states, weight, bias, out)
+    return head.finish(out, bias if added is None else None)
 
 
 def row_statistics(logits):

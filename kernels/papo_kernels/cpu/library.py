@@ -33,35 +33,39 @@ def usable(logits, device, *dtypes):
 
 
 def statistics(z, z_aug, fields):
-    """(`fields`, R) statistics of one or two (R, V) contiguous logits.
+    """(`fields`, R) statistics of one or two (R, V) logits, whose rows are equally far apart.
 
     Their order, and their number for one and two streams, is that of `rows.statistics_names`.
     """
     rows, vocab = z.shape
     out = z.new_empty(fields, rows)
     aug = None if z_aug is None else z_aug.data_ptr()
-    _library().statistics(z.data_ptr(), aug, rows, vocab, out.data_ptr(), rows, _threads())
+    _library().statistics(
+        z.data_ptr(), aug, rows, vocab, z.stride(0), out.data_ptr(), rows, _threads()
+    )
     return out
 
 
 def levels(logits, order, normalisers, tile, per_nat):
-    """(ceil(R / tile), V) uint8 levels, see `certificate`, of one or two (R, V) contiguous logits.
+    """(ceil(R / tile), V) uint8 levels, see `certificate`, of one or two (R, V) logits.
 
-    order: (R,) rows in the order in which tiles are cut. normalisers: peak and log_sum of each
-    stream, (2 or 4, R).
+    The rows of both are equally far apart. order: (R,) rows in the order in which tiles are cut.
+    normalisers: peak and log_sum of each stream, (2 or 4, R).
     """
     rows, vocab = logits[0].shape
     out = torch.empty(-(-rows // tile), vocab, dtype=torch.uint8)
     aug = logits[1].data_ptr() if len(logits) == 2 else None
     _library().levels(
-        logits[0].data_ptr(), aug, order.data_ptr(), rows, vocab, tile, normalisers.data_ptr(),
-        rows, out.data_ptr(), per_nat, _threads(),
+        logits[0].data_ptr(), aug, order.data_ptr(), rows, vocab, logits[0].stride(0), tile,
+        normalisers.data_ptr(), rows, out.data_ptr(), per_nat, _threads(),
     )  # fmt: skip
     return out
 
 
-def product(x, weight, out):
+def product(x, weight, out, bias=None):
     """Writes (R, D) x @ (V, D) weight.T into (R, V) `out`; returns whether it could.
+
+    bias: (V,), which is added; -inf where it is LOG_ZERO or below.
 
     It can where x and weight are bfloat16 and the processor multiplies those: torch can only round
     such products to bfloat16. Rows of weight and of out are contiguous each.
@@ -72,7 +76,7 @@ def product(x, weight, out):
         return False
     if not multiplies_bf16():
         return False
-    _product(_pairs(x), weight, False, out, False)
+    _product(_pairs(x), weight, False, out, False, None if bias is None else bias.float())
     return True
 
 
@@ -84,9 +88,12 @@ def add_product(x, y, out):
     _product(_pairs(x), y, True, out, True)
 
 
-def add_product_of_pairs(pairs, y, out):
-    """Adds x.T @ (K, C) y to float32 `out`, where `pairs` holds rows of x as `Halves` does."""
-    _product(pairs.T, y, True, out, True)
+def add_product_of_pairs(pairs, y, out, fresh):
+    """Adds x.T @ (K, C) y to float32 `out`, where `pairs` holds rows of x as `Halves` does.
+
+    fresh: writes it instead.
+    """
+    _product(pairs.T, y, True, out, not fresh)
 
 
 def _pairs(x):
@@ -96,12 +103,14 @@ def _pairs(x):
     return x.contiguous().view(torch.int32)
 
 
-def _product(pairs, y, by_terms, out, add):
+def _product(pairs, y, by_terms, out, add, bias=None):
     """x @ y, or x @ y.T unless `by_terms`; `pairs` holds two terms of x in each int32."""
+    bias = None if bias is None else bias.contiguous()  # it has to outlive the call
     terms = y.shape[0] if by_terms else y.shape[1]
     _library().product(
         pairs.data_ptr(), len(out), *pairs.stride(), y.data_ptr(), y.stride(0), by_terms,
-        out.shape[1], terms, out.data_ptr(), out.stride(0), add, _threads(),
+        out.shape[1], terms, out.data_ptr(), out.stride(0), add,
+        None if bias is None else bias.data_ptr(), _threads(),
     )  # fmt: skip
 
 
@@ -151,6 +160,11 @@ def dense_gradients(logits, wanted, halves, reverse, fields, targets, head):
         head.temperature, head.softcap or 0.0, _threads(),
     )  # fmt: skip
     return found
+
+
+def round_to_bf16(x, out):
+    """Writes contiguous float32 x into contiguous bfloat16 `out` of the same shape."""
+    _library().round_to_bf16(x.data_ptr(), out.data_ptr(), x.numel(), _threads())
 
 
 class TileLogits(ctypes.Structure):
@@ -318,10 +332,11 @@ def _library():
 
 def _declare(library):
     p, n, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    library.statistics.argtypes = [p, p, n, n, p, n, i]
-    library.levels.argtypes = [p, p, p, n, n, n, p, n, p, f, i]
-    library.product.argtypes = [p, n, n, n, p, n, i, n, n, p, n, i, i]
+    library.statistics.argtypes = [p, p, n, n, n, p, n, i]
+    library.levels.argtypes = [p, p, p, n, n, n, n, p, n, p, f, i]
+    library.product.argtypes = [p, n, n, n, p, n, i, n, n, p, n, i, p, i]
     library.dense_gradients.argtypes = [p, n, i, n, n, n, p, p, f, f, i]
+    library.round_to_bf16.argtypes = [p, p, n, i]
     library.picked_logits.argtypes = [p, i, n, n, p, n, n, i]
     library.picked_gradients.argtypes = [p, i, n, p, n, p, n, i, i, p, i, n, i]
     library.column_gradients.argtypes = [p, p, n, n, i, i, n, p, p, p]

@@ -11,7 +11,7 @@ import torch
 
 from papo_kernels.certificate import WORTH_DROPPING, CandidateSums, StreamSums
 from papo_kernels.cpu import library
-from papo_kernels.cpu.forward import multiply as multiply
+from papo_kernels.cpu.forward import logits as logits
 from papo_kernels.equations import slope
 
 # Tiles have most of their words in common, so tiles that are tried together read each row of the
@@ -51,12 +51,20 @@ def add_products(grad, y, out, head):
         head.add_products(grad, y, out)
 
 
-def add_transposed_products(grad, y, out, head):
+def add_transposed_products(grad, y, out, head, fresh):
     """As in `eager/tiles.py`."""
     if isinstance(grad, library.Halves):
-        library.add_product_of_pairs(grad.pairs, y, out)
+        library.add_product_of_pairs(grad.pairs, y, out, fresh)
     else:
-        head.add_products(grad.T, y, out)
+        head.add_products(grad.T, y, out.zero_() if fresh else out)
+
+
+def put_rounded(block, out):
+    """As in `eager/tiles.py`."""
+    if out.dtype == torch.bfloat16 and out.is_contiguous():
+        library.round_to_bf16(block, out)
+    else:
+        out.copy_(block)
 
 
 class States(NamedTuple):

@@ -11,7 +11,7 @@ from papo_kernels.rows import Head, StreamStats
 
 def forward(call, keep_levels):
     """See `chunked_forward.forward`."""
-    return chunked_forward.forward(call, keep_levels, Head.multiply, row_statistics, find_levels)
+    return chunked_forward.forward(call, keep_levels, Head.logits, row_statistics, find_levels)
 
 
 def row_statistics(logits):

@@ -25,7 +25,7 @@ TOGETHER, MOST_WAITING = 1, 0
 DENSE_SHARE = certificate.DENSE_SHARE
 ROUNDS_WEIGHT = False
 
-multiply = Head.multiply
+logits = Head.logits
 
 
 def d_products(z, s, g, target, run):
@@ -45,9 +45,14 @@ def add_products(grad, y, out, head):
     head.add_products(grad, y, out)
 
 
-def add_transposed_products(grad, y, out, head):
-    """Adds those of the transposed gradients with (R, D) y to (B, D) out."""
-    head.add_products(grad.T, y, out)
+def add_transposed_products(grad, y, out, head, fresh):
+    """Adds those of the transposed gradients with (R, D) y to (B, D) out; fresh: writes them."""
+    head.add_products(grad.T, y, out.zero_() if fresh else out)
+
+
+def put_rounded(block, out):
+    """Writes the sums of a block of words, contiguous, into their part of the gradient."""
+    out.copy_(block)
 
 
 class States(NamedTuple):

@@ -102,3 +102,12 @@ extern "C" void dense_gradients(const Block *blocks, int64_t streams, int revers
         }
     });
 }
+
+// Rounds `count` numbers to bfloat16. torch's own copy would wake threads that wait in a loop when it
+// is done, beside those of the product that comes next.
+extern "C" void round_to_bf16(const float *from, uint16_t *to, int64_t count, int threads)
+{
+    split(count, 1 << 12, threads, MANY, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) to[i] = rounded(from[i]);
+    });
+}

@@ -16,14 +16,6 @@ static inline float widen(uint16_t x)  // bfloat16
     return y;
 }
 
-static inline uint16_t rounded(float x)  // to bfloat16, to nearest, ties to even
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint16_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return x == x ? nearest : 0x7fc0;
-}
-
 // d_x[r][:] += sum over columns g[c][r] w[at[c]][:], M vectors of features; rows of w are as long.
 template <int R, int M>
 static void state_block(const float *g, int64_t rows, const float *w, const int32_t *at,

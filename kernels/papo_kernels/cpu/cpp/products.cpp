@@ -80,9 +80,17 @@ static void pack_terms(const uint16_t *w, int64_t stride, int columns, int64_t d
     }
 }
 
+// A bias of LOG_ZERO or below bans a word: see reference.bans.
+static inline __m512 bias_of(const float *bias, __mmask16 some)
+{
+    __m512 b = _mm512_maskz_loadu_ps(some, bias);
+    __mmask16 banned = _mm512_cmp_ps_mask(b, _mm512_set1_ps(LOG_ZERO), _CMP_LE_OQ);
+    return _mm512_mask_mov_ps(b, banned, _mm512_set1_ps(-INFINITY));
+}
+
 template <int rows>
 static void product_block(Left x, const uint32_t *packed, int64_t pairs, float *z, int64_t stride_z,
-                          __mmask16 low, __mmask16 high, bool add)
+                          __mmask16 low, __mmask16 high, bool add, const float *bias)
 {
     __m512 a[rows], b[rows];
     for (int r = 0; r < rows; r++) a[r] = b[r] = _mm512_setzero_ps();
@@ -95,18 +103,22 @@ static void product_block(Left x, const uint32_t *packed, int64_t pairs, float *
             b[r] = _mm512_dpbf16_ps(b[r], pair, w1);
         }
     }
+    __m512 more = {}, more_high = {};
+    if (bias) more = bias_of(bias, low), more_high = bias_of(bias + 16, high);
     for (int r = 0; r < rows; r++, z += stride_z) {
         if (add) {
             a[r] = _mm512_add_ps(a[r], _mm512_maskz_loadu_ps(low, z));
             b[r] = _mm512_add_ps(b[r], _mm512_maskz_loadu_ps(high, z + 16));
         }
+        if (bias) a[r] = _mm512_add_ps(a[r], more), b[r] = _mm512_add_ps(b[r], more_high);
         _mm512_mask_storeu_ps(z, low, a[r]);
         _mm512_mask_storeu_ps(z + 16, high, b[r]);
     }
 }
 
 static void product_of(Left x, int64_t n, const uint16_t *w, int64_t stride_w, bool by_terms,
-                       int64_t columns, int64_t d, float *z, int64_t stride_z, bool add)
+                       int64_t columns, int64_t d, float *z, int64_t stride_z, bool add,
+                       const float *bias)
 {
     alignas(64) uint32_t packed[PAIRS * WORDS];
     auto strip = [&](int64_t first, int64_t last, int64_t v, int64_t k) {
@@ -121,7 +133,7 @@ static void product_of(Left x, int64_t n, const uint16_t *w, int64_t stride_w, b
 #define SWEEP(rows)                                                                           \
     for (; r + rows <= last; r += rows)                                                       \
         product_block<rows>(x.from(r, k / 2), packed, pairs, z + r * stride_z + v, stride_z, low, \
-                            high, add || k > 0);
+                            high, add || k > 0, bias && k + terms == d ? bias + v : nullptr);
         SWEEP(ROWS) SWEEP(8) SWEEP(4) SWEEP(1)
     };
     // The terms of so many rows stay in the second-level cache while the columns of a panel pass,
@@ -136,15 +148,16 @@ static void product_of(Left x, int64_t n, const uint16_t *w, int64_t stride_w, b
 
 // z[n, v] = sum over k < d of x[n, k] w[v, k], or of x[n, k] w[k, v] where `by_terms`, or that added
 // to what z holds. x holds pairs of terms, `stride_row` apart for rows and `stride_pair` for pairs,
-// the last pair completed with zero. Returns 1 where the processor does not multiply bfloat16.
+// the last pair completed with zero. bias: for each column, added at the end; or null. Returns 1 where the processor does not multiply bfloat16.
 extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_row, int64_t stride_pair,
                        const uint16_t *w, int64_t stride_w, int by_terms, int64_t columns, int64_t d,
-                       float *z, int64_t stride_z, int add, int threads)
+                       float *z, int64_t stride_z, int add, const float *bias, int threads)
 {
 #ifdef __AVX512BF16__
     split(columns, 64, threads, MANY, [=](int64_t first, int64_t last) {
         product_of({x, stride_row, stride_pair}, n, w + (by_terms ? first : first * stride_w),
-                   stride_w, by_terms, last - first, d, z + first, stride_z, add);
+                   stride_w, by_terms, last - first, d, z + first, stride_z, add,
+                   bias ? bias + first : nullptr);
     });
     return 0;
 #else

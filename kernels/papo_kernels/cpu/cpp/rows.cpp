@@ -69,14 +69,15 @@ static inline void accumulate(Sums &s, vf z, vf z_aug, Stream a, Stream b)
     s.aug_log_ratio += magnitude(aug_drift);
 }
 
-// From (rows, vocab) logits, which are left as they were, to the statistics that rows.statistics_names lists, in that order, at
-// out[field * stride + row]: 11 of them, or 3 where z_aug is null.
-extern "C" void statistics(float *z, float *z_aug, int64_t rows, int64_t vocab,
+// From (rows, vocab) logits, whose rows are stride_z apart and are left as they were, to the
+// statistics that rows.statistics_names lists, in that order, at out[field * stride + row]: 11 of
+// them, or 3 where z_aug is null.
+extern "C" void statistics(float *z, float *z_aug, int64_t rows, int64_t vocab, int64_t stride_z,
                            float *out, int64_t stride, int threads)
 {
     split(rows, 1, threads, MANY, [=](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; r++) {
-            float *x = z + r * vocab, *y = z_aug ? z_aug + r * vocab : nullptr;
+            float *x = z + r * stride_z, *y = z_aug ? z_aug + r * stride_z : nullptr;
             Stream a = normaliser(x, vocab), b = y ? normaliser(y, vocab) : Stream{0, 0};
             int64_t whole = vocab / LANES * LANES, rest = vocab - whole;
             Sums total = {};
@@ -110,7 +111,7 @@ extern "C" void statistics(float *z, float *z_aug, int64_t rows, int64_t vocab,
 // stats[i * stride + row].
 
 extern "C" void levels(const float *z, const float *z_aug, const int64_t *order, int64_t rows,
-                       int64_t vocab, int64_t tile, const float *stats, int64_t stride,
+                       int64_t vocab, int64_t stride_z, int64_t tile, const float *stats, int64_t stride,
                        uint8_t *out, float per_nat, int threads)
 {
     enum { BLOCK = 128 * LANES };
@@ -124,7 +125,7 @@ extern "C" void levels(const float *z, const float *z_aug, const int64_t *order,
                 for (auto &x : top) x = splat(-INFINITY);
                 for (int64_t n = t * tile; n < last; n++)
                     for (int s = 0; s < (z_aug ? 2 : 1); s++) {
-                        const float *x = (s ? z_aug : z) + order[n] * vocab + v;
+                        const float *x = (s ? z_aug : z) + order[n] * stride_z + v;
                         const float *a = stats + 2 * s * stride + order[n];
                         float peak = a[0], log_sum = a[stride];
                         nan |= log_sum != log_sum;

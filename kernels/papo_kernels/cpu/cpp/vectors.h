@@ -76,6 +76,14 @@ static inline vf exponential(vf x)
     return tiny ? (vf){} : e;
 }
 
+static inline uint16_t rounded(float x)  // to bfloat16, to nearest, ties to even
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint16_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x == x ? nearest : 0x7fc0;
+}
+
 // Work on [0, count) in parts of whole grains, of which each thread takes the next one when it has done
 // one. FEW parts, one for each thread, are for work that sets up something for each part. Else MANY:
 // torch's own threads wait in a loop for some milliseconds behind each of its operators, and who shares
