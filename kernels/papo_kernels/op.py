@@ -14,6 +14,7 @@ from papo_kernels.cpu import backward as cpu_backward
 from papo_kernels.cpu import forward as cpu_forward
 from papo_kernels.eager import backward as eager_backward
 from papo_kernels.eager import forward as eager_forward
+from papo_kernels.precision import exact_products
 from papo_kernels.reference import compute_dtype
 from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream, of_words
 
@@ -84,7 +85,7 @@ def forward(
         temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
         budget_of,
     )  # fmt: skip
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), exact_products(hidden.device):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         if validate:
             check_targets(targets, call.shard.vocab, ignore_index)
@@ -152,7 +153,7 @@ def backward(
         budget_of,
     )  # fmt: skip
     upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), exact_products(hidden.device):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         upstream = of_words(upstream, targets, call.shard, ignore_index)
         grads = backward_of(call, Saved(rows, levels, order, lists), upstream, needs)
