@@ -114,8 +114,8 @@ def token_stats(
 
     Raises:
         ValueError: wrong shape, dtype, device or value; the message names the argument.
-        NotImplementedError: `backend="triton"` where it cannot run; a forward-mode derivative
-            (`torch.func.jvp`), which only "reference" has.
+        NotImplementedError: `backend="triton"` where it cannot run; a second derivative, a
+            forward-mode one, or a transform of `torch.func`, which only "reference" has.
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
     _check_options(
