@@ -269,6 +269,12 @@ def test_both_functions_are_whole_logits():
         assert outputs[0].requires_grad and outputs[1].requires_grad
     flat = verl.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), 0.5)
     assert flat[0].shape == (10,)
+    # as Megatron has them
+    states, row = hidden.reshape(10, 1, 8), labels.reshape(1, 10)
+    for given in (states, row), (hidden, labels.flatten()):
+        logprobs, _ = verl.linear_cross_entropy(given[0], weight, given[1], 0.5)
+        assert logprobs.shape == given[1].shape
+        assert torch.allclose(logprobs.flatten(), expected[0].flatten(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -316,5 +322,8 @@ def test_bad_input_is_named():
     with pytest.raises(InputError, match="reduction"):
         verl.linear_cross_entropy(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1).long(), 1.0,
                                   "mean")  # fmt: skip
+    for labels in (torch.zeros(3, 2).long(), torch.zeros(1, 6).long(), torch.zeros(2).long()):
+        with pytest.raises(InputError, match=r"labels have shape .*: expected \(2, 3\)"):
+            verl.linear_cross_entropy(torch.zeros(2, 3, 4), torch.zeros(5, 4), labels)
     with pytest.raises(InputError, match="one of them says what is scored"):
         verl.forward_with_token_stats(torch.nn.Linear(1, 1))

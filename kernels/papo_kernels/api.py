@@ -114,8 +114,8 @@ def token_stats(
 
     Raises:
         ValueError: wrong shape, dtype, device or value; the message names the argument.
-        NotImplementedError: `backend="triton"` where it cannot run; a forward-mode derivative
-            (`torch.func.jvp`), which only "reference" has.
+        NotImplementedError: `backend="triton"` where it cannot run; a second derivative, a
+            forward-mode one, or a transform of `torch.func`, which only "reference" has.
     """
     _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group)
     _check_options(
@@ -196,6 +196,18 @@ def _describe(tensor):
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def _about_dtensor(name):
+    if name != "weight":
+        return f"{name} is a DTensor; expected the plain tensor that this rank works on"
+    # A bare full_tensor() gives each rank the gradient of its own rows alone.
+    return (
+        "weight is a DTensor; expected a plain tensor: read it inside the forward for which FSDP2 "
+        "gathers it, or pass weight.full_tensor(grad_placements=[Partial('avg')] * "
+        "weight.device_mesh.ndim), or weight.to_local() with vocab_group where the vocabulary is "
+        "sharded"
+    )
+
+
 def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
     operands = {
         "hidden": hidden,
@@ -209,6 +221,10 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
             continue
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        if type(x).__name__ == "DTensor":  # by name: to import the class takes half a second
+            raise ValueError(_about_dtensor(name))
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is {_describe(x)} in {x.layout}; expected a dense tensor")
         if name == "targets":
             if x.dtype != torch.int64:
                 raise ValueError(f"targets is {_describe(x)}; expected (N,) int64")
@@ -220,6 +236,11 @@ def _check_operands(hidden, weight, targets, aug_hidden, bias, vocab_group):
             raise ValueError(
                 f"{name} is on {x.device}; expected the device of hidden, {hidden.device}"
             )
+    if vocab_group is not None and not isinstance(vocab_group, torch.distributed.ProcessGroup):
+        raise ValueError(
+            f"vocab_group is {_shown(vocab_group)}; expected a torch.distributed.ProcessGroup that "
+            "this rank is in, or None"
+        )
     if hidden.ndim != 2:
         raise ValueError(f"hidden is {_describe(hidden)}; expected (N, D)")
     n, d = hidden.shape

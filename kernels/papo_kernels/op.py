@@ -14,6 +14,7 @@ from papo_kernels.cpu import backward as cpu_backward
 from papo_kernels.cpu import forward as cpu_forward
 from papo_kernels.eager import backward as eager_backward
 from papo_kernels.eager import forward as eager_forward
+from papo_kernels.precision import exact_products
 from papo_kernels.reference import compute_dtype
 from papo_kernels.rows import OUTPUTS, Options, Saved, make_call, make_upstream, of_words
 
@@ -84,7 +85,7 @@ def forward(
         temperature, softcap, ignore_index, grad_budget, backend, group, validate, aug_constant,
         budget_of,
     )  # fmt: skip
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), exact_products(hidden.device):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         if validate:
             check_targets(targets, call.shard.vocab, ignore_index)
@@ -152,7 +153,7 @@ def backward(
         budget_of,
     )  # fmt: skip
     upstream = make_upstream(logprobs, entropy, aug_logprobs, aug_entropy, kl_prcp, kl_reverse)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), exact_products(hidden.device):
         call = make_call(hidden, aug_hidden, weight, bias, targets, options)
         upstream = of_words(upstream, targets, call.shard, ignore_index)
         grads = backward_of(call, Saved(rows, levels, order, lists), upstream, needs)
@@ -193,22 +194,58 @@ def _autograd(ctx, grads):
 forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+# ---- What the operators cannot do
+
+
+def _lacking(what):
+    return NotImplementedError(
+        f"token_stats has no {what}; backend='reference' has one, with whole logits in memory"
+    )
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise _lacking("second derivative, only gradients")
+
+
+def _refuse_map(info, in_dims, *args):
+    raise _lacking("rule for torch.func.vmap")
+
+
+backward.register_autograd(_refuse_second_derivative)
+forward.register_vmap(_refuse_map)
+backward.register_vmap(_refuse_map)
+
+
+def _refuse_transforms(operands, differentiable):
+    """Refuses the transforms that torch has no way to register a refusal for."""
+    # An operator without a formula for forward mode loses tangents without a word.
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
+        raise _lacking("forward-mode derivative (jvp), only gradients")
+    # The registered gradient is an `autograd.Function` of a kind that torch.func does not know.
+    if differentiable and torch._C._are_functorch_transforms_active():
+        raise _lacking("gradient by torch.func (grad, vjp, jacrev), only by autograd")
+
+
+# ---- The call
+
+
 def token_stats(hidden, aug_hidden, weight, bias, targets, options):
     """The two or six (N,) tensors that OUTPUTS lists; options: `rows.Options`.
 
     Raises:
-        NotImplementedError: an operand has a forward-mode tangent.
+        NotImplementedError: a derivative or a map is asked for that the operators do not have.
     """
     if options.aug_constant and aug_hidden is not None:
         aug_hidden = aug_hidden.detach()
     operands = (hidden, aug_hidden, weight, bias)
-    _refuse_tangents(operands)
-    differentiable = any(x is not None and x.requires_grad for x in operands)
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in operands
+    )
+    _refuse_transforms(operands, differentiable)
     keep_levels = (
         options.grad_budget > 0
         and not options.group
         and differentiable
-        and torch.is_grad_enabled()
         and _search_pays(weight, options.backend)
     )
     outputs = forward(*operands, targets, *astuple(options), keep_levels)[:-SAVED]
@@ -222,15 +259,6 @@ def token_stats(hidden, aug_hidden, weight, bias, targets, options):
 def _search_pays(weight, backend):
     """Whether leaving words out can save more than the search for them costs."""
     return backend == "triton" or weight.numel() > DENSE_WEIGHT
-
-
-def _refuse_tangents(operands):
-    """An operator without a formula for forward mode loses tangents without a word."""
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
-        raise NotImplementedError(
-            "token_stats has no forward-mode derivative (jvp), only gradients; backend='reference' "
-            "has one, with whole logits in memory"
-        )
 
 
 def check_targets(targets, vocab, ignore_index):

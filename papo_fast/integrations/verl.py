@@ -116,12 +116,20 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's function of this name: log-probs and entropies from hidden states.
 
-    (…, D), (V, D) and (…) int64 → two of (…) float32. With `dist_process_group` the ranks hold row
-    shards of `weight`; without, a `DTensor` is gathered, and its gradient averaged over ranks, as
-    FSDP2 does. Raises `InputError` for a reduction other than "none".
+    (…, D), (V, D) and (…) int64 → two of (…) float32. Labels may also be flat, or have 1s elsewhere
+    in their shape: Megatron's states are (S, 1, D) and its labels (1, S). The results have their
+    shape. With `dist_process_group` the ranks hold row shards of `weight`; without, a `DTensor` is
+    gathered, and its gradient averaged over ranks, as FSDP2 does. Raises `InputError` for a
+    reduction other than "none" and for labels of any other shape.
     """
-    if reduction.lower() != "none":
+    if str(reduction).lower() != "none":
         raise InputError(f"reduction is {reduction!r}: expected 'none', which is what actors use")
+    shape = hidden.shape[:-1]
+    if labels.shape != (shape.numel(),) and _without_ones(labels.shape) != _without_ones(shape):
+        raise InputError(
+            f"labels have shape {tuple(labels.shape)}: expected {tuple(shape)}, one for each "
+            "hidden state"
+        )
     stats = token_stats(
         hidden.flatten(0, -2),
         weight if dist_process_group is not None else whole(weight),
@@ -130,6 +138,10 @@ def linear_cross_entropy(
         vocab_group=dist_process_group,
     )
     return stats.logprobs.view(labels.shape), stats.entropy.view(labels.shape)
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 class FusedLinearForPPO(nn.Module):

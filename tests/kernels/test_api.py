@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from kernel_oracle import GRADS, OUTPUTS, Case, check, gradient_error, make_case, random_upstream
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +32,12 @@ BAD = {
     "aug-shape": ((H, W, Y), {"aug_hidden": H[:3]}, r"aug_hidden is \(3, 3\) .*; expected \(4, 3\)"),
     "aug-dtype": ((H, W, Y), {"aug_hidden": H.int()}, r"aug_hidden is .* int32 .*; expected float16"),
     "bias-shape": ((H, W, Y), {"bias": W[:, :1]}, r"bias is \(7, 1\) float32 on cpu; expected \(7,\)"),
+    "hidden-sparse": ((H.to_sparse(), W, Y), {}, r"hidden is \(4, 3\) .* in torch.sparse_coo; expected a dense"),
+    "weight-sparse": ((H, W.to_sparse(), Y), {}, r"weight is .* in torch.sparse_coo; expected a dense"),
+    "targets-sparse": ((H, W, Y.to_sparse()), {}, r"targets is .* in torch.sparse_coo; expected a dense"),
+    "aug-mkldnn": ((H, W, Y), {"aug_hidden": H.to_mkldnn()}, r"aug_hidden is .* in torch._mkldnn; expected a dense"),
+    "vocab_group": ((H, W, Y), {"vocab_group": "tp"}, r"vocab_group is 'tp'; expected a torch.distributed.ProcessGroup"),
+    "vocab_group-outside": ((H, W, Y), {"vocab_group": dist.GroupMember.NON_GROUP_MEMBER}, r"vocab_group is .* that this rank is in"),
     "temperature-0": ((H, W, Y), {"temperature": 0.0}, r"temperature is 0.0; expected a number in \[1e-06, 1e\+06\]"),
     "temperature-nan": ((H, W, Y), {"temperature": float("nan")}, r"temperature is nan; expected"),
     "softcap": ((H, W, Y), {"softcap": -1.0}, r"softcap is -1.0; expected a number in \[1e-06, 1e\+06\], or None"),
@@ -45,6 +54,24 @@ def test_bad_input_is_named(name):
     args, options, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         token_stats(*args, **options)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_shard_that_nobody_gathered_is_named_with_the_ways_to_pass_it(backend, mesh):
+    def sharded(x):
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    with pytest.raises(ValueError, match=r"weight is a DTensor; .*FSDP2.*Partial\('avg'\)"):
+        token_stats(H, sharded(W), Y, backend=backend)
+    with pytest.raises(ValueError, match="hidden is a DTensor; expected the plain tensor"):
+        token_stats(sharded(H), W, Y, backend=backend)
 
 
 def test_unchecked_target_gives_nan_and_touches_no_other_row():

@@ -26,7 +26,6 @@ from kernel_oracle import (
     statistic_errors,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 
 from papo_kernels import op, record_certificates, token_stats
 from papo_kernels.cpu import library
@@ -349,57 +348,6 @@ def test_a_finite_bias_under_a_soft_cap_is_bounded_by_it(backend):
     case.bias[::3] = -1e4
     check(statistic_errors(case, token_stats, backend=backend), 1e-5)
     assert (Oracle(case).log_p[:, ::3] > -30).all()  # no ban: it is what the docstring warns of
-
-
-# ---- Forward mode
-
-
-def forward_modes(function, x, tangent):
-    def dual(requires_grad):
-        with forward_ad.dual_level():
-            x_too = x.clone().requires_grad_(requires_grad)
-            return function(forward_ad.make_dual(x_too, tangent))
-
-    return {
-        "jvp": lambda: torch.func.jvp(function, (x,), (tangent,)),
-        "jacfwd": lambda: torch.func.jacfwd(function)(x),
-        "dual": lambda: dual(False),
-        "dual with gradients": lambda: dual(True),
-        "linearize": lambda: torch.func.linearize(function, x)[1](tangent),
-        "vmap of jvp": lambda: torch.func.vmap(lambda t: torch.func.jvp(function, (x,), (t,))[1])(
-            tangent[None]
-        ),
-        "compiled": lambda: torch.compile(
-            lambda x, t: torch.func.jvp(function, (x,), (t,)), backend="aot_eager"
-        )(x, tangent),
-    }
-
-
-@torch_alone
-@pytest.mark.parametrize("mode", forward_modes(None, None, None))
-def test_forward_mode_is_refused_and_never_zero(mode):
-    case = make_case(9, 8, 50, aug=False)
-
-    def function(hidden):
-        return token_stats(hidden, case.weight, case.targets).logprobs
-
-    run = forward_modes(function, case.hidden, torch.randn(9, 8))[mode]
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        run()
-
-
-@torch_alone
-def test_the_reference_has_forward_mode():
-    case = make_case(9, 8, 50, aug=False, dtype=torch.float64)
-    tangent = torch.randn(9, 8, dtype=torch.float64)
-
-    def function(hidden):
-        return token_stats(hidden, case.weight, case.targets, backend="reference").logprobs
-
-    _, got = torch.func.jvp(function, (case.hidden,), (tangent,))
-    dz, p = tangent @ case.weight.T, Oracle(case).p
-    want = dz.gather(1, case.targets[:, None]).squeeze(1) - (p * dz).sum(1)
-    torch.testing.assert_close(got, want)
 
 
 # ---- Targets that nobody checked

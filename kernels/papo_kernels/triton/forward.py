@@ -4,7 +4,6 @@ import torch
 import triton
 
 from papo_kernels import rows
-from papo_kernels.precision import exact_float32
 from papo_kernels.rows import Saved, kept_first, saved_names
 from papo_kernels.triton import combine_kernels, kernels, launch, lists, stats_kernels
 from papo_kernels.triton.launch import LAUNCHES, kernel_operands, multiply
@@ -31,7 +30,7 @@ def lists_size(n, vocab, streams, keep_levels):
 
 def forward(call, keep_levels):
     """`Saved` of a `Call`; keep_levels: whether the backward may be sparse."""
-    with torch.cuda.device_of(call.hidden), exact_float32(torch.backends.cuda.matmul):
+    with torch.cuda.device_of(call.hidden):
         return _forward(call, kernel_operands(call), keep_levels)
 
 
