@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Those of one line share a process, which takes seconds to start.
 SUITES = (
     ("test_account.py", "test_contract.py", "test_properties.py"),
-    ("test_edges.py", "test_sparse.py", "test_strides.py"),
+    ("test_edges.py", "test_option_values.py", "test_sparse.py", "test_strides.py"),
     ("test_groups.py", "test_reverse.py", "test_saved.py", "test_weight_sum.py"),
     ("test_lists.py", "test_launches.py"),
 )
