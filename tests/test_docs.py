@@ -116,10 +116,11 @@ def desk(tmp_path, monkeypatch):
         (tmp_path / folder / "config.json").write_text((CONFIGS / f"{config}.json").read_text())
     (tmp_path / "mine.py").write_text(OWN)
     settings = {"model": {"path": "M"}, "data": {"train": "questions.jsonl"}}
-    finished = tmp_path / "runs" / "papo-g-3b-seed0"
-    (finished / "model").mkdir(parents=True)
-    for file in (finished / "config.json", tmp_path / "run.yaml"):
-        file.write_text(json.dumps({"preset": "papo-g-3b", **settings}))
+    for preset in ("papo-g-3b", "papo-g-7b"):
+        finished = tmp_path / "runs" / f"{preset}-seed0"
+        (finished / "model").mkdir(parents=True)
+        (finished / "config.json").write_text(json.dumps({"preset": preset, **settings}))
+    (tmp_path / "run.yaml").write_text(json.dumps({"preset": "papo-g-3b", **settings}))
     monkeypatch.chdir(tmp_path)
     asked = []
 
