@@ -96,6 +96,8 @@ def _field(body: list[ast.stmt], i: int) -> str:
 
 
 def _signature(node: ast.FunctionDef) -> str:
+    if any(ast.unparse(d).endswith("property") for d in node.decorator_list):  # cached_property too
+        return f"{node.name}: {ast.unparse(node.returns)}" if node.returns else node.name
     arguments = ast.unparse(node.args)
     arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""

@@ -32,6 +32,7 @@ def test_the_page_has_what_users_call(make_api):
         "objective(",
     ):
         assert name in text
+    assert "#### `TokenBatch.lengths: Tensor`" in text  # a property is not called
     # an argument's explanation is there, and a field's
     assert "- `hidden`: (N, D) floating" in text
     assert (
