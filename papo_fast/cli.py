@@ -29,26 +29,31 @@ USAGE = """\
 [bold]papo-fast[/bold]: perception-aware RL for vision-language models
 
   papo-fast train PRESET ...      train; PRESET is one of the names below
-  papo-fast train --config FILE   train by a .yaml or .json file, or as a run's config.json says
-  papo-fast eval RUN ...          mean@k accuracy of a run's model, evaluated as the run did
+  papo-fast train --config FILE   train by a .yaml or .json file
+  papo-fast eval RUN ...          mean@k accuracy of a finished run's model
   papo-fast eval --model DIR ...  mean@k accuracy of a checkpoint
   papo-fast presets               presets: methods, sources, values, equations
   papo-fast report RUN            table and picture of a run
   papo-fast serve PRESET ...      a vLLM server for runs with the same options
-  papo-fast plan ...              memory per GPU and time per step, before anything runs
-  papo-fast doctor                what is installed, what will run, what is missing
+  papo-fast plan ...              memory per GPU and time, before anything runs
+  papo-fast doctor                what is installed, what runs, what is missing
 
 Every command explains its options with --help."""
+
+_ABOUT = {  # of the commands that take a preset
+    "train": "train by a preset, changed by options",
+    "serve": "a vLLM server for runs with the same options",
+}
 
 T = TypeVar("T")
 
 
 @dataclass
 class EvalArguments:
-    """Mean@k accuracy of a checkpoint on a file of questions."""
+    """Mean@k accuracy of a checkpoint; of a finished run's model: `papo-fast eval RUN --help`."""
 
     model: str
-    """Checkpoint folder."""
+    """Checkpoint folder, or a name on the Hugging Face hub."""
     data: str
     """Questions: a .parquet or .jsonl file."""
     preset: str = "papo-g-3b"
@@ -65,10 +70,10 @@ class EvalArguments:
 
 @dataclass
 class ReportArguments:
-    """Table and picture of a run."""
+    """Table and picture of a run: `papo-fast report RUN`."""
 
     run: str
-    """The run's folder, e.g. runs/tiny-seed0."""
+    """The run's folder, e.g. runs/tiny-seed0; it may stand first, without --run."""
     beside: tuple[str, ...] = ()
     """Folders of other runs, e.g. a baseline's, to show beside it."""
 
@@ -163,6 +168,7 @@ def _parse_config(command: str, argv: list[str], console: Console) -> Config | N
             f"{command} needs a preset or --config FILE; presets: " + ", ".join(PRESETS)
         )
     if argv and argv[0] in ("-h", "--help") and file is None:
+        console.print(f"papo-fast {command} PRESET ...: {_ABOUT[command]}\n")
         for preset, (help_text, _) in PRESETS.items():
             console.print(f"  {preset:<14} {help_text}")
         console.print(f"\noptions of one: papo-fast {command} PRESET --help")
@@ -350,7 +356,7 @@ def _help_of_none(command: str, argv: list[str], console: Console) -> bool:
     if argv and argv[0] not in ("-h", "--help"):
         raise InputError(f"{command} takes no options; got {' '.join(argv)}")
     if argv:
-        console.print(f"papo-fast {command} takes no options; what it prints: papo-fast --help")
+        console.print(f"papo-fast {command} takes no options; papo-fast --help says what it does")
     return bool(argv)
 
 
@@ -378,8 +384,8 @@ def _preset_names() -> list[str]:
 
 def _suggest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    mean = f": did you mean {close[0]!r}?" if close else ""
-    return f"{mean}; expected one of {', '.join(known)}"
+    start = f": did you mean {close[0]!r}? Expected" if close else "; expected"
+    return f"{start} one of {', '.join(known)}"
 
 
 def _plain(text: str) -> str:

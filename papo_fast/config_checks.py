@@ -90,7 +90,7 @@ def check(config: Config) -> None:
         raise InputError(f"rollout.filter_range is ({low}, {high}): expected low < high")
     if not config.digits.enabled:
         if not config.model.path:
-            raise InputError("model.path is empty: pass --model.path DIR, a local checkpoint")
+            raise InputError("model.path is empty: pass --model.path, a folder or a hub name")
         if not config.data.train:
             raise InputError("data.train is empty: pass --data.train FILE (.parquet or .jsonl)")
 
