@@ -49,10 +49,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    if Version(importlib.metadata.version("setuptools")) < Version("70.1"):
-        pytest.skip(
-            "setuptools 70.1 or later is needed to build a wheel: pip install -U setuptools"
-        )
+    if Version(importlib.metadata.version("setuptools")) < Version("77"):
+        pytest.skip("setuptools 77 or later is needed to build a wheel: pip install -U setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     # a copy, so that the build leaves nothing in the repository
     source = shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=_built)
@@ -102,5 +100,5 @@ def test_it_runs_where_transformers_is_not(wheel, tmp_path):
 def test_it_asks_for_what_papo_fast_asks_for():
     whole = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(PROJECT["dependencies"]) <= set(whole["dependencies"])
-    for key in ("version", "requires-python"):
+    for key in ("version", "requires-python", "license", "authors"):
         assert PROJECT[key] == whole[key]
