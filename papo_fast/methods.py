@@ -158,7 +158,10 @@ def print_presets(console: Console) -> None:
         method = METHODS[name]
         console.print(f"[bold]{name}[/bold]  {escape(about)}", soft_wrap=True)
         for label, text in (
-            ("method", f"{method.name} on {method.base}"),
+            (
+                "method",
+                method.name if method.name == method.base else f"{method.name} on {method.base}",
+            ),
             ("source", method.source),
             ("maximises", method.equation),
             ("values", values_of(config)),
