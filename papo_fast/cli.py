@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 
 from papo_fast import __version__
 from papo_fast.config import Config
-from papo_fast.consoles import make_console, open_missing_streams, silence
+from papo_fast.consoles import as_command, make_console
 from papo_fast.errors import InputError
 
 USAGE = """\
@@ -75,7 +75,7 @@ class ReportArguments:
 
 def run() -> NoReturn:
     """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command's words."""
-    leave(main())
+    leave(as_command(main))
 
 
 def leave(status: int) -> NoReturn:
@@ -96,7 +96,6 @@ def leave(status: int) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    open_missing_streams()
     console = make_console()
     logging.basicConfig(
         level=logging.INFO,
@@ -219,24 +218,13 @@ def _parse(
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed: T = call() if default is None else call(default=default)
-    except BrokenPipeError:  # nobody reads the help to its end
-        silence(sys.stdout)
-        return None
+            parsed: T | None = call() if default is None else call(default=default)
     except SystemExit as end:
         if end.code:
             raise InputError(_one_line(said.getvalue()) or f"see {prog} --help") from end
-        _flush()
-        return None
+        parsed = None
     sys.stderr.write(said.getvalue())  # warnings
     return parsed
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 def _one_line(box: str) -> str:
