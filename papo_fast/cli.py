@@ -19,10 +19,11 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from papo_fast import __version__
 from papo_fast.config import Config
-from papo_fast.consoles import as_command, make_console
+from papo_fast.consoles import as_command, make_console, say
 from papo_fast.errors import InputError
 
 USAGE = """\
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)}")
         return commands[argv[0]](argv[1:], console)
     except InputError as error:
-        make_console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", soft_wrap=True)
+        say(make_console(stderr=True), Text.assemble(("error:", "red"), f" {error}"))
         return 2
     except KeyboardInterrupt:
         make_console(stderr=True).print("interrupted; what is written stays in the run's folder")
@@ -368,10 +369,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     mean = f": did you mean {close[0]!r}?" if close else ""
     return f"{mean}; expected one of {', '.join(known)}"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 from rich.console import Console
+from rich.text import Text
 
 
 class Unfailing:
@@ -75,6 +76,16 @@ def outlive_readers(console: Console) -> None:
     """Go on in silence once nobody reads the output any more, as after `| head`."""
     if not isinstance(console.file, Unfailing):
         console.file = cast(Any, Unfailing(console.file))
+
+
+def say(console: Console, line: str | Text) -> None:
+    """Print a line as it is: what stands in brackets, as in a path, is no markup."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def warn(console: Console, line: str) -> None:
+    """Print a line that is marked as a warning."""
+    say(console, Text.assemble(("warning:", "yellow"), f" {line}"))
 
 
 def silence(stream: IO[Any]) -> None:

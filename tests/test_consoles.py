@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from papo_fast.cli import main
-from papo_fast.consoles import outlive_readers
+from papo_fast.consoles import make_console, outlive_readers, say
 
 COMMANDS = ["", "train --help", "train tiny --help", "plan --help", "eval --help", "doctor"]
 
@@ -106,6 +106,14 @@ def test_an_error_that_nobody_reads_keeps_its_status():
         assert call("train nothing", stdout=theirs, stderr=theirs)[0] == 2
     finally:
         os.close(theirs)
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    for name in ("[/x]", "[bold]", r"a\[b"):
+        assert main(["train", "grpo", name]) == 2
+        assert name in capsys.readouterr().err
+    say(make_console(), "resuming runs/[/x] after [bold]")
+    assert capsys.readouterr().out == "resuming runs/[/x] after [bold]\n"
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ class OwnServer:
             if status is not None or time.monotonic() > deadline:
                 self.close()
                 why = "is not ready in time" if status is None else f"ended with status {status}"
-                last = " | ".join(log.read_text(errors="replace").splitlines()[-3:])
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                last = " | ".join(lines[-3:])
                 raise RolloutError(
                     f"the vLLM server of this run {why} (rollout.server_timeout = "
                     f"{config.rollout.server_timeout}): see {log}, which ends: {last}"
