@@ -137,8 +137,9 @@ class Trainer:
 
     def checkpoint_is_due(self, step: int) -> bool:
         every = self.config.train.checkpoint_every
-        # the first one at once: without any, --resume would have nothing to go on from
-        return every > 0 and (step == 1 or step % every == 0)
+        # the first one at once: without any, --resume would have nothing to go on from; the last
+        # one too: a run that is killed in the evaluation after would have to train again
+        return every > 0 and (step in (1, self.steps) or step % every == 0)
 
     def load_sampler(self) -> None:
         """Sample with the weights as they are; before a step, so that a failure loses none."""
