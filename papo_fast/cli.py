@@ -185,7 +185,7 @@ def _start(name: str | None, file: str | None) -> tuple[str, Config]:
     where = f"{file}: " if name is None else ""
     name = settings.get("preset") or None if name is None else name
     if name is not None and not (isinstance(name, str) and name in PRESETS):
-        raise InputError(f"{where}unknown preset {name!r}{_suggest(str(name), list(PRESETS))}")
+        raise InputError(f"{where}unknown preset {name!r:.80}{_suggest(str(name), list(PRESETS))}")
     about, config = ("Settings of a file.", Config()) if name is None else PRESETS[name]
     settings = {key: value for key, value in settings.items() if key != "preset"}
     return about, config if file is None else with_settings(config, settings, file)
