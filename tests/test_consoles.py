@@ -14,6 +14,7 @@ from rich.console import Console
 
 from papo_fast.cli import main
 from papo_fast.consoles import make_console, outlive_readers, say
+from support import TESTS
 
 COMMANDS = ["", "train --help", "train tiny --help", "plan --help", "eval --help", "doctor"]
 
@@ -48,6 +49,15 @@ def no_error_without_a_reader(words, pair):
         os.close(theirs)
     assert status == 0, errors
     assert "Error" not in errors and "Traceback" not in errors
+
+
+def test_a_benchmark_whose_reader_has_gone_is_no_error():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, str(TESTS.parent / "bench" / "implementations.py"), "--help"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("words", ["presets", "train tiny --help"])
