@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from papo_fast.config import ObjectiveConfig
+from papo_fast.consoles import as_command
 from papo_fast.objective import objective
 from papo_fast.token_batch import Denominators, TokenBatch
 
@@ -229,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

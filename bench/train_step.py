@@ -41,6 +41,7 @@ from train_step_report import show
 from train_step_trl import TRL
 from train_step_ways import OBJECTIVES, OURS, WAYS
 
+from papo_fast.consoles import as_command
 from papo_fast.model.packing import pack
 from papo_fast.model.policy import inference
 from papo_fast.rollout.hf import HFRollout
@@ -244,4 +245,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from papo_fast.config import DataConfig, RewardConfig
+from papo_fast.consoles import as_command
 from papo_fast.integrations.conversations import conversations
 from papo_fast.integrations.processor import load_processor, prompt_end
 from papo_fast.integrations.trl import PAPOConfig, PAPOTrainer
@@ -86,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
 from papo_fast.config import DataConfig
+from papo_fast.consoles import as_command
 from papo_fast.digits.model import build_checkpoint, build_tokenizer, tiny_config
 from papo_fast.digits.task import write_questions
 from papo_fast.integrations.conversations import conversations
@@ -133,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from papo_fast.config import Config
+from papo_fast.consoles import as_command
 from papo_fast.data.encoded import EncodedPrompt
 from papo_fast.data.prompts import Prompt
 from papo_fast.experience import add_logprobs
@@ -332,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(as_command(main))

@@ -19,10 +19,11 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from papo_fast import __version__
 from papo_fast.config import Config
-from papo_fast.consoles import make_console, open_missing_streams, silence
+from papo_fast.consoles import as_command, make_console, say
 from papo_fast.errors import InputError
 
 USAGE = """\
@@ -80,7 +81,7 @@ class ReportArguments:
 
 def run() -> NoReturn:
     """The `papo-fast` command, also as `python -m papo_fast`: `main` on the command's words."""
-    leave(main())
+    leave(as_command(main))
 
 
 def leave(status: int) -> NoReturn:
@@ -101,7 +102,6 @@ def leave(status: int) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    open_missing_streams()
     console = make_console()
     logging.basicConfig(
         level=logging.INFO,
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {argv[0]!r}{_suggest(argv[0], commands)}")
         return commands[argv[0]](argv[1:], console)
     except InputError as error:
-        make_console(stderr=True).print(f"[red]error:[/red] {_plain(str(error))}", soft_wrap=True)
+        say(make_console(stderr=True), Text.assemble(("error:", "red"), f" {error}"))
         return 2
     except KeyboardInterrupt:
         make_console(stderr=True).print("interrupted; what is written stays in the run's folder")
@@ -191,7 +191,7 @@ def _start(name: str | None, file: str | None) -> tuple[str, Config]:
     where = f"{file}: " if name is None else ""
     name = settings.get("preset") or None if name is None else name
     if name is not None and not (isinstance(name, str) and name in PRESETS):
-        raise InputError(f"{where}unknown preset {name!r}{_suggest(str(name), list(PRESETS))}")
+        raise InputError(f"{where}unknown preset {name!r:.80}{_suggest(str(name), list(PRESETS))}")
     about, config = ("Settings of a file.", Config()) if name is None else PRESETS[name]
     settings = {key: value for key, value in settings.items() if key != "preset"}
     return about, config if file is None else with_settings(config, settings, file)
@@ -225,24 +225,13 @@ def _parse(
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            parsed: T = call() if default is None else call(default=default)
-    except BrokenPipeError:  # nobody reads the help to its end
-        silence(sys.stdout)
-        return None
+            parsed: T | None = call() if default is None else call(default=default)
     except SystemExit as end:
         if end.code:
             raise InputError(_one_line(said.getvalue()) or f"see {prog} --help") from end
-        _flush()
-        return None
+        parsed = None
     sys.stderr.write(said.getvalue())  # warnings
     return parsed
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 def _one_line(box: str) -> str:
@@ -386,10 +375,6 @@ def _suggest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     start = f": did you mean {close[0]!r}? Expected" if close else "; expected"
     return f"{start} one of {', '.join(known)}"
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def _cpu_flags() -> set[str]:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return set()
-    lines = info.read_text().splitlines()
+    lines = info.read_text(encoding="utf-8").splitlines()
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 

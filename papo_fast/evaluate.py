@@ -20,9 +20,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from papo_fast.config import Config
+from papo_fast.consoles import warn
 from papo_fast.data.corruption import PromptCorruption, prompt_seed
 from papo_fast.data.encoder import PLACEHOLDER, PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
@@ -237,6 +237,6 @@ def evaluate_checkpoint(config: Config, console: Console) -> dict:
             corrupted = evaluator.run("with corrupted images", corrupted=True)
             summary |= corrupted.corrupted_summary("after")
         for alarm in scorer.alarms():
-            console.print(f"[yellow]warning:[/yellow] {escape(alarm)}", soft_wrap=True)
+            warn(console, alarm)
     print_summary(summary, console)
     return summary

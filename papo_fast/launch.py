@@ -20,7 +20,7 @@ from papo_fast.config_checks import (
     check_transfer_device,
     resolve,
 )
-from papo_fast.consoles import make_console, outlive_readers
+from papo_fast.consoles import make_console, outlive_readers, say
 from papo_fast.errors import InputError
 from papo_fast.evaluate import evaluate_checkpoint
 from papo_fast.hand_over import Given, hand_over
@@ -131,10 +131,10 @@ def _train(config: Config, console: Console) -> Path:
             done = finished_steps(config, folder) if config.resume else None
         folder, done = gather((folder, done))[0]
         if done is not None:
-            console.print(f"{folder} is finished after {done} steps: nothing is left to do")
+            say(console, f"{folder} is finished after {done} steps: nothing is left to do")
             if is_main() and not has_report(folder):
                 picture = write_report(folder)
-                console.print(f"its report was not finished; it is now {picture}")
+                say(console, f"its report was not finished; it is now {picture}")
             return folder
         return _train_in(folder, config, console)
 
@@ -207,5 +207,5 @@ def serve(config: Config, console: Console) -> None:
     encoder = load_encoder(config.model, config.data)
     command, environment = server_command(config, encoder, urls[0], token)
     environment.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    console.print(f"vLLM serves {config.model.path} at {urls[0]}")
+    say(console, f"vLLM serves {config.model.path} at {urls[0]}")
     os.execve(command[0], command, environment)

@@ -16,10 +16,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from papo_fast.config import Config
 from papo_fast.config_checks import steps_of_epochs
+from papo_fast.consoles import say, warn
 from papo_fast.data.prompts import PromptDataset, PromptStream
 from papo_fast.data.views import CorruptedViews
 from papo_fast.evaluate import Evaluator, held_out
@@ -124,7 +124,7 @@ class Trainer:
         kind = OverlappedRollouts if config.rollout.overlap else Rollouts
         self.rollouts = kind(collector, self.stream, self.steps)
         self.evaluator = Evaluator(config, sampler, self.views.first, questions, progress)
-        self.journal = Journal(config, folder, clock, self.say)
+        self.journal = Journal(config, folder, clock, progress.console)
         self.updates_sampled: int | None = None  # whose weights the engine has
         if config.resume:
             saved = self.journal.restore(self.policy, self.updater.optimizer)
@@ -133,12 +133,13 @@ class Trainer:
         self.journal.open(self.state())
 
     def say(self, line: str) -> None:
-        self.progress.console.print(line, soft_wrap=True)
+        say(self.progress.console, line)
 
     def checkpoint_is_due(self, step: int) -> bool:
         every = self.config.train.checkpoint_every
-        # the first one at once: without any, --resume would have nothing to go on from
-        return every > 0 and (step == 1 or step % every == 0)
+        # the first one at once: without any, --resume would have nothing to go on from; the last
+        # one too: a run that is killed in the evaluation after would have to train again
+        return every > 0 and (step in (1, self.steps) or step % every == 0)
 
     def load_sampler(self) -> None:
         """Sample with the weights as they are; before a step, so that a failure loses none."""
@@ -183,7 +184,7 @@ class Trainer:
             corrupted = self.evaluator.run("with corrupted images", corrupted=True)
             entries |= corrupted.corrupted_summary(when)
         for alarm in self.scorer.alarms():
-            self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
+            warn(self.progress.console, alarm)
         return entries
 
     def summary(self, before: dict, after: dict) -> dict:

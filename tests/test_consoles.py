@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import pty
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from papo_fast.cli import main
+from papo_fast.consoles import make_console, outlive_readers, say
+from support import TESTS
 
 COMMANDS = ["", "train --help", "train tiny --help", "plan --help", "eval --help", "doctor"]
 
@@ -26,14 +32,53 @@ def call(words, *more, **streams):
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_reader_that_has_gone_is_no_error_even_where_home_is_not_writable(words):
-    ours, theirs = os.pipe()
+    no_error_without_a_reader(words, os.pipe())
+
+
+@pytest.mark.parametrize("words", ["", "train tiny --help"])
+def test_a_terminal_that_was_closed_is_no_error(words):
+    no_error_without_a_reader(words, pty.openpty())
+
+
+def no_error_without_a_reader(words, pair):
+    ours, theirs = pair
     os.close(ours)
     try:
         status, errors = call(words, stdout=theirs)
     finally:
         os.close(theirs)
     assert status == 0, errors
-    assert "BrokenPipe" not in errors and "Traceback" not in errors
+    assert "Error" not in errors and "Traceback" not in errors
+
+
+def test_a_benchmark_whose_reader_has_gone_is_no_error():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, str(TESTS.parent / "bench" / "implementations.py"), "--help"]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("words", ["presets", "train tiny --help"])
+def test_a_full_disk_is_said_and_is_the_status(words):
+    with open("/dev/full", "w") as full:
+        status, errors = call(words, stdout=full)
+    assert status == 1
+    assert errors.startswith("what is printed is lost from here on: ")
+    assert "No space left" in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EPIPE])
+def test_the_work_goes_on_when_printing_fails(capsys, error):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise OSError(error, os.strerror(error))
+
+    console = Console(file=Broken())
+    outlive_readers(console)
+    console.print("this fails")  # and raises nothing
+    assert ("is lost" in capsys.readouterr().err) == (error == errno.ENOSPC)
 
 
 @pytest.mark.parametrize("words", COMMANDS[:-1])
@@ -71,6 +116,14 @@ def test_an_error_that_nobody_reads_keeps_its_status():
         assert call("train nothing", stdout=theirs, stderr=theirs)[0] == 2
     finally:
         os.close(theirs)
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    for name in ("[/x]", "[bold]", r"a\[b"):
+        assert main(["train", "grpo", name]) == 2
+        assert name in capsys.readouterr().err
+    say(make_console(), "resuming runs/[/x] after [bold]")
+    assert capsys.readouterr().out == "resuming runs/[/x] after [bold]\n"
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,9 @@ def test_an_image_processor_that_does_not_work_is_named(qwen25, changes):
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(qwen25):
     padded(qwen25, -5)
     assert "vocab_size in config.json is" in one_line(qwen25)
+
+
+def test_a_checkpoint_to_resume_from_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(InputError, match="--resume goes on from; expected a model"):
+        PromptEncoder(tmp_path, SMALL)

@@ -52,6 +52,27 @@ def test_the_trainer_imports_neither_bench_nor_tests():
     assert offending("papo_fast", lambda name: name not in upstairs) == []
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_texts_are_read_and_written_in_utf8_whatever_the_locale(package):
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules(package)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and follows_the_locale(node)
+    ]
+    assert found == []
+
+
+def follows_the_locale(call):
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    opened = name in ("open", "fdopen") and any(
+        isinstance(arg, ast.Constant) and arg.value in ("r", "w", "a", "r+", "w+", "x")
+        for arg in call.args
+    )
+    texts = name in ("read_text", "write_text") or opened
+    return texts and "encoding" not in [keyword.arg for keyword in call.keywords]
+
+
 def test_no_two_test_files_share_a_name():
     # pytest imports them by their bare names, so the second of a pair would not be collected.
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
@@ -60,7 +81,7 @@ def test_no_two_test_files_share_a_name():
 
 # From the ground up: a room imports from the floors below its own, and from nowhere else.
 FLOORS = (
-    {"errors"},
+    {"child_process", "errors"},
     {"user_function", "whole_files"},
     {"corruption_settings", "reward_settings", "term_settings", "weight_settings", "view_settings"},
     {"blockwise", "config", "consoles", "machine", "setting_bounds"},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
+import signal
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import pytest
@@ -16,7 +20,7 @@ from PIL import Image
 from papo_fast.errors import InputError
 from papo_fast.reward_settings import RewardConfig, check_rewards, rewarded
 from papo_fast.rewards import service
-from papo_fast.rewards.functions import GIVE_UP
+from papo_fast.rewards.functions import GIVE_UP, FunctionWorker
 from papo_fast.rewards.scorer import Scorer
 from papo_fast.rewards.workers import PATIENCE
 from papo_fast.user_function import forget_files, name_given
@@ -148,6 +152,42 @@ def test_a_process_that_a_function_forks_does_not_answer_in_its_place(file_of):
     file_of("import os\ndef forks(response):\n    return float(response) if os.fork() else 100\n")
     scores, _, alarms = scores_of(["mine.py:forks"], [str(n) for n in range(12)])
     assert [s.values["forks"] for s in scores] == list(range(12)) and not alarms
+
+
+def test_a_function_that_sleeps_ends_with_a_run_that_is_killed(tmp_path):
+    source = f"import os, time\ndef f():\n open({str(tmp_path / 'on')!r}, 'w')\n time.sleep(1000)\n"
+    entries = pickle.dumps([("f.py", "f", source.encode())])
+    ours, theirs = os.pipe()
+    if (run := os.fork()) == 0:
+        worker = FunctionWorker(entries)
+        os.write(theirs, b"%d" % worker.start().pid)
+        worker.call(0, {}, 1000)
+        os._exit(0)
+    pid = int(os.read(ours, 20))
+    until(lambda: (tmp_path / "on").exists())
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    try:
+        until(lambda: not is_alive(pid))
+    finally:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+        os.close(ours)
+        os.close(theirs)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def until(is_so, seconds=20):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.02)
 
 
 def test_a_file_may_hold_what_looks_itself_up_by_the_name_of_its_module(file_of):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -230,9 +231,18 @@ def command_of(config):
     return [sys.executable, "-m", "papo_fast", "train", "grpo", *options]
 
 
-def test_a_closed_stdout_and_a_home_that_nobody_can_write_to_are_no_error(config, questions):
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test=str(questions)))
-    environment = {**os.environ, "HOME": "/dev/null"}
+def test_a_closed_stdout_a_home_that_nobody_can_write_to_and_any_locale_are_no_error(
+    config, questions, tmp_path
+):
+    # brackets are markup to rich, and é is no letter in this locale
+    data = shutil.copy(questions, questions.with_name("é.parquet"))
+    config = dataclasses.replace(
+        config,
+        out=str(tmp_path / "[bold] [/x]"),
+        data=dataclasses.replace(config.data, train=str(data), test=str(data)),
+    )
+    environment = {**os.environ, "HOME": "/dev/null", "LC_ALL": "C"}
+    environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR"):
         environment.pop(name, None)
     process = subprocess.Popen(
@@ -244,3 +254,12 @@ def test_a_closed_stdout_and_a_home_that_nobody_can_write_to_are_no_error(config
     folder = Path(config.out) / "run"
     assert "BrokenPipe" not in errors and "Traceback" not in errors
     assert (folder / "summary.json").exists() and steps_of(folder) == [1, 2]
+    written = json.loads((folder / "config.json").read_text("utf-8"))["data"]["train"]
+    assert os.fsencode(written) == os.fsencode(data)
+
+
+def test_a_folder_that_is_not_unicode_is_refused_before_the_training(tmp_path):
+    config = Config(out=str(tmp_path / "\udcff"), name="run")
+    with pytest.raises(InputError, match="bytes that are no characters"), run_folder(config):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from papo_fast.errors import InputError
 from papo_fast.launch import train
+from papo_fast.run.stop import stop_on_signals
 from papo_fast.update import Updater
 from support.small_runs import (
     SILENT,
@@ -29,13 +30,14 @@ def config(checkpoints, questions, tmp_path):
     return resumable(checkpoints, questions, tmp_path)
 
 
-# One handler takes both signals: each place by one of them, and one place by both.
+# One handler takes all signals: each place by one of them, and one place by all.
 @pytest.mark.parametrize(
     ("where", "number"),
     [
         ("evaluation", signal.SIGINT),
         ("step", signal.SIGINT),
         ("step", signal.SIGTERM),
+        ("step", signal.SIGHUP),
         ("checkpoint", signal.SIGTERM),
         pytest.param("evaluation", signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param("checkpoint", signal.SIGINT, marks=pytest.mark.exhaustive),
@@ -71,6 +73,16 @@ def test_a_signal_keeps_the_last_step_wherever_it_comes(
     assert len(calls) == {"evaluation": 1, "step": 2, "checkpoint": 1}[where]
     _, rows, _ = run(config)
     assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_at_once_and_keeps_the_last_whole_step(config, monkeypatch):

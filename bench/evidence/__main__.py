@@ -11,6 +11,7 @@ from bench.evidence.arms import ARMS
 from bench.evidence.choice import choose, chosen_settings
 from bench.evidence.protocol import RESULTS, STAGES, TASKS, Cell, cells, seeds_outside
 from bench.evidence.runner import SCRATCH, Plan, result_of, work, work_in_processes
+from papo_fast.consoles import as_command
 from papo_fast.errors import InputError
 
 
@@ -138,4 +139,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

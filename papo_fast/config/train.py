@@ -37,8 +37,8 @@ class TrainConfig:
     steps: int = 0
     """Rollouts to train for; 0: what `epochs` gives."""
     checkpoint_every: int = 0
-    """Steps between checkpoints, from which --resume continues, the first after step 1; 0: one only
-    when something stops the run (SIGTERM, Ctrl-C, an error)."""
+    """Steps between checkpoints, from which --resume continues, the first after step 1 and the last
+    after the last step; 0: one only when something stops the run (SIGTERM, Ctrl-C, an error)."""
     keep_checkpoints: int = 2
     """Latest checkpoints that stay; the one with the best reward stays besides."""
     max_bad_updates: int = 3

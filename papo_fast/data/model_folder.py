@@ -59,6 +59,11 @@ def check_files(path: str) -> None:
             f"model.path = {path!r} is a file; expected the directory of a checkpoint, with "
             "config.json, the weights, the tokenizer and preprocessor_config.json"
         )
+    if (folder / "shards").is_dir():
+        raise InputError(
+            f"model.path = {path!r} is a checkpoint that --resume goes on from; expected a model, "
+            "such as a run leaves in its folder `model` when it is finished"
+        )
     needed = {
         "config.json": ("config.json",),
         "tokenizer.json": ("tokenizer.json", "vocab.json"),

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from papo_fast.config import Config, DataConfig, DigitsConfig, ModelConfig
+from papo_fast.consoles import say
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.data.prompts import Prompt, PromptDataset
 from papo_fast.digits.model import build_checkpoint
@@ -96,7 +97,7 @@ def _alone_in(folder: Path, made: Path, progress: Progress) -> Iterator[None]:
                     raise
                 if not said:
                     pid = error.holder["pid"]
-                    progress.console.print(f"waiting for process {pid}, which is filling {folder}")
+                    say(progress.console, f"waiting for process {pid}, which is filling {folder}")
                 said = True
                 time.sleep(0.5)
         yield

@@ -37,9 +37,11 @@ def write_checkpoint(
     model.save_pretrained(path, state_dict=weights)
     # transformers writes the dtype of what is in memory
     file = path / "config.json"
-    config = _with_dtype(json.loads(file.read_text()), str(dtype).removeprefix("torch."))
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (path / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = _with_dtype(config, str(dtype).removeprefix("torch."))
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    settings = generation.to_json_string(use_diff=True)
+    (path / "generation_config.json").write_text(settings, encoding="utf-8")
 
 
 def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

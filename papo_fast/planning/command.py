@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from papo_fast.config import Config
 from papo_fast.config_checks import check_processes, resolve, steps_of_epochs
+from papo_fast.consoles import say
 from papo_fast.errors import InputError
 from papo_fast.planning import seconds
 from papo_fast.planning.advice import (
@@ -62,7 +64,7 @@ def print_plan(arguments: PlanArguments, console: Console) -> None:
     case = _case(arguments)
     plan, time, gpu = case.plan(), case.time(), case.gpu
     console.print(
-        f"[bold]{case.sizes.parameters / 1e9:.2f} B parameters ({case.sizes.family}) on "
+        f"[bold]{case.sizes.parameters / 1e9:.2f} B parameters ({escape(case.sizes.family)}) on "
         f"{arguments.gpus} x {gpu.name}[/], preset {case.config.preset}",
         soft_wrap=True,
     )
@@ -256,7 +258,7 @@ def _print_commands(
     mended = dataclasses.replace(case, config=config, layout=layout)
     now = mended.time() if chosen else time
     command = train_command(given, layout.ranks, " ".join(option.flags for option in chosen))
-    console.print(f"the command: {command}", soft_wrap=True, highlight=False)
+    say(console, f"the command: {command}")
     found_effects = list(effects(*mended.setup, case.gpu, case.mfu))
     faster = faster_engine(found_effects, now)
     if faster is not None:
@@ -264,7 +266,7 @@ def _print_commands(
         flags = " ".join(option.flags for option in with_engine(chosen, faster.option))
         console.print(
             f"faster: vLLM takes [bold]{_duration(faster.time.total)}[/] for a step in place of "
-            f"{_duration(now.total)}: {train_command(given, there.ranks, flags)}",
+            f"{_duration(now.total)}: {escape(train_command(given, there.ranks, flags))}",
             soft_wrap=True,
             highlight=False,
         )

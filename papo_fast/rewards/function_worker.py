@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from papo_fast.child_process import end_with_parent
 from papo_fast.user_function import function_of_source, one_line
 
 MEMORY_LIMIT = 8 << 30
@@ -33,6 +34,7 @@ LARGEST = 1e6
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with_parent(signal.SIGKILL)  # where that is killed, a function that sleeps has no limit
     # What a function prints goes to stderr, and it reads nothing: these two carry the protocol.
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

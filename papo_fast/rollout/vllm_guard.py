@@ -151,6 +151,6 @@ def read_or_make_token(path: str) -> str:
         return read_token(path)
     except OSError as error:
         raise InputError(f"rollout.server_token_file {path} cannot be made: {error}") from error
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(new_token() + "\n")
     return read_token(path)

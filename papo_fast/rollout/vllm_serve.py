@@ -9,7 +9,6 @@ belongs on loopback or in a network of one's own.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from papo_fast.child_process import end_with_parent
 from papo_fast.config import Config
 from papo_fast.data.encoder import PromptEncoder
 from papo_fast.errors import InputError
@@ -174,7 +174,7 @@ class OwnServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # interrupts are for the run, which then ends it
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         deadline = time.monotonic() + config.rollout.server_timeout
         while not answers(self.url):
@@ -182,7 +182,8 @@ class OwnServer:
             if status is not None or time.monotonic() > deadline:
                 self.close()
                 why = "is not ready in time" if status is None else f"ended with status {status}"
-                last = " | ".join(log.read_text(errors="replace").splitlines()[-3:])
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                last = " | ".join(lines[-3:])
                 raise RolloutError(
                     f"the vLLM server of this run {why} (rollout.server_timeout = "
                     f"{config.rollout.server_timeout}): see {log}, which ends: {last}"
@@ -205,8 +206,3 @@ def _folder_for_a_socket() -> Path:
     """A new folder of mode 700, whose path is short: a socket's may have 107 bytes."""
     short = len(os.fsencode(tempfile.gettempdir())) <= 80
     return Path(tempfile.mkdtemp(prefix="papo-fast-", dir=None if short else "/tmp"))
-
-
-def _end_with_parent() -> None:
-    """Linux sends SIGTERM to this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

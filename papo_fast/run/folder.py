@@ -30,6 +30,7 @@ def run_folder(config: Config) -> Iterator[Path]:
     made or written to.
     """
     _check_name(config.run_name)
+    _check_characters(Path(config.out) / config.run_name)
     with ExitStack() as held:
         try:
             path = _to_continue(config, held) if config.resume else _new(config, held)
@@ -48,6 +49,17 @@ def _check_name(name: str) -> None:
             f"name is {name!r}: expected the name of a folder in `out`, without slashes, and "
             "neither . nor .."
         )
+
+
+def _check_characters(path: Path) -> None:
+    """Tokenizers, for one, write to no path that is not Unicode: the model would be lost."""
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the folder of this run is {str(path.absolute())!r}, in which this locale finds bytes "
+            "that are no characters: expected a path in UTF-8, and a locale such as LC_ALL=C.UTF-8"
+        ) from error
 
 
 def _new(config: Config, held: ExitStack) -> Path:
@@ -92,7 +104,7 @@ def _check_that_it_is_ours(path: Path) -> None:
     if _is_unused(path):
         return
     try:
-        settings = json.loads((path / CONFIG).read_text())
+        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         settings = None
     ours = {"preset", "seed", "model", "data", "rollout", "objective", "train"}
@@ -123,12 +135,14 @@ def _to_continue(config: Config, held: ExitStack) -> Path:
 
 
 def as_json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Characters as they are, except half a one, which UTF-8 has none for and JSON an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
     with written_whole(path) as partial:
-        partial.write_text(as_json(value))
+        partial.write_text(as_json(value), encoding="utf-8")
 
 
 def git_commit() -> str | None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
+from rich.console import Console
 from torch import nn
 
 from papo_fast.config import Config
+from papo_fast.consoles import say, warn
 from papo_fast.parallel import is_main, wait_for_all
 from papo_fast.run.alarms import CollapseMonitor, mismatch_alarm
 from papo_fast.run.checkpoint import CheckpointStore, refuse_if_not_finite
@@ -41,14 +42,14 @@ class Journal:
 
     Args:
         clock: its seconds are kept in checkpoints.
-        say: prints one line for the user.
+        console: gets a line for each step, and warnings.
     """
 
-    def __init__(self, config: Config, folder: Path, clock: Clock, say: Callable[[str], None]):
+    def __init__(self, config: Config, folder: Path, clock: Clock, console: Console):
         self.config = config
         self.folder = folder
         self.clock = clock
-        self.say = say
+        self.console = console
         self.done = 0
         self._store = CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints)
         kl_clip = config.objective.kl_prcp_clip
@@ -84,17 +85,17 @@ class Journal:
                 rows, self.config.train.checkpoint_every, self.folder
             )
             if again:
-                self.say(f"[yellow]warning:[/yellow] {again}")
+                warn(self.console, again)
             else:
-                self.say(f"nothing to resume in {self.folder}: the run starts at step 1")
+                say(self.console, f"nothing to resume in {self.folder}: the run starts at step 1")
         else:
             checkpoint = self._store.folder / f"step-{self.done}"
-            self.say(f"resuming {self.folder} after step {self.done}, from {checkpoint}")
+            say(self.console, f"resuming {self.folder} after step {self.done}, from {checkpoint}")
         rows = rows_until(rows, self.done, path)
         wait_for_all()  # everybody has read the rows
         if is_main():  # steps after the checkpoint will be made again
             with written_whole(path) as partial:
-                partial.write_text("".join(json_line(row) + "\n" for row in rows))
+                partial.write_text("".join(json_line(row) + "\n" for row in rows), encoding="utf-8")
         for row in rows:
             for monitor in self._monitors:
                 monitor.update(row)
@@ -133,9 +134,9 @@ class Journal:
         self._rewards.append(row["reward"])
         self.done, self._state, self._weights_moved = row["step"], state, False
         for line in self._lines.of(row, steps):
-            self.say(line)
+            say(self.console, line)
         for alarm in row["alarms"]:
-            self.say(f"[yellow]warning:[/yellow] {escape(alarm)}")
+            warn(self.console, alarm)
 
     def checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the step that has just ended."""
@@ -172,7 +173,7 @@ class Journal:
         """Entries of the summary; kept in a file, since a resumed run has another model by now."""
         path = self.folder / BEFORE
         if self.done and path.is_file():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         entries = evaluate()
         if is_main():
             write_json(path, entries)

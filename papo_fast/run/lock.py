@@ -44,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise Locked(folder, holder)
         partial = folder / f"{LOCK}.{os.getpid()}.partial"
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        partial.write_text(json.dumps(me) + "\n")
+        partial.write_text(json.dumps(me) + "\n", encoding="utf-8")
         partial.replace(path)
     try:
         yield
@@ -79,11 +79,11 @@ def _started(pid: int) -> str | None:
     Systems without /proc cannot tell, and say "".
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
@@ -92,7 +92,7 @@ def _started(pid: int) -> str | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a lock says; None where it says nothing that a lock of ours would."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else None

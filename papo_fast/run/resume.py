@@ -67,7 +67,7 @@ def check_settings(config: Config, folder: Path) -> None:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): the run cannot be resumed") from error
     if not isinstance(settings, dict) or "train" not in settings:
@@ -89,7 +89,7 @@ def _differences(before: dict, now: dict, prefix: str = "") -> list[str]:
 def finished_steps(config: Config, folder: Path) -> int | None:
     """Steps of a run that is finished and to which this configuration adds none, else None."""
     try:
-        steps = json.loads((folder / SUMMARY).read_text())["steps"]
+        steps = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["steps"]
         before = _settings(folder / CONFIG)["train"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

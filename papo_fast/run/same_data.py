@@ -45,7 +45,7 @@ def check_data(config: Config, folder: Path) -> dict[str, Mark]:
     Raises `InputError` where one is another.
     """
     try:
-        before = json.loads((folder / DATA).read_text())
+        before = json.loads((folder / DATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # a new run, or one of an older version
     same = {}

@@ -84,7 +84,7 @@ def write_manifest(folder: Path) -> None:
     """Checksums of all files of a checkpoint, as the last one of them."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     sums = {str(p.relative_to(folder)): sha256(p) for p in files}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
@@ -94,7 +94,7 @@ def damage(folder: Path) -> str | None:
         missing = [n for n in ("state.pt", "shards/.metadata") if not (folder / n).is_file()]
         return f"{missing[0]} is missing" if missing else None
     try:
-        sums = json.loads(manifest.read_text())["sha256"]
+        sums = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
         for name, wanted in sums.items():
             path = folder / name
             if not path.is_file():

@@ -19,8 +19,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether the process was asked to stop: by SIGTERM, as clusters send it before they kill, or
-    by Ctrl-C (SIGINT). A second Ctrl-C is a `KeyboardInterrupt` as ever.
+    """Whether the process was asked to stop: by SIGTERM, as clusters send it before they kill, by
+    SIGHUP, as a terminal sends it that is closed, or by Ctrl-C (SIGINT). A second Ctrl-C is a
+    `KeyboardInterrupt` as ever.
     """
 
     def __init__(self) -> None:
@@ -49,13 +50,16 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a request that the loop honours; only in the main thread."""
+    """Turns SIGTERM, SIGHUP and SIGINT into a request that the loop honours; only in the main
+    thread. A SIGHUP that is ignored, as under `nohup`, stays so.
+    """
     request = StopRequest()
     before: dict[int, Any] = {}
     try:
         with suppress(ValueError):  # not the main thread: whoever runs us there handles signals
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, request)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, request)
         yield request
     finally:
         for number, handler in before.items():

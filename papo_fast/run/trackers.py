@@ -141,5 +141,5 @@ def _id_of(folder: Path) -> str:
     """One for each run: a file in its folder keeps it, so that --overwrite begins a new one."""
     kept = folder / LEFT[-1]
     if not kept.is_file():
-        kept.write_text(secrets.token_hex(8))
-    return kept.read_text()
+        kept.write_text(secrets.token_hex(8), encoding="utf-8")
+    return kept.read_text(encoding="utf-8")

@@ -174,7 +174,7 @@ def _fingerprint(command, sources, flags):
     about += [platform.machine(), platform.processor()]
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():
-        lines = set(cpu.read_text().splitlines())
+        lines = set(cpu.read_text(encoding="utf-8").splitlines())
         about += sorted(x for x in lines if x.startswith(("flags", "Features", "model")))
     about += [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
     return hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]

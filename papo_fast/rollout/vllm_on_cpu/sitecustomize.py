@@ -30,7 +30,8 @@ def wheels_disagree() -> bool:
     version = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(version)
     cpu = version.cuda is None and getattr(version, "hip", None) is None
-    return cpu and "+cu" in Path(torchvision.origin).with_name("version.py").read_text()
+    its_version = Path(torchvision.origin).with_name("version.py")
+    return cpu and "+cu" in its_version.read_text(encoding="utf-8")
 
 
 class DeclareOperators:
