@@ -1,6 +1,12 @@
 # What the scripts beside this one share; each of them sources it, with its own arguments.
 # After that `folder` is DIR, or a temporary one, "$@" holds the arguments behind it, `env` is the
 # environment in DIR, and `pip` installs into it.
+case "${1:-}" in
+-h | --help) # what the script says of itself at its head, before anything is installed
+  sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
+  exit 0
+  ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ $# -ge 1 ] && [ "${1#-}" = "$1" ]; then
   folder=$1
