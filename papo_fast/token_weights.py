@@ -96,8 +96,9 @@ def pgpo(batch: WeightBatch, config: ObjectiveConfig) -> Tensor:
 
     With x = log(1 + dependency) scaled to [0, 1] in each response: x / τ below the threshold τ,
     from there on 1 + boost · (x − τ) / (1 − τ). `paper`: the weights of a response are scaled to
-    sum to its length; all 1 where they are 0. `code`: τ is that of the response's x which stands at
-    place ⌊threshold · T⌋ in ascending order, no weight is below .1, and nothing is scaled.
+    sum to its length; all 1 where its dependencies differ by less than 1e-8. `code`: τ is that of
+    the response's x which stands at place ⌊threshold · T⌋ in ascending order, no weight is below
+    .1, and nothing is scaled.
     """
     x = minmax_per_sequence(batch.vector("dependency").log1p(), batch)
     threshold = torch.full_like(x, config.pgpo_threshold)
@@ -108,8 +109,11 @@ def pgpo(batch: WeightBatch, config: ObjectiveConfig) -> Tensor:
     weight = torch.where(x < threshold, x / threshold.clamp(min=tiny), above)
     if config.pgpo_variant == "code":
         return weight.clamp(min=0.1)
-    mean = mean_per_sequence(weight, batch)[batch.sequence_index]
-    return torch.where(mean * batch.lengths > tiny, weight / mean, 1.0)
+    index = batch.sequence_index
+    mean = mean_per_sequence(weight, batch)[index]
+    # Differences below the least range are rounding: they stay below 1, and would be scaled up.
+    largest = torch.zeros_like(x).scatter_reduce(0, index, x, "amax")[index]
+    return torch.where(largest == 1, weight / mean, 1.0)
 
 
 def _at_rank(values: Tensor, batch: TokenBatch, share: float) -> Tensor:

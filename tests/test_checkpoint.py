@@ -9,17 +9,16 @@ import multiprocessing
 import os
 import random
 import signal
-import threading
 import time
 
 import pytest
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from papo_fast.errors import InputError
 from papo_fast.launch import train
 from papo_fast.run.checkpoint import CheckpointStore
+from support.own_locks import own_progress_locks
 from support.small_runs import every_term, run, small
 
 FORK = multiprocessing.get_context("fork")
@@ -44,8 +43,7 @@ def quiet_train(config):
 
 
 def train_in_fork(config):
-    # Forks share tqdm's lock with this process, and a killed one never gives it back.
-    tqdm.set_lock(threading.RLock())
+    own_progress_locks()
     quiet_train(config)
 
 

@@ -136,6 +136,16 @@ def test_pgpo_keeps_each_responses_mass_and_its_order():
         assert torch.equal(part.argsort(), score.argsort())
 
 
+def test_pgpo_takes_no_rounding_for_a_dependency():
+    """Without a picture a dependency is 0, or what rounding makes of it."""
+    nothing = torch.tensor([0, 8e-14, 2e-13, 1e-13, 8e-14], dtype=torch.float64)
+    small = torch.tensor([1e-6, 3e-6, 2e-6, 0, 5e-6, 4e-6, 1e-6], dtype=torch.float64)
+    batch = seen(dependency=torch.cat([nothing, nothing[:1], small]))
+    weights = pgpo(batch, ObjectiveConfig()).split(LENGTHS)
+    assert torch.equal(weights[0], torch.ones(5, dtype=torch.float64)) and weights[1] == 1
+    assert weights[2].min() == 0 and weights[2].max() > 1.5
+
+
 def test_weights_are_multiplied_and_carry_no_gradient():
     score = seen().dependency.requires_grad_()
     batch = seen(dependency=score)

@@ -20,6 +20,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from own_locks import own_progress_locks
+
 # What the workers and the trainer import. Nothing of it may start threads: a fork has none of them.
 import papo_fast.launch  # noqa: F401
 
@@ -39,6 +41,7 @@ def in_child(rank: int, output: Path, command: list[str]) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    own_progress_locks()
     status = 0
     try:
         run(command)
