@@ -13,7 +13,7 @@ Both ways bring a module of functions on tiles, here called `tiles`. It has the 
 
 and functions that `eager/tiles.py` describes: for tiles `states_of`, `picked_logits`,
 `differentiate`, `drop_least` and `add_gradients`, and for dense rows `logits`, `d_products`,
-`add_products` and `add_transposed_products`.
+`add_products`, `add_transposed_products` and `put_rounded`.
 """
 
 from dataclasses import dataclass

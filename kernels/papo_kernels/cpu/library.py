@@ -76,7 +76,8 @@ def product(x, weight, out, bias=None):
         return False
     if not multiplies_bf16():
         return False
-    _product(_pairs(x), weight, False, out, False, None if bias is None else bias.float())
+    wide = None if bias is None else bias.float().contiguous()
+    _product(_pairs(x), weight, False, out, False, wide)
     return True
 
 
@@ -105,7 +106,6 @@ def _pairs(x):
 
 def _product(pairs, y, by_terms, out, add, bias=None):
     """x @ y, or x @ y.T unless `by_terms`; `pairs` holds two terms of x in each int32."""
-    bias = None if bias is None else bias.contiguous()  # it has to outlive the call
     terms = y.shape[0] if by_terms else y.shape[1]
     _library().product(
         pairs.data_ptr(), len(out), *pairs.stride(), y.data_ptr(), y.stride(0), by_terms,

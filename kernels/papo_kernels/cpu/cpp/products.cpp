@@ -148,7 +148,8 @@ static void product_of(Left x, int64_t n, const uint16_t *w, int64_t stride_w, b
 
 // z[n, v] = sum over k < d of x[n, k] w[v, k], or of x[n, k] w[k, v] where `by_terms`, or that added
 // to what z holds. x holds pairs of terms, `stride_row` apart for rows and `stride_pair` for pairs,
-// the last pair completed with zero. bias: for each column, added at the end; or null. Returns 1 where the processor does not multiply bfloat16.
+// the last pair completed with zero. bias: for each column, added at the end; or null. Returns 1
+// where the processor does not multiply bfloat16.
 extern "C" int product(const uint32_t *x, int64_t n, int64_t stride_row, int64_t stride_pair,
                        const uint16_t *w, int64_t stride_w, int by_terms, int64_t columns, int64_t d,
                        float *z, int64_t stride_z, int add, const float *bias, int threads)
